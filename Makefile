@@ -1,0 +1,43 @@
+# `make help` lists the targets. demo and test install what they need into .venv, once.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help install demo test test-slow lint type format build clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+install: $(STAMP)  ## .venv with the package and the tools to develop it
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## pretrain on real photographs, then k-NN and linear probe (minutes)
+	$(BIN)/ssl-xcit pretrain name=demo
+
+test: $(STAMP)  ## all tests but the slow ones
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(STAMP)  ## the slow ones: the wheel installed elsewhere, the demo's numbers
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)  ## ruff, rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP)  ## mypy
+	$(BIN)/mypy ssl_xcit eval
+
+format: $(STAMP)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: $(STAMP)  ## dist/*.whl
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:  ## remove what was built; runs and .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Weights in, numbers and pictures out (installed as ssl_xcit.eval)."""

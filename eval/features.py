@@ -1,0 +1,107 @@
+"""Frozen features of labelled images: extracted once, then every evaluator works on the arrays."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from rich.progress import track
+from torch import nn
+
+from ssl_xcit.data.module import plain_loader
+from ssl_xcit.data.multicrop import normalise
+from ssl_xcit.data.sources import LabelledPair, Source
+
+Features = Float32[np.ndarray, "N C"]
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features and class ids of the images to learn from and of those to be tested on."""
+
+    train: Float32[np.ndarray, "N C"]
+    train_labels: Int64[np.ndarray, " N"]
+    test: Float32[np.ndarray, "M C"]
+    test_labels: Int64[np.ndarray, " M"]
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """Yields (name, value) pairs for one set of features; accuracies are in percent."""
+
+    def __call__(self, features: FeatureSet) -> Iterator[tuple[str, float]]:
+        """Measure."""
+        ...
+
+
+@torch.inference_mode()
+def extract(
+    backbone: nn.Module,
+    source: Source,
+    resize: int,
+    size: int,
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    device: torch.device | str = "cpu",
+    title: str | None = None,
+) -> Features:
+    """The backbone's class token of every image of a source, in its order.
+
+    Images: short side to `resize`, central `size` x `size`, ImageNet's mean and std. The backbone
+    is put in eval mode for the time being, and no random number is drawn.
+
+    Args:
+        title: shows a progress bar under this name.
+
+    Raises:
+        ValueError: a feature is not finite; names the image.
+    """
+    loader = plain_loader(source, resize, size, batch_size, num_workers)
+    batches = track(loader, title, transient=True) if title else loader
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        parts = [
+            backbone(normalise(pixels.to(device, non_blocking=True))).float().cpu().numpy()
+            for pixels in batches
+        ]
+    finally:
+        backbone.train(was_training)
+    features = np.concatenate(parts)
+    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"{len(bad):,} of {len(features):,} images have features that are not finite, such as "
+            f"{source.name(int(bad[0]))}: the weights are damaged or the training diverged"
+        )
+    return features
+
+
+def extract_pair(
+    backbone: nn.Module,
+    pair: LabelledPair,
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    device: torch.device | str = "cpu",
+    title: str | None = None,
+) -> FeatureSet:
+    """`extract` of both parts."""
+
+    def part(source: Source, what: str) -> Features:
+        shown = f"{title}: {what} features" if title else None
+        return extract(
+            backbone, source, pair.resize, pair.size, batch_size, num_workers, device, shown
+        )
+
+    return as_feature_set(part(pair.train, "train"), part(pair.test, "test"), pair)
+
+
+def as_feature_set(
+    train: Features, test: Float32[np.ndarray, "M C"], pair: LabelledPair
+) -> FeatureSet:
+    """Features of both parts with the labels of the pair."""
+    assert pair.train.labels is not None
+    assert pair.test.labels is not None
+    return FeatureSet(train, pair.train.labels, test, pair.test.labels)

@@ -1,0 +1,157 @@
+"""The command `eval`: frozen features of a backbone, several evaluators, baselines beside them."""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from ssl_xcit.data.module import check_images
+from ssl_xcit.data.sources import LabelledPair
+from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
+from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.table import Results, print_table, write_json
+
+from .features import Evaluator, FeatureSet, extract_pair
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    backbone: XCiT,
+    pair: LabelledPair,
+    evaluators: Mapping[str, Evaluator],
+    baselines: Mapping[str, Callable[..., FeatureSet]] | None = None,
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    device: str = "auto",
+) -> Results:
+    """Every evaluator on the backbone's features and on the baselines'.
+
+    Args:
+        backbone: frozen; moved to `device`.
+        pair: labelled images.
+        evaluators: by name; each yields (metric, value).
+        baselines: by name; each makes features from (backbone, pair, batch_size, num_workers).
+        batch_size: images at once.
+        num_workers: loader processes; None: one a core, less one.
+        device: `auto` takes a GPU when there is one.
+    """
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    backbone.to(where)
+    check_labels(pair)
+    results: Results = {}
+
+    def measure(row: str, features: FeatureSet) -> None:
+        results[row] = {}
+        for evaluator in evaluators.values():
+            results[row].update(evaluator(features))
+
+    for row, make in (baselines or {}).items():
+        measure(row.replace("_", " "), make(backbone, pair, batch_size, num_workers))
+    measure(
+        "pretrained",
+        extract_pair(backbone, pair, batch_size, num_workers, where, title="pretrained"),
+    )
+    return results
+
+
+def check_labels(pair: LabelledPair) -> None:
+    """Say what the labels cannot support.
+
+    Raises:
+        ValueError: labels are missing.
+    """
+    if pair.train.labels is None or pair.test.labels is None:
+        raise ValueError(
+            f"{pair.name}: k-NN and linear probe need labels; use images in class folders"
+        )
+    unknown = set(pair.test.labels.tolist()) - set(pair.train.labels.tolist())
+    if unknown:
+        names = [pair.test.class_names[i] for i in sorted(unknown)[:5]]
+        count = sum(int((pair.test.labels == label).sum()) for label in unknown)
+        log.warning(
+            "%d test images belong to %d classes without training images (%s): they count as wrong",
+            count, len(unknown), ", ".join(names),
+        )  # fmt: skip
+
+
+def main(cfg: DictConfig) -> None:
+    """`ssl-xcit eval`: prints a table and writes `results.json`."""
+    path = checkpoint_path(cfg.ckpt)
+    backbone = load_backbone(path, cfg.which, expected(cfg))
+    pair = instantiate(cfg.eval_data) if cfg.get("eval_data") else None
+    if pair is None:
+        raise ValueError(
+            "there are no labelled images: name some with eval_data=folder eval_data.root=DIR"
+        )
+    for source in (pair.train, pair.test):
+        check_images(source, pair.size)
+    model = model_name(backbone.architecture)
+    print(
+        f"{path}: {model}, {cfg.which}; {pair.name}: {len(pair.train):,} train, "
+        f"{len(pair.test):,} test images"
+    )
+    results = instantiate(cfg.evaluation)(
+        backbone, pair, batch_size=cfg.batch_size, num_workers=cfg.num_workers, device=cfg.device
+    )
+    print_table(results, f"{model} on {pair.name}")
+    out = Path(cfg.out) if cfg.out else default_out(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "weights": str(path),
+        "which": cfg.which,
+        "model": model,
+        "data": pair.name,
+        "train_images": len(pair.train),
+        "test_images": len(pair.test),
+        "results": results,
+    }
+    write_json(content, out)
+    print(f"written: {out}")
+
+
+def expected(cfg: DictConfig) -> dict[str, Any] | None:
+    """What `model=` asks of the file: the parts of the architecture that weights must fit."""
+    if cfg.get("model") is None:
+        return None
+    architecture = instantiate(cfg.model).architecture
+    return {k: v for k, v in architecture.items() if k not in ("layer_scale", "num_classes")}
+
+
+def default_out(path: Path) -> Path:
+    """`results.json` in the run folder, or beside a lone weights file."""
+    return (
+        path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    ) / "results.json"
+
+
+def data_of_run(ckpt: str) -> LabelledPair | None:
+    """The labelled images that a run was measured on, from the choices in its `run.json`.
+
+    Only names of our own options and plain values are taken from the file; nothing in it is
+    instantiated by itself.
+
+    Raises:
+        ValueError: the weights do not lie in a run folder.
+    """
+    file = default_out(checkpoint_path(ckpt)).with_name("run.json")
+    if not file.is_file():
+        raise ValueError(
+            f"ckpt={ckpt} is no run folder, so its evaluation data is unknown: add "
+            "eval_data=photos, or "
+            "eval_data=folder eval_data.root=DIR"
+        )
+    run = json.loads(file.read_text())
+    overrides = [
+        o for o in run["overrides"] if re.match(r"eval_data\.[a-z]\w*=|data\.[a-z]\w*=", o)
+    ]
+    chosen = [f"{key}={run['choices'][key]}" for key in ("data", "eval_data")]
+    cfg = compose("pretrain", overrides=[*chosen, *overrides])
+    return instantiate(cfg.eval_data) if cfg.get("eval_data") else None

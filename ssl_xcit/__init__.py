@@ -1,0 +1,28 @@
+"""Self-supervised pretraining of XCiT backbones: `create_model`, `load_backbone`, `ssl-xcit
+--help`.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssl_xcit.models.weights import load_backbone
+    from ssl_xcit.models.xcit import create_model
+
+__all__ = ["__version__", "create_model", "load_backbone"]
+__version__ = "0.1.0"
+
+# In a checkout conf/ and eval/ stand beside this folder; installed, they lie inside it.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file():
+    __path__.append(str(_checkout))
+
+_LAZY = {"create_model": "ssl_xcit.models.xcit", "load_backbone": "ssl_xcit.models.weights"}
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import; `ssl-xcit --help` does without it.
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,210 @@
+"""`ssl-xcit COMMAND [overrides]`: each command is a yaml in `conf/` whose `main` names the function
+that gets the config.
+
+Exit codes: 0 done, 1 error, 2 wrong configuration or usage, 75 preempted and resumable, 130
+interrupted and saved.
+"""
+
+import difflib
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import ConfigCompositionException, HydraException
+from hydra.utils import get_method
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+CONF = "ssl_xcit.conf"
+
+
+def commands() -> dict[str, str]:
+    """Name and first line of help of every command."""
+    found = {}
+    for file in sorted(resources.files(CONF).iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".yaml"):
+            text = file.read_text()
+            found[file.name.removesuffix(".yaml")] = text.splitlines()[0].lstrip("# ")
+    return found
+
+
+def usage() -> str:
+    """What `ssl-xcit --help` prints."""
+    lines = ["ssl-xcit COMMAND [key=value ...]", ""]
+    lines += [f"  {name:<10} {line}" for name, line in commands().items()]
+    lines += [
+        "",
+        "ssl-xcit COMMAND --help       all settings of a command",
+        "ssl-xcit COMMAND -m k=a,b     a sweep over values",
+        'eval "$(ssl-xcit -sc install=bash)"   tab completion',
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; returns when it is done, raises SystemExit otherwise."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "-sc" in arguments or "--shell-completion" in arguments:
+        command = completed_command()
+        if command is None:
+            return
+    elif not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    else:
+        command = arguments.pop(0)
+    if command not in commands():
+        fail(
+            f"no command {command!r}{nearest(command, list(commands()))}; there are "
+            f"{', '.join(commands())}"
+        )
+
+    debugging = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+    def run(cfg: DictConfig) -> None:
+        try:
+            missing = missing_keys(OmegaConf.to_container(cfg, resolve=False))
+            if missing:
+                raise ValueError(f"{missing[0]} is needed: add {missing[0]}=...")
+            function = get_method(cfg.main)
+            set_up_logging()  # after the imports, which set up their own
+            function(cfg)
+        except Exception as error:
+            if debugging:
+                raise
+            report(command, error)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as they are, not printed by Hydra
+    program, sys.argv = sys.argv, [Path(sys.argv[0]).name, *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name=command)(run)()
+    except Exception as error:
+        if debugging:
+            raise
+        report(command, error)
+    finally:
+        sys.argv = program
+        if not debugging:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def missing_keys(node: Any, prefix: str = "") -> list[str]:
+    """Settings that are still `???`."""
+    if isinstance(node, dict):
+        return [k for key, value in node.items() for k in missing_keys(value, f"{prefix}{key}.")]
+    return [prefix.rstrip(".")] if node == "???" else []
+
+
+def set_up_logging() -> None:
+    """Warnings on one line each; Lightning's advice is not for users of this command."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    logging.captureWarnings(True)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+
+
+def report(command: str, error: Exception) -> None:
+    """One line for what the user can mend (exit 2), a traceback for what we must (exit 1)."""
+    cause: BaseException = error
+    while cause.__cause__ is not None and type(cause).__module__.startswith(("hydra", "omegaconf")):
+        if isinstance(cause, ConfigCompositionException):
+            break  # its own words say more than what made it
+        cause = cause.__cause__
+    if isinstance(cause, HydraException | OmegaConfBaseException):
+        fail(explain(command, str(cause)))
+    if isinstance(cause, ValueError | FileNotFoundError) and raised_by_us(cause):
+        fail(str(cause))
+    traceback.print_exception(cause)
+    raise SystemExit(1)
+
+
+def raised_by_us(error: BaseException) -> bool:
+    """Whether the innermost frame is this package's: then the message was written for the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    homes = tuple(str(Path(folder).resolve()) for folder in package_folders())
+    return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(homes)
+
+
+def package_folders() -> list[str]:
+    """Where this package and its evaluation part lie."""
+    import ssl_xcit
+
+    return [str(Path(ssl_xcit.__file__).parent), *(f"{path}/eval" for path in ssl_xcit.__path__)]
+
+
+def explain(command: str, message: str) -> str:
+    """Hydra's message in one line, with the setting that was probably meant."""
+    if match := re.search(r"Could not (?:override|append|delete)[^']*'([^'@]+)", message):
+        key = match[1]
+        return (
+            f"{key}: no such setting{nearest(key, setting_names(command))}; ssl-xcit "
+            f"{command} --help lists all"
+        )
+    if match := re.search(
+        r"(?:find|load) '([^']+)'.*?Available options in '[^']+':(.*)", message, re.S
+    ):
+        option = match[1].split("/")
+        options = match[2].split()
+        group = "/".join(option[:-1])
+        meant = nearest(option[-1], options) or f"; there are {', '.join(options)}"
+        return f"{group}={option[-1]}: no such option{meant}"
+    return " ".join(message.split())
+
+
+def setting_names(command: str) -> list[str]:
+    """Every key of the command's default configuration, and its config groups."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module(CONF, version_base="1.3"):
+        cfg = compose(command)
+    names: list[str] = [f.name for f in resources.files(CONF).iterdir() if f.is_dir()]
+
+    def walk(node: object, prefix: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                names.append(f"{prefix}{key}")
+                walk(value, f"{prefix}{key}.")
+
+    walk(OmegaConf.to_container(cfg), "")
+    return names
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """`; did you mean ...?`, or nothing."""
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    close = close or [w for w in words if w.endswith(f".{word}")][:1]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def fail(message: str) -> None:
+    """One line, exit 2."""
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
+        f"ssl-xcit: {message}"
+    )
+    raise SystemExit(2)
+
+
+def completed_command() -> str | None:
+    """The command in the line that a shell completes; without one, print the commands."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
+        typed = words[1] if len(words) == 2 else ""
+        if line:
+            print(" ".join(name for name in commands() if name.startswith(typed)))
+            return None
+        return "pretrain"
+    os.environ["COMP_LINE"] = line.replace(f" {words[1]}", "", 1)
+    return words[1]

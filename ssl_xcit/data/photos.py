@@ -1,0 +1,116 @@
+"""Built-in photographs: 64 x 64 windows cut from 17 images that scikit-image and scikit-learn carry
+in their wheels.
+
+The label is the photograph. A photograph is divided into blocks of 128 x 128; every third block
+along the diagonals is for testing, and windows stay inside their block, so training and test pixels
+are disjoint.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ssl_xcit.data.decode import Pixels, read_image
+from ssl_xcit.data.sources import Files, LabelledPair, class_folders, folder
+
+SKIMAGE = [
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "cell.png",
+    "chelsea.png",
+    "coffee.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+]
+SKLEARN = ["china.jpg", "flower.jpg"]
+SIZE, BLOCK, STRIDE = 64, 128, 32
+MAX_BLOCKS = 16  # of one photograph, evenly spaced: the largest would make up a third of the set
+
+
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/ssl_xcit, or ~/.cache/ssl_xcit."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ssl_xcit"
+
+
+def photographs() -> Iterator[tuple[str, Path]]:
+    """Name and file of each; none is imported or downloaded."""
+    for package, inside, files in (
+        ("skimage", "data", SKIMAGE),
+        ("sklearn", "datasets/images", SKLEARN),
+    ):
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise FileNotFoundError(
+                f"data=photos needs {package}'s images: pip install scikit-image scikit-learn"
+            )
+        for name in files:
+            yield Path(name).stem, Path(spec.origin).parent / inside / name
+
+
+def windows(image: Pixels) -> Iterator[tuple[bool, int, int, Pixels]]:
+    """(for testing, top, left, (64, 64, 3) window) of a photograph."""
+    rows, columns = image.shape[0] // BLOCK, image.shape[1] // BLOCK
+    blocks = [(r, c) for r in range(rows) for c in range(columns)]
+    if len(blocks) > MAX_BLOCKS:
+        blocks = [
+            blocks[i] for i in np.linspace(0, len(blocks) - 1, MAX_BLOCKS).round().astype(int)
+        ]
+    steps = range(0, BLOCK - SIZE + 1, STRIDE)
+    for number, (r, c) in enumerate(blocks):
+        test = (r + c if len(blocks) == rows * columns else number) % 3 == 2
+        for top in (r * BLOCK + step for step in steps):
+            for left in (c * BLOCK + step for step in steps):
+                yield test, top, left, image[top : top + SIZE, left : left + SIZE]
+
+
+def cut_photos(cache: str | Path | None = None) -> Path:
+    """PNG files in `CACHE/photos-64/{train,test}/PHOTOGRAPH/`, cut once; the folder appears whole
+    or not at all.
+    """
+    cache = default_cache() if cache is None else Path(cache).expanduser()
+    target = cache / "photos-64"
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".photos-", dir=cache))
+    try:
+        for name, file in photographs():
+            for test, top, left, pixels in windows(read_image(file)):
+                out = work / ("test" if test else "train") / name / f"{top:04d}_{left:04d}.png"
+                out.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(out)
+        try:
+            work.rename(target)
+        except OSError:  # another process was first
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def photos(cache: str | Path | None = None) -> Files:
+    """The training windows, without labels."""
+    return folder(str(cut_photos(cache) / "train"))
+
+
+def labelled_photos(cache: str | Path | None = None) -> LabelledPair:
+    """Training and test windows with the photograph as class."""
+    root = cut_photos(cache)
+    train = class_folders(root / "train")
+    test = class_folders(root / "test", train.class_names)
+    return LabelledPair(train, test, "built-in photos", resize=SIZE, size=SIZE)

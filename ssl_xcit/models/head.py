@@ -1,0 +1,69 @@
+"""DINO's projection head (arXiv:2104.14294, section 3.1 and appendix C)."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
+
+from ssl_xcit.models.layers import init_linear_
+
+
+class Prototypes(nn.Module):
+    """Linear without bias whose rows are gain * direction: `weight_v` holds directions, `weight_g`
+    the gains, init 1.
+    """
+
+    def __init__(self, in_dim: int, num_prototypes: int, trainable_gain: bool):
+        super().__init__()
+        self.weight_v = nn.Parameter(
+            nn.init.trunc_normal_(_empty(num_prototypes, in_dim), std=0.02)
+        )
+        self.weight_g = nn.Parameter(
+            _empty(num_prototypes, 1).fill_(1.0), requires_grad=trainable_gain
+        )
+
+    def forward(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any K"]:
+        """Logits, K prototypes."""
+        return linear(x, self.weight_g * normalize(self.weight_v, dim=-1))
+
+
+class DINOHead(nn.Module):
+    """C -> hidden -> hidden -> bottleneck with GELU between, L2-normalised, then K prototypes.
+
+    Args:
+        in_dim: width C of the backbone.
+        num_prototypes: K (paper: 65536; small data wants fewer).
+        hidden_dim: width of the two hidden layers.
+        bottleneck_dim: width before the prototypes.
+        norm_last_layer: keep the prototypes' gains at 1 (steadier; the XCiT recipe turns it off).
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_prototypes: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        norm_last_layer: bool = True,
+    ):
+        super().__init__()
+        if num_prototypes < 2:
+            raise ValueError(
+                f"num_prototypes={num_prototypes}: at least 2, or the loss is always 0"
+            )
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        self.last_layer = Prototypes(bottleneck_dim, num_prototypes, not norm_last_layer)
+        self.apply(init_linear_)
+
+    def forward(self, x: Float[Tensor, "*any C"]) -> Float[Tensor, "*any K"]:
+        """Logits before centering and temperature."""
+        return self.last_layer(normalize(self.mlp(x), dim=-1))
+
+
+def _empty(rows: int, columns: int) -> Tensor:
+    return nn.Linear(columns, rows, bias=False).weight.detach()

@@ -1,0 +1,302 @@
+"""XCiT: cross-covariance image transformers (arXiv:2106.09681), as published, for any image size.
+
+Module names are the published checkpoints' keys (`pos_embeder` is spelled as they spell it), so the
+released files load strictly. Differs: patch 4 is added for small images, and only the class token's
+query is computed in class attention, since no other is used. Class attention keeps the published
+quirk that patch tokens pass through its residual twice (see `ClassAttentionBlock`).
+
+Tokens are (B, N, C). Seen as (B, H, W, C) they are a channels-last image, so convolutions read them
+without a copy.
+"""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ssl_xcit.models.class_attention import ClassAttentionBlock
+from ssl_xcit.models.layers import LAYER_NORM_EPS, MLP, DropPath, init_linear_
+from ssl_xcit.models.xca import CrossCovarianceAttention
+
+# name: width C, depth, heads, layer scale's initial value, norm over all tokens in class attention
+SIZES: dict[str, tuple[int, int, int, float, bool]] = {
+    "nano_12": (128, 12, 4, 1.0, False),
+    "tiny_12": (192, 12, 4, 1.0, True),
+    "tiny_24": (192, 24, 4, 1e-5, True),
+    "small_12": (384, 12, 8, 1.0, True),
+    "small_24": (384, 24, 8, 1e-5, True),
+    "medium_24": (512, 24, 8, 1e-5, True),
+    "large_24": (768, 24, 16, 1e-5, True),
+}
+STEM_WIDTHS = {
+    4: (2, 1),
+    8: (4, 2, 1),
+    16: (8, 4, 2, 1),
+}  # patch: divisors of C, one per stride-2 convolution
+
+
+class Features(NamedTuple):
+    """What an image becomes: the final class token and the patch tokens in their places."""
+
+    cls: Float[Tensor, "B C"]
+    patches: Float[Tensor, "B C h w"]
+
+
+def as_image(tokens: Float[Tensor, "B N C"], grid: tuple[int, int]) -> Float[Tensor, "B C h w"]:
+    """Tokens as a channels-last image; a view."""
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def as_tokens(image: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N C"]:
+    """A (channels-last) image as tokens, row by row; a view where the memory allows it."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class Stem(nn.Module):
+    """Patches by 3 x 3 convolutions of stride 2, each with BatchNorm, GELU between; a side rounds
+    up.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int):
+        super().__init__()
+        widths = [dim // divisor for divisor in STEM_WIDTHS[patch_size]]
+        layers: list[nn.Module] = []
+        for channels_in, channels_out in zip([in_chans, *widths], widths, strict=False):
+            if layers:
+                layers.append(nn.GELU())
+            conv = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
+            layers.append(nn.Sequential(conv, nn.BatchNorm2d(channels_out)))
+        self.proj = nn.Sequential(*layers)
+
+    def forward(self, x: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C h w"]:
+        """(B, in_chans, H, W) -> (B, C, ceil(H / p), ceil(W / p)), channels-last."""
+        return self.proj(x.contiguous(memory_format=torch.channels_last))
+
+
+class FourierPosition(nn.Module):
+    """Sines and cosines of the patch's row and column, then a 1 x 1 convolution to C channels
+    (section 3.3).
+    """
+
+    def __init__(self, dim: int, hidden_dim: int = 32, temperature: float = 10000.0):
+        super().__init__()
+        self.hidden_dim = hidden_dim
+        self.temperature = temperature
+        self.token_projection = nn.Conv2d(2 * hidden_dim, dim, 1)
+
+    def waves(self, length: int, device: torch.device) -> Float[Tensor, "length hidden"]:
+        """For positions 1..length over 0..2 pi: sin and cos interleaved, wavelengths 2 pi to 2 pi *
+        temperature.
+        """
+        position = torch.arange(1, length + 1, device=device, dtype=torch.float32)
+        position = position / (length + 1e-6) * (2 * math.pi)
+        exponent = torch.arange(0, self.hidden_dim, 2, device=device, dtype=torch.float32)
+        angle = position[:, None] / self.temperature ** (exponent / self.hidden_dim)
+        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+
+    def forward(self, grid: tuple[int, int]) -> Float[Tensor, "1 N C"]:
+        """One vector per patch of an h x w grid: rows first, then columns."""
+        device = self.token_projection.weight.device
+        rows = self.waves(grid[0], device)[:, None, :].expand(*grid, -1)
+        columns = self.waves(grid[1], device)[None, :, :].expand(*grid, -1)
+        features = torch.cat((rows, columns), dim=-1).permute(2, 0, 1)[None]  # (1, 2 hidden, h, w)
+        return as_tokens(self.token_projection(features))
+
+
+class LocalPatchInteraction(nn.Module):
+    """Where neighbours talk: two depthwise 3 x 3 convolutions with GELU and BatchNorm between."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.act = nn.GELU()
+        self.bn = nn.BatchNorm2d(dim)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Float[Tensor, "B N C"], grid: tuple[int, int]) -> Float[Tensor, "B N C"]:
+        """Convolve the tokens in their grid."""
+        return as_tokens(self.conv2(self.bn(self.act(self.conv1(as_image(x, grid))))))
+
+
+class XCABlock(nn.Module):
+    """Pre-norm: attention across channels (gamma1), local patch interaction (gamma3), MLP
+    (gamma2).
+    """
+
+    def __init__(self, dim: int, num_heads: int, layer_scale: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = CrossCovarianceAttention(dim, num_heads)
+        self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.local_mp = LocalPatchInteraction(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = MLP(dim)
+        self.gamma1 = nn.Parameter(layer_scale * torch.ones(dim))
+        self.gamma3 = nn.Parameter(layer_scale * torch.ones(dim))
+        self.gamma2 = nn.Parameter(layer_scale * torch.ones(dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "B N C"], grid: tuple[int, int]) -> Float[Tensor, "B N C"]:
+        """Three residual branches in the paper's order."""
+        x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.gamma3 * self.local_mp(self.norm3(x), grid))
+        return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
+
+
+class XCiT(nn.Module):
+    """Cross-covariance image transformer.
+
+    Args:
+        embed_dim: width C.
+        depth: number of XCA blocks; two class-attention blocks follow.
+        num_heads: heads H of both attentions.
+        patch_size: 4, 8 or 16.
+        layer_scale: initial value of the branches' per-channel gains.
+        tokens_norm: class attention's second norm takes all tokens (False: the class token only).
+        in_chans: channels of the image.
+        drop_path: rate of stochastic depth in [0, 1), the same in every XCA block, none in class
+            attention.
+        num_classes: size of `head`, a linear layer that only supervised checkpoints have (0: none).
+            `forward` does not apply it.
+
+    Raises:
+        ValueError: for a patch size without a stem, or a width that heads or stem do not divide.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        patch_size: int = 16,
+        layer_scale: float = 1.0,
+        tokens_norm: bool = True,
+        in_chans: int = 3,
+        drop_path: float = 0.0,
+        num_classes: int = 0,
+    ):
+        super().__init__()
+        if patch_size not in STEM_WIDTHS:
+            raise ValueError(
+                f"patch_size={patch_size}: XCiT has stems for 4, 8 and 16; try "
+                "model=xcit_small_12_p8"
+            )
+        if embed_dim % STEM_WIDTHS[patch_size][0]:
+            raise ValueError(
+                f"embed_dim={embed_dim}: the stem of patch {patch_size} starts at embed_dim / "
+                f"{STEM_WIDTHS[patch_size][0]}; choose a multiple of {STEM_WIDTHS[patch_size][0]}"
+            )
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path={drop_path}: a rate in [0, 1)")
+        if in_chans < 1 or depth < 1:
+            raise ValueError(f"in_chans={in_chans}, depth={depth}: both start at 1")
+        self.embed_dim = embed_dim
+        self.patch_size = patch_size
+        self.architecture: dict[
+            str, Any
+        ] = {  # enough to build this network again; plain data for checkpoints
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "patch_size": patch_size,
+            "layer_scale": layer_scale,
+            "tokens_norm": tokens_norm,
+            "in_chans": in_chans,
+            "num_classes": num_classes,
+        }
+        self.patch_embed = Stem(patch_size, in_chans, embed_dim)
+        self.pos_embeder = FourierPosition(embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.blocks = nn.ModuleList(
+            XCABlock(embed_dim, num_heads, layer_scale, drop_path) for _ in range(depth)
+        )
+        self.cls_attn_blocks = nn.ModuleList(
+            ClassAttentionBlock(embed_dim, num_heads, layer_scale, tokens_norm) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.apply(init_linear_)
+
+    def patch_tokens(
+        self, x: Float[Tensor, "B in_chans H W"]
+    ) -> tuple[Float[Tensor, "B N C"], tuple[int, int]]:
+        """Patch tokens after the XCA blocks, and their grid (rows, columns)."""
+        image = self.patch_embed(x)
+        grid = (image.shape[-2], image.shape[-1])
+        tokens = as_tokens(image) + self.pos_embeder(grid)
+        for block in self.blocks:
+            tokens = block(tokens, grid)
+        return tokens, grid
+
+    def with_class_token(self, tokens: Float[Tensor, "B N C"]) -> Float[Tensor, "B M C"]:
+        """The class token first, M = 1 + N."""
+        return torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+
+    def forward(self, x: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C"]:
+        """The normalised final class token, in train and in eval mode."""
+        tokens = self.with_class_token(self.patch_tokens(x)[0])
+        for block in self.cls_attn_blocks:
+            tokens = block(tokens)
+        return self.norm(tokens[:, 0])
+
+    def forward_features(self, x: Float[Tensor, "B in_chans H W"]) -> Features:
+        """Final class token (B, C) and patch tokens (B, C, ceil(H / p), ceil(W / p)), both after
+        the last norm.
+        """
+        tokens, grid = self.patch_tokens(x)
+        tokens = self.with_class_token(tokens)
+        for block in self.cls_attn_blocks:
+            tokens = block(tokens)
+        tokens = self.norm(tokens)
+        return Features(tokens[:, 0], as_image(tokens[:, 1:], grid))
+
+    def attention(self, x: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B heads h w"]:
+        """Class attention of the last block over the patches; what is missing to 1 is its weight on
+        itself.
+        """
+        tokens, grid = self.patch_tokens(x)
+        tokens = self.with_class_token(tokens)
+        *earlier, last = self.cls_attn_blocks
+        assert isinstance(last, ClassAttentionBlock)
+        for block in earlier:
+            tokens = block(tokens)
+        return last.attn.weights(last.norm1(tokens))[:, :, 1:].unflatten(-1, grid)
+
+
+def create_model(
+    name: str, in_chans: int = 3, drop_path: float = 0.0, num_classes: int = 0
+) -> XCiT:
+    """A network of the published sizes with fresh weights.
+
+    Args:
+        name: `xcit_SIZE_pPATCH` with SIZE one of nano_12, tiny_12, tiny_24, small_12, small_24,
+            medium_24, large_24 and PATCH one of 4, 8, 16 (4 is not in the paper).
+        in_chans: channels of the image.
+        drop_path: rate of stochastic depth (paper: 0.05 for small_12, 0.15 for medium_24).
+        num_classes: size of the classifier that supervised checkpoints carry.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one.
+    """
+    match = re.fullmatch(r"xcit_([a-z]+_\d+)_p(\d+)", name)
+    if match is None or match[1] not in SIZES or int(match[2]) not in STEM_WIDTHS:
+        raise ValueError(
+            f"no model {name!r}; sizes: {', '.join(f'xcit_{size}' for size in SIZES)}, "
+            "each with _p4, _p8 or _p16"
+        )
+    embed_dim, depth, num_heads, layer_scale, tokens_norm = SIZES[match[1]]
+    return XCiT(
+        embed_dim,
+        depth,
+        num_heads,
+        patch_size=int(match[2]),
+        layer_scale=layer_scale,
+        tokens_norm=tokens_norm,
+        in_chans=in_chans,
+        drop_path=drop_path,
+        num_classes=num_classes,
+    )

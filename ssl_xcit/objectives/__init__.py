@@ -1,0 +1,1 @@
+"""Embeddings in, loss out."""

@@ -1,0 +1,280 @@
+"""The command `pretrain`: from a configuration to a run folder with weights, metrics and final
+numbers.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+
+from ssl_xcit.data.module import MultiCropData, check_images
+from ssl_xcit.data.sources import LabelledPair, Source
+from ssl_xcit.models.weights import load_backbone, model_name, newest_checkpoint
+from ssl_xcit.run_folder import (
+    check_same_run,
+    last_row,
+    run_name,
+    versions,
+    write_settings,
+)
+from ssl_xcit.table import print_table, write_json
+from ssl_xcit.training.checkpoint import SaveCheckpoints
+from ssl_xcit.training.metrics import CSVMetrics
+from ssl_xcit.training.module import DINO, Schedules, make_networks
+from ssl_xcit.training.preemption import StopOnSignal, Stopped
+from ssl_xcit.training.schedules import Cosine, LinearByEpoch
+
+NO_LABELS = "no labelled images, so no k-NN: name some with eval_data=folder eval_data.root=DIR"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the configuration, the number of images and the number of devices."""
+
+    num_images: int
+    steps_per_epoch: float
+    total_steps: int
+    per_device_batch: int
+    lr: float  # peak, for this batch
+    warmup_steps: int
+    freeze_steps: int
+    teacher_temp_epochs: float
+    num_prototypes: int
+    ema: float
+    teacher_temp_start: float
+    teacher_temp: float
+
+
+def make_plan(cfg: DictConfig, num_images: int, world_size: int) -> Plan:
+    """Steps, and the settings that the number of images decides.
+
+    Raises:
+        ValueError: a batch larger than the data, or that the devices do not divide; no epochs.
+    """
+    batch_size, epochs = cfg.batch_size, cfg.epochs
+    if batch_size > num_images:
+        raise ValueError(
+            f"batch_size={batch_size} is larger than the data ({num_images} images): "
+            f"set batch_size={num_images} or less"
+        )
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(
+            f"batch_size={batch_size} does not divide among {world_size} devices: "
+            f"set batch_size={max(1, batch_size // world_size) * world_size}"
+        )
+    if epochs <= 0:
+        raise ValueError(f"epochs={epochs}: above 0 (a fraction of a pass will do)")
+    objective, optim = cfg.objective, cfg.optim
+    row = [row for row in objective.by_images if row["from"] <= num_images][-1]
+    chosen = {
+        key: row[key] if objective[key] is None else objective[key]
+        for key in ("num_prototypes", "ema", "teacher_temp_start", "teacher_temp")
+    }
+    if min(chosen["teacher_temp_start"], chosen["teacher_temp"]) <= 0:
+        raise ValueError(
+            "objective.teacher_temp and teacher_temp_start are above 0; the paper has 0.04"
+        )
+    steps_per_epoch = num_images / batch_size
+    total_steps = max(1, math.floor(epochs * steps_per_epoch))
+
+    def steps(wanted_epochs: float, max_share: float) -> int:
+        return round(min(wanted_epochs * steps_per_epoch, max_share * total_steps))
+
+    return Plan(
+        num_images=num_images,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        per_device_batch=batch_size // world_size,
+        lr=optim.lr * batch_size / 256,
+        warmup_steps=steps(optim.warmup_epochs, optim.max_warmup),
+        freeze_steps=steps(objective.freeze_epochs, objective.max_warmup),
+        teacher_temp_epochs=min(objective.teacher_temp_epochs, objective.max_warmup * epochs),
+        **chosen,
+    )
+
+
+def make_module(cfg: DictConfig, plan: Plan) -> DINO:
+    """Student, teacher, schedules; fresh weights by `seed`."""
+    torch.manual_seed(cfg.seed)
+    backbone = instantiate(cfg.model)
+    head = instantiate(cfg.objective.head)(backbone.embed_dim, plan.num_prototypes)
+    student, teacher = make_networks(backbone, head, instantiate(cfg.model, drop_path=0.0))
+    optim = cfg.optim
+    return DINO(
+        student,
+        teacher,
+        plan.num_prototypes,
+        Schedules(
+            lr=Cosine(
+                plan.lr, optim.min_lr, plan.total_steps, plan.warmup_steps, optim.warmup_start
+            ),
+            weight_decay=Cosine(optim.weight_decay, optim.weight_decay_end, plan.total_steps),
+            ema=Cosine(plan.ema, 1.0, plan.total_steps),
+            teacher_temp=LinearByEpoch(
+                plan.teacher_temp_start,
+                plan.teacher_temp,
+                plan.teacher_temp_epochs,
+                plan.steps_per_epoch,
+            ),
+        ),
+        instantiate(optim.optimizer),
+        student_temp=cfg.objective.student_temp,
+        center_momentum=cfg.objective.center_momentum,
+        clip_norm=cfg.objective.clip_norm,
+        freeze_steps=plan.freeze_steps,
+        seed=cfg.seed,
+    )
+
+
+def make_trainer(cfg: DictConfig, run_dir: Path) -> lightning.Trainer:
+    """Lightning's Trainer with our callbacks and loggers.
+
+    Raises:
+        ValueError: more devices than there are, or a precision that the step is not written for.
+    """
+    trainer = cfg.trainer
+    if str(trainer.precision) not in ("32-true", "32", "bf16-mixed", "64-true"):
+        raise ValueError(
+            f"trainer.precision={trainer.precision}: 32-true or bf16-mixed (float16 would "
+            "need a loss scale)"
+        )
+    on_cpu = trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    cores = os.cpu_count() or 1
+    if on_cpu and isinstance(trainer.devices, int) and trainer.devices > cores:
+        raise ValueError(
+            f"trainer.devices={trainer.devices}: this machine has {cores} CPU cores and no GPU; "
+            "set trainer.devices=1"
+        )
+    callbacks = [c for c in instantiate(cfg.callbacks).values() if c is not None]
+    checkpoints = next((c for c in callbacks if isinstance(c, SaveCheckpoints)), None)
+    if checkpoints is None:
+        raise ValueError("callbacks.checkpoints is missing: a run must save its weights")
+    loggers = [instantiate(one, save_dir=str(run_dir)) for one in (cfg.logger or {}).values()]
+    try:
+        return instantiate(
+            trainer,
+            callbacks=[*callbacks, StopOnSignal(checkpoints)],
+            logger=[CSVMetrics(run_dir), *loggers],
+            default_root_dir=str(run_dir),
+            max_epochs=-1,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+    except Exception as error:  # Hydra wraps what the Trainer raises
+        cause = error.__cause__ or error
+        if isinstance(cause, MisconfigurationException | ValueError):
+            raise ValueError(f"trainer: {str(cause).strip().splitlines()[0]}") from error
+        raise
+
+
+def main(cfg: DictConfig) -> None:
+    """`ssl-xcit pretrain`: whatever can be wrong is found before the run folder is made."""
+    run_dir = Path(cfg.out) / (cfg.name or run_name(HydraConfig.get().overrides.task))
+    check_same_run(cfg, run_dir)
+    if (run_dir / "summary.json").is_file():
+        print(
+            f"{run_dir} is finished; to train again, choose another name=... or remove the folder\n"
+        )
+        finish(run_dir, json.loads((run_dir / "summary.json").read_text()))
+        return
+    source: Source = instantiate(cfg.data.source)
+    pair: LabelledPair | None = instantiate(cfg.eval_data) if cfg.get("eval_data") else None
+    evaluate = instantiate(cfg.evaluation)
+    augment = instantiate(cfg.augment)
+    trainer = make_trainer(cfg, run_dir)
+    plan = make_plan(cfg, len(source), trainer.world_size)
+    check_images(source, augment.global_size)
+    module = make_module(cfg, plan)
+    data = MultiCropData(
+        source,
+        augment,
+        plan.per_device_batch,
+        plan.total_steps,
+        cfg.seed,
+        cfg.num_workers,
+        pair,
+    )
+    if trainer.is_global_zero:
+        write_settings(cfg, asdict(plan), run_dir)
+        announce(cfg, plan, module, pair, run_dir)
+
+    trainer.fit_loop.epoch_loop.max_steps = plan.total_steps
+    resume = newest_checkpoint(run_dir)
+    if resume is not None:
+        print(f"going on from {resume}")
+    started = time.perf_counter()
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except Stopped as stop:
+        print(f"{stop}; saved in {run_dir}, the same command goes on from there")
+        sys.exit(stop.exit_code)
+    finally:
+        for logger in trainer.loggers:
+            experiment = getattr(logger, "experiment", None)
+            if hasattr(experiment, "finish"):  # wandb's run ends here, not with the process
+                experiment.finish()
+    seconds = time.perf_counter() - started
+    if trainer.is_global_zero:
+        summary = {
+            "results": evaluate(load_backbone(run_dir), pair) if pair else {},
+            "data": pair.name if pair else None,
+            "model": model_name(module.student.backbone.architecture),
+            "last": last_row(run_dir),
+            "seconds": round(seconds, 1),
+            "plan": asdict(plan),
+            "versions": versions(),
+        }
+        write_json(summary, run_dir / "summary.json")
+        finish(run_dir, summary)
+
+
+def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """The final numbers, where things are, and what to type next."""
+    last = summary["last"]
+    print(f"{last['step']:.0f} steps, {last['epoch']:.1f} epochs, loss {last['loss']:.3f}")
+    if summary["results"]:
+        print_table(summary["results"], f"{summary['model']} on {summary['data']}")
+        follow_up = f"ssl-xcit eval ckpt={run_dir}"
+    else:
+        print(NO_LABELS)
+        follow_up = f"ssl-xcit eval ckpt={run_dir} eval_data=folder eval_data.root=DIR"
+    print(f"{run_dir}: config.yaml, metrics.csv, checkpoints/, summary.json")
+    print(f"next: {follow_up}")
+
+
+def announce(
+    cfg: DictConfig, plan: Plan, module: DINO, pair: LabelledPair | None, run_dir: Path
+) -> None:
+    """What is about to happen, with the numbers that were derived."""
+    backbone = module.student.backbone
+    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+    print(f"{run_dir}")
+    print(
+        f"  {plan.num_images:,} images, batch {cfg.batch_size}, {plan.total_steps:,} steps "
+        f"({cfg.epochs:g} epochs)"
+    )
+    print(
+        f"  {model_name(backbone.architecture)}, {millions:.1f} M parameters, "
+        f"{plan.num_prototypes:,} "
+        f"prototypes"
+    )
+    print(
+        f"  lr {plan.lr:.2e} after {plan.warmup_steps} steps, teacher temperature "
+        f"{plan.teacher_temp_start:g} to {plan.teacher_temp:g}, EMA from {plan.ema:g}"
+    )
+    print(f"  evaluated on {pair.name}" if pair else f"  {NO_LABELS}")

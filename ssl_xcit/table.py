@@ -1,0 +1,45 @@
+"""Results as a table for people and as a file for programs."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Results = dict[str, dict[str, float]]  # row (what was measured) -> metric -> value
+
+TITLES = {"linear": "linear probe", "linear_lr": "its lr"}
+
+
+def title_of(metric: str) -> str:
+    """A column's heading: `knn_k20` is shown as `k-NN, k 20`."""
+    return TITLES.get(metric) or metric.replace("knn_k", "k-NN, k ")
+
+
+def print_table(results: Results, title: str) -> None:
+    """Rows in the order given; accuracies in percent."""
+    metrics = list(dict.fromkeys(metric for row in results.values() for metric in row))
+    table = Table(title=title, caption="accuracy in %", title_justify="left")
+    table.add_column("features")
+    for metric in metrics:
+        table.add_column(title_of(metric), justify="right")
+    for row, values in results.items():
+        cells = [format_value(metric, values.get(metric)) for metric in metrics]
+        table.add_row(row, *cells)
+    Console().print(table)
+
+
+def format_value(metric: str, value: float | None) -> str:
+    """Percent with one decimal, a learning rate as it is."""
+    if value is None:
+        return ""
+    return f"{value:g}" if metric.endswith("_lr") else f"{value:.1f}"
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(path)

@@ -1,0 +1,1 @@
+"""Loss in, weights out."""

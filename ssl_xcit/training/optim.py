@@ -1,0 +1,38 @@
+"""Parameter groups and gradients (DINO, arXiv:2104.14294, appendix C)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_groups(*modules: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: with weight decay, and without (biases and whatever has
+    one dimension).
+
+    The second group carries `weight_decay: 0.0`; the first takes the optimizer's. XCA's temperature
+    (H, 1, 1) and the class token (1, 1, C) have more dimensions and are decayed, as published.
+    """
+    named = [
+        item for module in modules for item in module.named_parameters() if item[1].requires_grad
+    ]
+    plain = [p for name, p in named if name.endswith("bias") or p.ndim == 1]
+    decayed = [p for name, p in named if not (name.endswith("bias") or p.ndim == 1)]
+    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def clip_each_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradient of each tensor by itself to an L2 norm of at most `max_norm`.
+
+    Not the norm over all of them, which `torch.nn.utils.clip_grad_norm_` limits.
+
+    Returns:
+        The L2 norm over all gradients before clipping, for the log.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    scales = (max_norm / (norms + 1e-6)).clamp_max(1.0)
+    torch._foreach_mul_(gradients, list(scales.unbind()))
+    return norms.norm()

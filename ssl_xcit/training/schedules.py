@@ -1,0 +1,56 @@
+"""Schedules as pure functions of the optimizer step (DINO, arXiv:2104.14294, section 4.1). Nothing
+is remembered.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Linear from `warmup_start` to `start` over the warm-up, then half a cosine to `end` at the
+    last step.
+
+    Args:
+        start: value after the warm-up.
+        end: value that the cosine reaches at `total_steps`.
+        total_steps: steps of the whole run.
+        warmup_steps: steps of the linear part.
+        warmup_start: value at step 0 when there is a warm-up.
+    """
+
+    start: float
+    end: float
+    total_steps: int
+    warmup_steps: int = 0
+    warmup_start: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """Value at `step`, counted from 0; past the end it stays."""
+        if step < self.warmup_steps:
+            # as numpy.linspace(warmup_start, start, warmup_steps): the last step has `start`
+            share = step / max(1, self.warmup_steps - 1)
+            return self.warmup_start + share * (self.start - self.warmup_start)
+        length = self.total_steps - self.warmup_steps
+        share = min(1.0, (step - self.warmup_steps) / max(1, length))
+        return self.end + 0.5 * (self.start - self.end) * (1.0 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class LinearByEpoch:
+    """From `start` to `end` over `warmup_epochs` epochs in equal stairs, one an epoch, then
+    `end`.
+    """
+
+    start: float
+    end: float
+    warmup_epochs: float
+    steps_per_epoch: float
+
+    def __call__(self, step: int) -> float:
+        """Value at `step`; the last warm-up epoch already has `end`."""
+        epoch = math.floor(step / self.steps_per_epoch)
+        if epoch >= self.warmup_epochs:
+            return self.end
+        share = min(1.0, epoch / max(1.0, self.warmup_epochs - 1))
+        return self.start + share * (self.end - self.start)

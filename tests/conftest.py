@@ -1,0 +1,45 @@
+"""Shared by all tests: one thread, no network, the photographs cut once a session."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_xcit.data.photos import labelled_photos
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Whoever looks for the network finds none (local sockets stay)."""
+    connect = socket.socket.connect
+
+    def refuse(self, address):
+        if self.family == socket.AF_UNIX or (
+            isinstance(address, tuple) and address[0] in ("127.0.0.1", "localhost", "::1")
+        ):
+            return connect(self, address)
+        raise OSError(f"the tests are offline, and this asks for {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", _no_names)
+
+
+def _no_names(host, *args, **kwargs):
+    raise socket.gaierror(f"the tests are offline, and this asks for {host}")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """A cache folder of this session, as XDG_CACHE_HOME has it."""
+    home = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(home)
+    return home / "ssl_xcit"
+
+
+@pytest.fixture(scope="session")
+def photos_pair(cache):
+    return labelled_photos(cache)

@@ -1,0 +1,92 @@
+"""Features, baselines and the whole evaluation of a backbone."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from ssl_xcit.eval.baselines import histogram, random_weights
+from ssl_xcit.eval.features import extract, extract_pair
+from ssl_xcit.eval.knn import KNN
+from ssl_xcit.eval.run import evaluate
+
+from ssl_xcit.data.multicrop import normalise, resize_center_crop
+from ssl_xcit.data.sources import LabelledPair, Subset
+from ssl_xcit.models.xcit import XCiT
+
+
+@pytest.fixture
+def pair(photos_pair):
+    few = [
+        Subset(part, np.arange(0, len(part), 30)) for part in (photos_pair.train, photos_pair.test)
+    ]
+    return LabelledPair(*few, "a few photos", 64, 48)
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(1)
+    return XCiT(32, 1, 2, patch_size=8)
+
+
+def test_features_are_the_backbones_in_eval_mode(pair, backbone):
+    backbone.train()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    state = torch.get_rng_state()
+    features = extract(backbone, pair.test, 64, 48, batch_size=7, num_workers=0)
+    assert torch.equal(state, torch.get_rng_state())
+    assert backbone.training
+    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
+    pixels = [resize_center_crop(pair.test.read(i), 64, 48) for i in range(len(pair.test))]
+    images = normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        expected = backbone.eval()(images)
+    assert np.allclose(features, expected.numpy(), atol=1e-4)
+
+
+def test_random_weights_are_fresh_and_repeatable(pair, backbone):
+    one, two = (random_weights(backbone, pair, num_workers=0) for _ in range(2))
+    assert np.array_equal(one.train, two.train)
+    own = extract_pair(backbone, pair, num_workers=0)
+    assert not np.allclose(one.train, own.train)
+
+
+def test_histogram_counts_colours():
+    image = np.zeros((2, 2, 3), np.uint8)
+    image[0, 0] = (255, 255, 255)
+    image[0, 1] = (0, 0, 64)
+    cells = histogram(image, 8)
+    assert cells.sum() == pytest.approx(1.0)
+    assert cells[511] == cells[2] == 0.25
+    assert cells[0] == 0.5
+
+
+def test_evaluate_gives_a_row_each(pair, backbone):
+    results = evaluate(
+        backbone, pair, {"knn": KNN([5])}, {"random_weights": random_weights}, num_workers=0
+    )
+    assert list(results) == ["random weights", "pretrained"]
+    assert 0 <= results["pretrained"]["knn_k5"] <= 100
+
+
+def test_features_that_are_not_finite_are_named(pair, backbone):
+    with torch.no_grad():
+        backbone.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"not finite, such as .*png"):
+        extract(backbone, pair.test, 64, 48, num_workers=0)
+
+
+def test_labels_are_required_and_unknown_classes_named(pair, backbone, caplog):
+    train = Subset(pair.train, np.flatnonzero(pair.train.labels != 3))
+    with caplog.at_level(logging.WARNING):
+        evaluate(
+            backbone,
+            LabelledPair(train, pair.test, "p", 64, 48),
+            {"knn": KNN([1])},
+            {},
+            num_workers=0,
+        )
+    assert "1 classes without training images (cell)" in caplog.text
+    train.labels = None
+    with pytest.raises(ValueError, match="need labels"):
+        evaluate(backbone, LabelledPair(train, pair.test, "p", 64, 48), {}, {})

@@ -1,0 +1,151 @@
+"""XCiT against timm's, which is written independently."""
+
+import re
+
+import pytest
+import timm
+import torch
+
+from ssl_xcit import create_model
+from ssl_xcit.models.weights import from_timm_names
+from ssl_xcit.models.xcit import SIZES, XCiT
+
+PUBLISHED = [f"xcit_{size}_p{patch}" for size in SIZES for patch in (16, 8)]
+PARAMETERS = {"xcit_small_12_p16": 25_868_304, "xcit_medium_24_p16": 83_882_752}
+
+
+def randomise_(model: torch.nn.Module) -> None:
+    """Away from the initial values, where a missing bias, gain or statistic would not show."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gamma" in name:
+                parameter.uniform_(0.1, 0.5)
+            elif "temperature" in name:
+                parameter.uniform_(0.5, 3.0)
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.2)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2.0)
+
+
+def pair(name: str, seed: int = 0) -> tuple[XCiT, torch.nn.Module]:
+    torch.manual_seed(seed)
+    theirs = timm.create_model(f"{name}_224", num_classes=0)
+    randomise_(theirs)
+    ours = create_model(name)
+    ours.load_state_dict(from_timm_names(theirs.state_dict()), strict=True)
+    return ours, theirs
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_agrees_with_timm(name):
+    ours, theirs = pair(name)
+    size = 64 if name.endswith("p8") else 128
+    for train in (False, True):
+        ours.train(train), theirs.train(train)
+        x = torch.randn(2, 3, size, size)
+        x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y_ours, y_theirs = ours(x_ours), theirs(x_theirs)
+        direction = torch.randn_like(y_ours)
+        (y_ours * direction).sum().backward()
+        (y_theirs * direction).sum().backward()
+        assert relative(y_ours, y_theirs) < 1e-5
+        assert relative(x_ours.grad, x_theirs.grad) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(97, 97), (160, 320), (33, 71)])
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16", "xcit_tiny_12_p8"])
+def test_agrees_with_timm_at_odd_sizes(name, size):
+    ours, theirs = pair(name)
+    ours.eval(), theirs.eval()
+    x = torch.randn(2, 3, *size)
+    patch = ours.patch_size
+    with torch.no_grad():
+        features = ours.forward_features(x)
+        tokens = theirs.forward_features(x)
+    grid = (-(-size[0] // patch), -(-size[1] // patch))
+    assert features.patches.shape == (2, ours.embed_dim, *grid)
+    assert relative(features.cls, tokens[:, 0]) < 1e-5
+    assert relative(features.patches.flatten(2).mT, tokens[:, 1:]) < 1e-5
+    assert relative(ours(x), features.cls) < 1e-6
+
+
+def test_parameter_gradients_agree_with_timm():
+    ours, theirs = pair("xcit_nano_12_p8")
+    x = torch.randn(3, 3, 48, 64)
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    gradients = from_timm_names({name: p.grad for name, p in theirs.named_parameters()})
+    for name, parameter in ours.named_parameters():
+        assert relative(parameter.grad, gradients[name]) < 1e-4, name
+
+
+def test_attention_is_the_published_softmax():
+    """Recomputed from the input of the last class-attention layer, with the full N + 1 queries."""
+    ours, _ = pair("xcit_tiny_12_p16")
+    ours.eval()
+    seen = {}
+    layer = ours.cls_attn_blocks[-1]
+    layer.norm1.register_forward_hook(lambda module, args, out: seen.update(x=out.detach()))
+    x = torch.randn(2, 3, 64, 96)
+    maps = ours.attention(x)
+    C, heads = ours.embed_dim, layer.attn.num_heads
+    qkv = seen["x"] @ layer.attn.qkv.weight.T + layer.attn.qkv.bias
+    q, k, _ = qkv.split(C, dim=-1)
+    for head in range(heads):
+        d = slice(head * C // heads, (head + 1) * C // heads)
+        full = (q[..., d] @ k[..., d].mT / (C // heads) ** 0.5).softmax(-1)  # (B, N + 1, N + 1)
+        assert torch.allclose(maps[:, head].flatten(1), full[:, 0, 1:], atol=1e-6)
+    assert maps.shape == (2, heads, 4, 6)
+    assert (maps.sum((-2, -1)) < 1).all()
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_parameter_counts_are_the_published_ones(name, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in create_model(name).parameters()) == count
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_patch_4_of_each_size(size):
+    with torch.device("meta"):
+        model = create_model(f"xcit_{size}_p4", in_chans=5)
+        features = model.forward_features(torch.empty(2, 5, 32, 28))
+    assert features.cls.shape == (2, model.embed_dim)
+    assert features.patches.shape == (2, model.embed_dim, 8, 7)
+
+
+def test_drop_path_keeps_the_expectation_and_is_off_in_eval():
+    torch.manual_seed(0)
+    model = XCiT(32, 1, 2, patch_size=4, drop_path=0.5)
+    branch = model.blocks[0].drop_path
+    x = torch.ones(20_000, 1, 1)
+    kept = branch(x)
+    assert set(kept.unique().tolist()) == {0.0, 2.0}
+    assert abs(kept.mean().item() - 1) < 0.03
+    assert branch.eval()(x) is x
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: create_model("xcit_giant_12_p16"), "xcit_large_24"),
+        (lambda: create_model("xcit_small_12_p32"), "_p16"),
+        (lambda: XCiT(130, 2, 4), "multiple of 8"),
+        (lambda: XCiT(136, 2, 3, patch_size=8), "num_heads=3"),
+        (lambda: XCiT(128, 2, 4, patch_size=7), "4, 8 and 16"),
+        (lambda: XCiT(128, 2, 4, drop_path=1.0), "drop_path"),
+    ],
+)
+def test_bad_arguments_name_the_fix(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

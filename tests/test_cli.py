@@ -1,0 +1,303 @@
+"""The commands as a person types them, in this process; `small` keeps a run at seconds."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_xcit import cli, load_backbone
+from ssl_xcit.run_folder import run_name
+
+SMALL = [
+    "epochs=0.05",
+    "batch_size=8",
+    "num_workers=0",
+    "model.embed_dim=32",
+    "model.depth=1",
+    "model.num_heads=2",
+    "augment.global_size=32",
+    "augment.local_size=16",
+    "objective.num_prototypes=32",
+    "objective.head.hidden_dim=16",
+    "objective.head.bottleneck_dim=8",
+    "callbacks.metrics.every_steps=2",
+    "callbacks.online.every_steps=4",
+    "callbacks.online.max_images=100",
+    "callbacks.checkpoints.every_steps=3",
+    "evaluation.evaluators.linear.epochs=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch, cache):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*words):
+    """(exit code, nothing is raised)."""
+    try:
+        cli.main(words)
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def metrics(folder):
+    with (Path(folder) / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def images(folder, count, size=(48, 48)):
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(count)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{i}.png")
+
+
+def test_pretrain_then_eval(capsys):
+    assert run("pretrain", "name=run", *SMALL) == 0
+    out = capsys.readouterr().out
+    assert "next: ssl-xcit eval ckpt=runs/run" in out
+    assert "1,494 images" in out
+    folder = Path("runs/run")
+    assert {p.name for p in folder.iterdir()} == {
+        "checkpoints", "config.yaml", "metrics.csv", "run.json", "summary.json",
+    }  # fmt: skip
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
+        "step-000006.ckpt",
+        "step-000009.ckpt",
+    ]
+    rows = metrics(folder)
+    assert [r["step"] for r in rows if r["loss"]] == ["2", "4", "6", "8", "9"]
+    assert [r["step"] for r in rows if r["knn_k20"]] == ["4", "8"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["results"]) == ["random weights", "colour histogram", "pretrained"]
+    assert summary["results"]["pretrained"].keys() == {
+        "knn_k10", "knn_k20", "knn_k100", "knn_k200", "linear", "linear_lr",
+    }  # fmt: skip
+    with open(folder / "checkpoints/step-000009.ckpt", "rb") as file:
+        assert torch.serialization.get_unsafe_globals_in_checkpoint(file) == []
+
+    assert (
+        run("eval", "ckpt=runs/run", "num_workers=0", "evaluation.evaluators.linear.epochs=2") == 0
+    )
+    assert "built-in photos" in capsys.readouterr().out
+    results = json.loads((folder / "results.json").read_text())["results"]
+    assert results == summary["results"]  # the same numbers by either command
+
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert run("pretrain", "name=run", *SMALL) == 0  # finished: nothing is done again
+    assert "runs/run is finished" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert run("pretrain", "name=run", *SMALL, "optim.lr=1") == 2
+    assert re.search(r"optim\.lr=[\d.]+ \(now 1\)", capsys.readouterr().err)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not():
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert (
+            run("pretrain", f"name={name}", f"seed={seed}", "evaluation.baselines=null", *SMALL)
+            == 0
+        )
+    a, b, c = (
+        [[r[k] for k in ("step", "loss", "grad_norm", "knn_k20")] for r in metrics(f"runs/{n}")]
+        for n in "abc"
+    )
+    assert a == b
+    assert a != c
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(monkeypatch):
+    """Ctrl-C saves at the step's end and exits 130; the same command ends as if it had not."""
+    from ssl_xcit.training import module
+
+    assert run("pretrain", "name=whole", *SMALL) == 0
+    update, calls = module.ema_update_, []
+
+    def interrupting(*args):
+        calls.append(update(*args))
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module, "ema_update_", interrupting)
+    assert run("pretrain", "name=cut", *SMALL) == 130
+    assert not Path("runs/cut/summary.json").exists()
+    assert (Path("runs/cut/checkpoints") / "step-000005.ckpt").exists()
+    assert run("pretrain", "name=cut", *SMALL) == 0
+    assert len(calls) == 9
+    whole, cut = load_backbone("runs/whole").state_dict(), load_backbone("runs/cut").state_dict()
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert [r["step"] for r in metrics("runs/cut")] == [r["step"] for r in metrics("runs/whole")]
+    assert [r["loss"] for r in metrics("runs/cut")] == [r["loss"] for r in metrics("runs/whole")]
+
+
+def test_own_images_without_labels_and_smaller_than_the_crop(tmp_path, capsys):
+    images(tmp_path / "in/some/where", 9, size=(20, 30))
+    own = [o for o in SMALL if not o.startswith(("model", "epochs"))]
+    words = ["data=folder", "data.root=in", "model=xcit_micro_4_p8", "epochs=2", *own]
+    assert run("pretrain", "name=own", *words) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("are enlarged") == 1
+    assert captured.out.count("no labelled images") == 2
+    assert json.loads(Path("runs/own/summary.json").read_text())["results"] == {}
+    assert run("eval", "ckpt=runs/own") == 2
+    assert "eval_data.root=DIR" in capsys.readouterr().err
+
+
+def test_own_labelled_images(tmp_path, capsys):
+    for name in ("a", "b"):
+        images(tmp_path / "in" / name, 8)
+    own = [o for o in SMALL if not o.startswith(("model", "epochs"))]
+    words = ["data=folder", "data.root=in", "model=xcit_micro_4_p8", "epochs=1", *own]
+    words += ["eval_data.root=in", "eval_data.size=32", "eval_data.resize=32"]
+    assert run("pretrain", "name=own", *words) == 0
+    assert "in (2 class folders)" in capsys.readouterr().out
+    assert run("eval", "ckpt=runs/own", "num_workers=0") == 0
+    assert "in (2 class folders)" in capsys.readouterr().out
+
+
+def test_a_sweep_makes_a_folder_each():
+    assert run("pretrain", "-m", "seed=1,2", "evaluation.baselines=null", *SMALL) == 0
+    folders = [p for p in Path("runs").iterdir() if p.is_dir()]
+    assert len(folders) == 2
+    assert all((p / "summary.json").exists() for p in folders)
+
+
+def test_wandb_writes_offline():
+    assert run("pretrain", "name=w", "logger=wandb", *SMALL) == 0
+    assert list(Path("runs/w/wandb").glob("offline-run-*/*.wandb"))
+    recorded = b"".join(p.read_bytes() for p in Path("runs/w/wandb").rglob("*.wandb"))
+    assert b"knn_k20" in recorded
+    host = os.uname().nodename
+    for private in ([host] if len(host) > 5 else []) + [sys.executable, str(Path.cwd())]:
+        assert private.encode() not in recorded, private
+
+
+BAD = [
+    (["pretrain", "optim.lrr=1"], "optim.lrr: no such setting; did you mean optim.lr?"),
+    (["pretrain", "epoch=1"], "did you mean epochs?"),
+    (["pretrain", "augment.global_sizes=1"], "did you mean augment.global_size?"),
+    (["pretrain", "nonsense"], "nonsense"),
+    (["pretrain", "model=xcit_smal_12_p16"], "did you mean xcit_small_12_p16?"),
+    (["pretrain", "data=imagnet"], "did you mean imagenet?"),
+    (["pretrian"], "did you mean pretrain?"),
+    (["pretrain", "data=folder"], "data.root is needed"),
+    (["pretrain", "data=folder", "data.root=none"], "no such folder"),
+    (["pretrain", "data=folder", "data.root=empty"], "no images in it or below"),
+    (["pretrain", "data=folder", "data.root=broken", "batch_size=8"], "can be read"),
+    (["pretrain", "data=folder", "data.root=few"], "set batch_size=3 or less"),
+    (["pretrain", "data=cifar10"], "data.download=true"),
+    (["pretrain", "data=cifar10", "data.download=true"], "no network?"),
+    (["pretrain", "eval_data=folder", "eval_data.root=few"], "outside class folders"),
+    (["pretrain", "trainer.devices=99", "trainer.accelerator=cpu"], "set trainer.devices=1"),
+    (["pretrain", "trainer.precision=16-mixed"], "bf16-mixed"),
+    (["pretrain", "trainer.accelerator=abacus"], "abacus"),
+    (["pretrain", "epochs=0"], "epochs=0"),
+    (["pretrain", "batch_size=0"], "batch_size=0"),
+    (["pretrain", "model.patch_size=7"], "4, 8 and 16"),
+    (["pretrain", "objective.teacher_temp=0"], "above 0"),
+    (["pretrain", "augment.num_local=-1"], "num_local"),
+    (["eval"], "ckpt is needed"),
+    (["eval", "ckpt=none.ckpt"], "no such file"),
+    (["eval", "ckpt=empty"], "without checkpoints"),
+    (["eval", "ckpt=cut.pth", "eval_data=photos"], "truncated"),
+    (["eval", "ckpt=good.pth", "model=xcit_small_12_p8", "eval_data=photos"],
+     "xcit_nano_12_p16, not xcit_small_12_p8"),
+    (["eval", "ckpt=good.pth"], "add eval_data=photos"),
+    (["eval", "ckpt=good.pth", "eval_data=none"], "no labelled images"),
+    (["eval", "ckpt=good.pth", "eval_data=folder", "eval_data.root=few"], "outside class folders"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
+def test_bad_input_is_one_line_that_names_the_fix(tmp_path, capsys, words, message):
+    from ssl_xcit import create_model
+
+    (tmp_path / "empty").mkdir()
+    images(tmp_path / "few", 3)
+    (tmp_path / "broken").mkdir()
+    for i in range(40):
+        (tmp_path / f"broken/{i}.jpg").write_bytes(b"<html>not found</html>")
+    if words[0] == "eval":
+        torch.save(create_model("xcit_nano_12_p16").state_dict(), tmp_path / "good.pth")
+        (tmp_path / "cut.pth").write_bytes((tmp_path / "good.pth").read_bytes()[:1000])
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*words) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert message in lines[0]
+    assert "Traceback" not in captured.err
+    assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("ssl_xcit.pretrain.check_images", lambda *a: {}["a bug"])
+    assert run("pretrain") == 1
+    assert "KeyError: 'a bug'" in capsys.readouterr().err
+
+
+def test_help_is_quick_and_offline():
+    """`--help` of the installed command, with a proxy that nobody answers."""
+    program = Path(sys.executable).parent / "ssl-xcit"
+    environment = {
+        **os.environ,
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+    }
+    for words in (["--help"], ["pretrain", "--help"], ["eval", "--help"]):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [program, *words], env=environment, check=True, capture_output=True, text=True
+        )
+        assert time.perf_counter() - start < 3.0
+        assert "ssl-xcit" in done.stdout
+
+
+def test_tab_completion():
+    program = str(Path(sys.executable).parent / "ssl-xcit")
+
+    def complete(line):
+        environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+        done = subprocess.run(
+            [program, "-sc", "query=bash"],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout.split()
+
+    assert complete("ssl-xcit pre") == ["pretrain"]
+    assert "model=xcit_nano_12_p8" in complete("ssl-xcit pretrain model=xcit_nano")
+    assert "optim.lr=" in complete("ssl-xcit pretrain optim.l")
+    assert "which=" in complete("ssl-xcit eval whi")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "photos"),
+        (["name=x", "out=/tmp", "num_workers=3", "logger=wandb", "trainer.devices=2"], "photos"),
+        (["data=cifar10", "optim.lr=1e-3"], "cifar10_optim.lr-1e-3"),
+        (["seed=1"], "photos_seed-1"),
+    ],
+)
+def test_run_names_are_stable(overrides, name):
+    assert run_name(overrides) == name
+
+
+def test_run_names_tell_paths_apart():
+    one, other = run_name(["data.root=/a/b"]), run_name(["data.root=/a-b"])
+    assert one != other
+    assert "/" not in one

@@ -1,0 +1,59 @@
+"""Minutes long: the wheel away from the checkout, and the demo's numbers."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def command(words, **options):
+    return subprocess.run(words, check=True, text=True, capture_output=True, **options).stdout
+
+
+def test_the_wheel_runs_from_its_own_yaml(tmp_path):
+    """Built, installed into another folder beside the same dependencies, run somewhere else."""
+    source = tmp_path / "source"
+    leave = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=leave)
+    command([sys.executable, "-m", "build", "--wheel", "--no-isolation", source], cwd=tmp_path)
+    (wheel,) = source.glob("dist/*.whl")
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    command([*pip, "--target", site, wheel])
+    environment = {**os.environ, "PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    where = tmp_path / "elsewhere"
+    where.mkdir()
+    code = (
+        "import ssl_xcit, ssl_xcit.eval as e, ssl_xcit.conf as c; print(*e.__path__, *c.__path__)"
+    )
+    found = command([sys.executable, "-c", code], env=environment, cwd=where).split()
+    assert all(path.startswith(str(site)) for path in found)
+    words = ["pretrain", "epochs=0.05", "batch_size=8", "objective.num_prototypes=32", "name=wheel"]
+    out = command([site / "bin/ssl-xcit", *words], env=environment, cwd=where)
+    assert "pretrained" in out
+    assert (where / "runs/wheel/summary.json").is_file()
+
+
+def test_the_demo_learns(tmp_path):
+    """`make demo`'s command: 8 points above random weights, above the colour histogram, in time."""
+    start = time.perf_counter()
+    out = command([Path(sys.executable).parent / "ssl-xcit", "pretrain", "name=demo"], cwd=tmp_path)
+    seconds = time.perf_counter() - start
+    print(out)
+    summary = json.loads((tmp_path / "runs/demo/summary.json").read_text())
+    random, colour, ours = (
+        summary["results"][row] for row in ("random weights", "colour histogram", "pretrained")
+    )
+    assert ours["knn_k20"] >= random["knn_k20"] + 8
+    assert ours["knn_k20"] > colour["knn_k20"]
+    assert ours["knn_k10"] > colour["knn_k10"]
+    assert ours["linear"] > ours["knn_k20"]
+    assert seconds < 360

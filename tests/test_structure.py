@@ -1,0 +1,73 @@
+"""Who may import whom (docs/decisions.md), and what importing must not do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ALLOWED = {  # room -> rooms of ssl_xcit that it may know
+    "data": {"data"},
+    "models": {"models"},
+    "objectives": {"objectives"},
+    "training": {"training", "objectives", "models", "data"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_rooms_know_only_their_neighbours(room):
+    for file in files(f"ssl_xcit/{room}"):
+        for name in imports(file):
+            if name.startswith("ssl_xcit."):
+                assert name.split(".")[1] in ALLOWED[room], f"{file}: {name}"
+
+
+def test_the_package_never_imports_eval_conf_wandb_or_faiss():
+    for file in files("ssl_xcit"):
+        for name in imports(file):
+            top = name.split(".")
+            assert top[0] not in ("eval", "conf", "wandb", "faiss"), f"{file}: {name}"
+            assert top[:2] not in (["ssl_xcit", "eval"], ["ssl_xcit", "conf"]), f"{file}: {name}"
+
+
+def test_faiss_is_only_in_knn():
+    users = [f.name for f in files("eval") if "faiss" in imports(f)]
+    assert users == ["knn.py"]
+    assert not [f for f in files("eval") if "wandb" in imports(f)]
+
+
+def test_importing_the_package_and_asking_for_help_is_light():
+    code = (
+        "import sys, ssl_xcit, ssl_xcit.cli as c; c.main(['--help'])\n"
+        "try: c.main(['pretrain', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'lightning', 'faiss', 'wandb', 'torchvision', 'cv2'} & "
+        "set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_every_python_file_stays_one_thing():
+    long = {
+        f: n
+        for f in files("ssl_xcit") + files("eval")
+        if (n := len(f.read_text().splitlines())) > 400
+    }
+    assert not long

@@ -1,0 +1,182 @@
+"""The step on real images: it learns, the teacher is the EMA, nothing else moves it."""
+
+import math
+from copy import deepcopy
+
+import lightning
+import numpy as np
+import pytest
+import torch
+
+from ssl_xcit.data.module import MultiCropData
+from ssl_xcit.data.multicrop import TorchvisionMultiCrop
+from ssl_xcit.data.sources import Subset
+from ssl_xcit.models.head import DINOHead
+from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.training.module import DINO, Schedules, make_networks
+from ssl_xcit.training.optim import parameter_groups
+from ssl_xcit.training.schedules import Cosine
+
+K = 64
+
+
+def make(drop_path=0.0, lr=2e-3, freeze_steps=0, steps=40):
+    torch.manual_seed(0)
+    size = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 4}
+    head = DINOHead(32, K, hidden_dim=64, bottleneck_dim=32)
+    student, teacher = make_networks(XCiT(**size, drop_path=drop_path), head, XCiT(**size))
+    schedules = Schedules(
+        lr=Cosine(lr, 1e-6, steps, 5),
+        weight_decay=Cosine(0.04, 0.4, steps),
+        ema=lambda step: 0.9,
+        teacher_temp=lambda step: 0.04,
+    )
+    return DINO(student, teacher, K, schedules, torch.optim.AdamW, freeze_steps=freeze_steps)
+
+
+def fit(module, source, steps, folder, callbacks=(), **trainer):
+    data = MultiCropData(source, TorchvisionMultiCrop(16, 8, 2), 12, steps, seed=1, num_workers=0)
+    runner = lightning.Trainer(
+        accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, callbacks=list(callbacks), **trainer,
+    )  # fmt: skip
+    runner.fit(module, datamodule=data)
+    return runner
+
+
+def entropy(p):
+    return -(p * p.clamp_min(1e-12).log()).sum(-1)
+
+
+class Watch(lightning.Callback):
+    """Losses, and the teacher recomputed by the paper's rule beside the module's."""
+
+    def on_train_start(self, trainer, module):
+        self.losses = []
+        self.expected = deepcopy(module.teacher)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+        self.targets = outputs["targets"]
+        with torch.no_grad():
+            for mine, student in zip(
+                self.expected.parameters(), module.student.parameters(), strict=True
+            ):
+                mine.mul_(0.9).add_(0.1 * student)
+
+
+@pytest.fixture
+def handful(photos_pair):
+    return Subset(photos_pair.train, np.arange(0, len(photos_pair.train), 120))
+
+
+def test_it_learns_from_real_images(handful, tmp_path):
+    module, watch = make(), Watch()
+    fit(module, handful, 40, tmp_path, [watch])
+    assert np.mean(watch.losses[-5:]) < math.log(K) - 0.5
+    # neither uniform nor the same for every image: the prototypes tell the images apart
+    rows = watch.targets.flatten(0, 1)
+    assert entropy(rows.mean(0)) - entropy(rows).mean() > 0.5
+    for (name, teacher), expected in zip(
+        module.teacher.named_parameters(), watch.expected.parameters(), strict=True
+    ):
+        assert torch.allclose(teacher, expected, atol=1e-6), name
+        if name != "head.last_layer.weight_g":
+            assert not torch.equal(teacher, dict(module.student.named_parameters())[name])
+    assert not any(p.requires_grad for p in module.teacher.parameters())
+    own = dict(module.student.named_buffers())["backbone.blocks.0.local_mp.bn.running_mean"]
+    theirs = dict(module.teacher.named_buffers())["backbone.blocks.0.local_mp.bn.running_mean"]
+    assert not torch.equal(own, theirs)
+
+
+def test_one_step_equals_the_papers_loop(handful, tmp_path):
+    """The same step with plain modules: one pass a resolution, pairwise loss, clip by tensor,
+    AdamW, EMA, center.
+    """
+    module = make()
+    student, teacher = deepcopy(module.student), deepcopy(module.teacher)
+    seen = []
+
+    class Keep(lightning.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append([part.clone() for part in batch])
+
+    fit(module, handful, 2, tmp_path, [Keep()])
+
+    optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0)
+    center = torch.zeros(K)
+    for step, (large, small) in enumerate(seen):
+        for group, decayed in zip(optimizer.param_groups, (True, False), strict=True):
+            group["lr"] = module.schedules.lr(step)
+            group["weight_decay"] = module.schedules.weight_decay(step) if decayed else 0.0
+        out = [student.backbone(views.flatten(0, 1)) for views in (large, small)]
+        logits = student.head(torch.cat(out)).chunk(4)
+        with torch.no_grad():
+            targets = teacher.head(teacher.backbone(large.flatten(0, 1))).chunk(2)
+        loss, pairs = 0.0, 0
+        for g in range(2):
+            q = ((targets[g] - center) / 0.04).softmax(-1)
+            for v in range(4):
+                if v != g:
+                    loss = loss - (q * (logits[v] / 0.1).log_softmax(-1)).sum(-1).mean()
+                    pairs += 1
+        optimizer.zero_grad()
+        (loss / pairs).backward()
+        for parameter in student.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(min(1.0, 3.0 / (parameter.grad.norm().item() + 1e-6)))
+        optimizer.step()
+        center = 0.9 * center + 0.1 * torch.cat(targets).mean(0)
+        with torch.no_grad():
+            for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+                t.copy_(0.9 * t + 0.1 * s)
+
+    assert torch.allclose(module.center.center, center, atol=1e-5)
+    for ours, theirs in ((module.student, student), (module.teacher, teacher)):
+        for (name, a), b in zip(
+            ours.state_dict().items(), theirs.state_dict().values(), strict=True
+        ):
+            assert torch.allclose(a.float(), b.float(), atol=2e-4), name
+
+
+def test_prototypes_are_frozen_at_first(handful, tmp_path):
+    module = make(freeze_steps=3)
+    before = module.student.head.last_layer.weight_v.detach().clone()
+    fit(module, handful, 3, tmp_path)
+    assert torch.equal(module.student.head.last_layer.weight_v, before)
+    module = make(freeze_steps=2)
+    fit(module, handful, 3, tmp_path)
+    assert not torch.equal(module.student.head.last_layer.weight_v, before)
+
+
+def test_two_runs_are_equal_whatever_was_drawn_before(handful, tmp_path):
+    states = []
+    for noise in (0, 7):
+        module = make(drop_path=0.3)
+        torch.rand(noise)
+        fit(module, handful, 4, tmp_path)
+        states.append(module.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_hint(handful, tmp_path):
+    module = make()
+    with torch.no_grad():
+        module.student.backbone.norm.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"at step 0: lower optim\.lr"):
+        fit(module, handful, 1, tmp_path)
+
+
+def test_bfloat16(handful, tmp_path):
+    module, watch = make(), Watch()
+    fit(module, handful, 10, tmp_path, [watch], precision="bf16-mixed")
+    assert np.isfinite(watch.losses).all()
+    assert all(p.dtype == torch.float32 for p in module.parameters())
+
+
+def test_student_temperature_out_of_range():
+    student, teacher = make_networks(XCiT(32, 1, 2, 4), DINOHead(32, 4), XCiT(32, 1, 2, 4))
+    schedules = make().schedules
+    with pytest.raises(ValueError, match="student_temp=0"):
+        DINO(student, teacher, 4, schedules, torch.optim.AdamW, student_temp=0.0)
