@@ -34,7 +34,8 @@ def our_step(name: str, prototypes: int, views: list[Tensor]) -> Callable[[], fl
     )
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
-    center, optimizer = Center(prototypes), torch.optim.AdamW(parameter_groups(student), 1e-4)
+    center = Center(prototypes)
+    optimizer = torch.optim.AdamW(parameter_groups(student), 1e-4, fused=True)  # as conf has it
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=ARGS.precision == "bf16")
 
     def step() -> float:

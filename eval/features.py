@@ -1,5 +1,6 @@
 """Frozen features of labelled images: extracted once, then every evaluator works on the arrays."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -59,7 +60,8 @@ def extract(
         ValueError: a feature is not finite; names the image.
     """
     loader = plain_loader(source, resize, size, batch_size, num_workers)
-    batches = track(loader, title, transient=True) if title else loader
+    shown = title is not None and sys.stdout.isatty()
+    batches = track(loader, title or "", transient=True, disable=not shown)
     was_training = backbone.training
     backbone.eval()
     try:

@@ -225,7 +225,7 @@ def main(cfg: DictConfig) -> None:
         sys.exit(stop.exit_code)
     finally:
         for logger in trainer.loggers:
-            experiment = getattr(logger, "experiment", None)
+            experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "finish"):  # wandb's run ends here, not with the process
                 experiment.finish()
     seconds = time.perf_counter() - started

@@ -10,21 +10,21 @@ from rich.table import Table
 
 Results = dict[str, dict[str, float]]  # row (what was measured) -> metric -> value
 
-TITLES = {"linear": "linear probe", "linear_lr": "its lr"}
+TITLES = {"linear": "linear", "linear_lr": "its lr"}
 
 
 def title_of(metric: str) -> str:
-    """A column's heading: `knn_k20` is shown as `k-NN, k 20`."""
-    return TITLES.get(metric) or metric.replace("knn_k", "k-NN, k ")
+    """A column's heading: `knn_k20` is shown as `k-NN 20`."""
+    return TITLES.get(metric) or metric.replace("knn_k", "k-NN ")
 
 
 def print_table(results: Results, title: str) -> None:
     """Rows in the order given; accuracies in percent."""
     metrics = list(dict.fromkeys(metric for row in results.values() for metric in row))
-    table = Table(title=title, caption="accuracy in %", title_justify="left")
-    table.add_column("features")
+    table = Table(title=f"{title}, top-1 in %", title_justify="left")
+    table.add_column("features", no_wrap=True)
     for metric in metrics:
-        table.add_column(title_of(metric), justify="right")
+        table.add_column(title_of(metric), justify="right", no_wrap=True)
     for row, values in results.items():
         cells = [format_value(metric, values.get(metric)) for metric in metrics]
         table.add_row(row, *cells)

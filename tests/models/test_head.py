@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssl_xcit.models.head import DINOHead
+from ssl_xcit.models.head import DINOHead, NormalisedLinear
 
 
 def test_prototypes_are_weight_normalised():
@@ -18,6 +18,35 @@ def test_prototypes_are_weight_normalised():
     hidden = head.mlp(x)
     expected = reference(hidden / hidden.norm(dim=-1, keepdim=True))
     assert torch.allclose(head(x), expected, atol=1e-6)
+
+    direction = torch.randn_like(expected)
+    ours = torch.autograd.grad(
+        (head(x) * direction).sum(), [head.last_layer.weight_v, head.last_layer.weight_g]
+    )
+    weight = reference.parametrizations.weight
+    theirs = torch.autograd.grad((expected * direction).sum(), [weight.original1, weight.original0])
+    for a, b in zip(ours[:2], theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_normalised_linear_gradients():
+    torch.manual_seed(0)
+    inputs = [torch.randn(*shape, dtype=torch.float64) for shape in ((4, 3), (5, 3))]
+    gain = torch.rand(5, 1, dtype=torch.float64) + 0.5
+    inputs = [t.requires_grad_() for t in (*inputs, gain)]
+    assert torch.autograd.gradcheck(NormalisedLinear.apply, inputs)
+
+
+def test_bfloat16_logits_are_float32():
+    torch.manual_seed(0)
+    head, x = DINOHead(12, 20, 16, 8), torch.randn(4, 12)
+    exact = head(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = head(x)
+        rounded.square().sum().backward()
+    assert rounded.dtype == torch.float32
+    assert torch.allclose(rounded, exact, atol=0.02)
+    assert head.last_layer.weight_v.grad.dtype == torch.float32
 
 
 def test_gain_is_frozen_at_one_by_default():

@@ -20,7 +20,7 @@ from ssl_xcit.training.schedules import Cosine
 K = 64
 
 
-def make(drop_path=0.0, lr=2e-3, freeze_steps=0, steps=40):
+def make(drop_path=0.0, lr=2e-3, freeze_steps=0, steps=40, teacher_temp=0.04):
     torch.manual_seed(0)
     size = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 4}
     head = DINOHead(32, K, hidden_dim=64, bottleneck_dim=32)
@@ -29,7 +29,7 @@ def make(drop_path=0.0, lr=2e-3, freeze_steps=0, steps=40):
         lr=Cosine(lr, 1e-6, steps, 5),
         weight_decay=Cosine(0.04, 0.4, steps),
         ema=lambda step: 0.9,
-        teacher_temp=lambda step: 0.04,
+        teacher_temp=lambda step: teacher_temp,
     )
     return DINO(student, teacher, K, schedules, torch.optim.AdamW, freeze_steps=freeze_steps)
 
@@ -72,8 +72,8 @@ def handful(photos_pair):
 
 
 def test_it_learns_from_real_images(handful, tmp_path):
-    module, watch = make(), Watch()
-    fit(module, handful, 40, tmp_path, [watch])
+    module, watch = make(lr=1e-3, steps=150, teacher_temp=0.06), Watch()
+    fit(module, handful, 150, tmp_path, [watch])
     assert np.mean(watch.losses[-5:]) < math.log(K) - 0.5
     # neither uniform nor the same for every image: the prototypes tell the images apart
     rows = watch.targets.flatten(0, 1)
