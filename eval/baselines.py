@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 
-from ssl_xcit.data.module import read_or_neighbour
+from ssl_xcit.data.decode import BadImage
 from ssl_xcit.data.multicrop import resize_center_crop
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.models.xcit import XCiT
 
-from .features import FeatureSet, as_feature_set, extract_pair
+from .features import Features, FeatureSet, Rows, as_feature_set, extract_pair
 
 
 def random_weights(
@@ -42,15 +42,16 @@ def colour_histogram(
     used.
     """
 
-    def of(source: Source) -> Float32[np.ndarray, "N D"]:
-        return np.stack(
-            [
-                histogram(
-                    resize_center_crop(read_or_neighbour(source, i), pair.resize, pair.size), bins
-                )
-                for i in range(len(source))
-            ]
-        )
+    def of(source: Source) -> tuple[Features, Rows]:
+        found, rows = [], []
+        for i in range(len(source)):
+            try:
+                pixels = source.read(i)
+            except BadImage:
+                continue  # the backbone's features leave it out too, and say so
+            found.append(histogram(resize_center_crop(pixels, pair.resize, pair.size), bins))
+            rows.append(i)
+        return np.stack(found), np.array(rows, dtype=np.int64)
 
     return as_feature_set(of(pair.train), of(pair.test), pair)
 

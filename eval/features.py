@@ -14,8 +14,10 @@ from torch import nn
 from ssl_xcit.data.module import plain_loader
 from ssl_xcit.data.multicrop import normalise
 from ssl_xcit.data.sources import LabelledPair, Source
+from ssl_xcit.errors import UserError
 
-Features = Float32[np.ndarray, "N C"]
+Features = Float32[np.ndarray, "_ C"]
+Rows = Int64[np.ndarray, " _"]  # which images of a source the features are of
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ def extract(
     num_workers: int | None = None,
     device: torch.device | str = "cpu",
     title: str | None = None,
-) -> Features:
-    """The backbone's class token of every image of a source, in its order.
+) -> tuple[Features, Rows]:
+    """The backbone's class token of every readable image, in the source's order, and which.
 
     Images: short side to `resize`, central `size` x `size`, ImageNet's mean and std. The backbone
     is put in eval mode for the time being, and no random number is drawn.
@@ -57,28 +59,32 @@ def extract(
         title: shows a progress bar under this name.
 
     Raises:
-        ValueError: a feature is not finite; names the image.
+        UserError: a feature is not finite (names the image), or no image can be read.
     """
     loader = plain_loader(source, resize, size, batch_size, num_workers)
     shown = title is not None and sys.stdout.isatty()
     batches = track(loader, title or "", transient=True, disable=not shown)
     was_training = backbone.training
     backbone.eval()
+    parts, readable = [], []
     try:
-        parts = [
-            backbone(normalise(pixels.to(device, non_blocking=True))).float().cpu().numpy()
-            for pixels in batches
-        ]
+        for pixels, good in batches:
+            images = normalise(pixels.to(device, non_blocking=True))
+            parts.append(backbone(images).float().cpu().numpy())
+            readable.append(good.numpy())
     finally:
         backbone.train(was_training)
-    features = np.concatenate(parts)
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    rows = np.flatnonzero(np.concatenate(readable))
+    if not len(rows):
+        raise UserError(f"none of {len(source):,} images can be read, such as {source.name(0)}")
+    features = np.concatenate(parts)[rows]
+    bad = rows[~np.isfinite(features).all(axis=1)]
     if len(bad):
-        raise ValueError(
+        raise UserError(
             f"{len(bad):,} of {len(features):,} images have features that are not finite, such as "
             f"{source.name(int(bad[0]))}: the weights are damaged or the training diverged"
         )
-    return features
+    return features, rows
 
 
 def extract_pair(
@@ -91,7 +97,7 @@ def extract_pair(
 ) -> FeatureSet:
     """`extract` of both parts."""
 
-    def part(source: Source, what: str) -> Features:
+    def part(source: Source, what: str) -> tuple[Features, Rows]:
         shown = f"{title}: {what} features" if title else None
         return extract(
             backbone, source, pair.resize, pair.size, batch_size, num_workers, device, shown
@@ -101,9 +107,11 @@ def extract_pair(
 
 
 def as_feature_set(
-    train: Features, test: Float32[np.ndarray, "M C"], pair: LabelledPair
+    train: tuple[Features, Rows],
+    test: tuple[Features, Rows],
+    pair: LabelledPair,
 ) -> FeatureSet:
-    """Features of both parts with the labels of the pair."""
+    """Features of some rows of both parts, with those rows' labels."""
     assert pair.train.labels is not None
     assert pair.test.labels is not None
-    return FeatureSet(train, pair.train.labels, test, pair.test.labels)
+    return FeatureSet(train[0], pair.train.labels[train[1]], test[0], pair.test.labels[test[1]])

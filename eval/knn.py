@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 
+from ssl_xcit.errors import UserError
+
 from .features import FeatureSet
 
 Rows = Float32[np.ndarray, "N C"]
@@ -87,7 +89,7 @@ class KNN:
 
     def __init__(self, k: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07):
         if not k or min(k) < 1 or temperature <= 0.0:
-            raise ValueError(
+            raise UserError(
                 f"k={list(k)}, temperature={temperature}: k from 1, temperature above 0"
             )
         self.k = sorted(k)

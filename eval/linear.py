@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ssl_xcit.data.sources import stratified
+from ssl_xcit.errors import UserError
 
 from .features import FeatureSet
 
@@ -64,9 +65,12 @@ def accuracies(
     classes: Int64[Tensor, " N"],
 ) -> Float[Tensor, " L"]:
     """Percent of rows that each classifier gets right; a diverged one gets 0."""
-    logits = torch.einsum("nc,lkc->lnk", features, weight) + bias[:, None]
-    correct = (logits.argmax(-1) == classes) & logits.isfinite().all(-1)
-    return 100.0 * correct.float().mean(dim=1)
+    correct = torch.zeros(len(weight), device=features.device)
+    for rows in torch.arange(len(features), device=features.device).split(4096):
+        logits = torch.einsum("nc,lkc->lnk", features[rows], weight) + bias[:, None]
+        hits = (logits.argmax(-1) == classes[rows]) & logits.isfinite().all(-1)
+        correct += hits.sum(dim=1)
+    return 100.0 * correct / len(features)
 
 
 class LinearProbe:
@@ -90,7 +94,7 @@ class LinearProbe:
         seed: int = 0,
     ):
         if not lrs or min(lrs) <= 0.0 or epochs < 1 or not 0.0 < val_fraction < 1.0:
-            raise ValueError(
+            raise UserError(
                 f"lrs={list(lrs)}, epochs={epochs}, val_fraction={val_fraction}: rates "
                 "above 0, at least "
                 "one epoch, a share in (0, 1)"
@@ -105,7 +109,7 @@ class LinearProbe:
         """Choose on held-out training rows, train on all, test once."""
         names, ids = np.unique(features.train_labels, return_inverse=True)
         if len(names) < 2:
-            raise ValueError("the training images have one class only; a linear probe needs two")
+            raise UserError("the training images have one class only; a linear probe needs two")
         train, classes = torch.from_numpy(features.train), torch.from_numpy(ids)
         held = torch.from_numpy(stratified(ids, self.val_fraction, self.seed))
         options = (len(names), self.epochs, self.batch_size, self.seed)

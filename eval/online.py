@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ssl_xcit.data.sources import LabelledPair, Source, Subset
+from ssl_xcit.errors import UserError
 from ssl_xcit.training.module import DINO
 
 from .features import Evaluator, extract_pair
@@ -36,7 +37,7 @@ class OnlineEvaluation(lightning.Callback):
         batch_size: int = 64,
     ):
         if every_steps < 1 or max_images < 2:
-            raise ValueError(
+            raise UserError(
                 f"every_steps={every_steps}, max_images={max_images}: at least 1 and 2; to "
                 "do without "
                 "online evaluation: ~callbacks.online"
@@ -64,7 +65,11 @@ class OnlineEvaluation(lightning.Callback):
         if trainer.is_global_zero:
             assert isinstance(module, DINO)
             features = extract_pair(
-                module.teacher.backbone, self.pair, self.batch_size, device=module.device
+                module.teacher.backbone,
+                self.pair,
+                self.batch_size,
+                trainer.datamodule.num_workers,  # type: ignore[attr-defined]
+                module.device,
             )
             values = {k: v for e in self.evaluators.values() for k, v in e(features)}
             for logger in trainer.loggers:

@@ -1,7 +1,6 @@
 """The command `eval`: frozen features of a backbone, several evaluators, baselines beside them."""
 
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,15 +11,14 @@ from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from ssl_xcit.data.module import check_images
+from ssl_xcit.data.module import check_labelled
 from ssl_xcit.data.sources import LabelledPair
+from ssl_xcit.errors import UserError
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.table import Results, print_table, write_json
 
 from .features import Evaluator, FeatureSet, extract_pair
-
-log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -44,8 +42,16 @@ def evaluate(
         device: `auto` takes a GPU when there is one.
     """
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    backbone.to(where)
-    check_labels(pair)
+    if backbone.architecture["in_chans"] != 3:
+        raise UserError(
+            f"the backbone takes images of {backbone.architecture['in_chans']} channels, and these "
+            "have 3"
+        )
+    try:
+        backbone.to(where)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={device}: {reason}; try device=cpu") from error
     results: Results = {}
 
     def measure(row: str, features: FeatureSet) -> None:
@@ -62,37 +68,22 @@ def evaluate(
     return results
 
 
-def check_labels(pair: LabelledPair) -> None:
-    """Say what the labels cannot support.
-
-    Raises:
-        ValueError: labels are missing.
-    """
-    if pair.train.labels is None or pair.test.labels is None:
-        raise ValueError(
-            f"{pair.name}: k-NN and linear probe need labels; use images in class folders"
-        )
-    unknown = set(pair.test.labels.tolist()) - set(pair.train.labels.tolist())
-    if unknown:
-        names = [pair.test.class_names[i] for i in sorted(unknown)[:5]]
-        count = sum(int((pair.test.labels == label).sum()) for label in unknown)
-        log.warning(
-            "%d test images belong to %d classes without training images (%s): they count as wrong",
-            count, len(unknown), ", ".join(names),
-        )  # fmt: skip
-
-
 def main(cfg: DictConfig) -> None:
     """`ssl-xcit eval`: prints a table and writes `results.json`."""
-    path = checkpoint_path(cfg.ckpt)
+    if cfg.which not in ("teacher", "student"):
+        raise UserError(f"which={cfg.which}: teacher or student")
+    if cfg.batch_size < 1 or (cfg.num_workers or 0) < 0:
+        raise UserError(
+            f"batch_size={cfg.batch_size}, num_workers={cfg.num_workers}: at least 1 and 0"
+        )
+    path = checkpoint_path(str(cfg.ckpt))
     backbone = load_backbone(path, cfg.which, expected(cfg))
     pair = instantiate(cfg.eval_data) if cfg.get("eval_data") else None
     if pair is None:
-        raise ValueError(
+        raise UserError(
             "there are no labelled images: name some with eval_data=folder eval_data.root=DIR"
         )
-    for source in (pair.train, pair.test):
-        check_images(source, pair.size)
+    check_labelled(pair)
     model = model_name(backbone.architecture)
     print(
         f"{path}: {model}, {cfg.which}; {pair.name}: {len(pair.train):,} train, "
@@ -139,11 +130,11 @@ def data_of_run(ckpt: str) -> LabelledPair | None:
     instantiated by itself.
 
     Raises:
-        ValueError: the weights do not lie in a run folder.
+        UserError: the weights do not lie in a run folder.
     """
     file = default_out(checkpoint_path(ckpt)).with_name("run.json")
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"ckpt={ckpt} is no run folder, so its evaluation data is unknown: add "
             "eval_data=photos, or "
             "eval_data=folder eval_data.root=DIR"

@@ -17,13 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from ssl_xcit.errors import UserError
+
 CONF = "ssl_xcit.conf"
+FLAGS = (
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+)  # that a rank started by Lightning needs too
 
 
 def commands() -> dict[str, str]:
@@ -69,11 +78,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     debugging = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
+    program = sys.argv
+    flags = [
+        word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+        if word.startswith(FLAGS) or before in FLAGS
+    ]
+
     def run(cfg: DictConfig) -> None:
+        # Lightning starts the other ranks by running this again, of a sweep only this trial
+        sys.argv = [program[0], command, *flags, *HydraConfig.get().overrides.task]
+        os.environ["HYDRA_FULL_ERROR"] = "1" if debugging else "0"
         try:
             missing = missing_keys(OmegaConf.to_container(cfg, resolve=False))
             if missing:
-                raise ValueError(f"{missing[0]} is needed: add {missing[0]}=...")
+                raise UserError(f"{missing[0]} is needed: add {missing[0]}=...")
             function = get_method(cfg.main)
             set_up_logging()  # after the imports, which set up their own
             function(cfg)
@@ -81,9 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if debugging:
                 raise
             report(command, error)
+        os.environ["HYDRA_FULL_ERROR"] = "1"
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as they are, not printed by Hydra
-    program, sys.argv = sys.argv, [Path(sys.argv[0]).name, *arguments]
+    sys.argv = [Path(program[0]).name, *arguments]
     try:
         hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name=command)(run)()
     except Exception as error:
@@ -93,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         sys.argv = program
         if not debugging:
-            del os.environ["HYDRA_FULL_ERROR"]
+            os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 def missing_keys(node: Any, prefix: str = "") -> list[str]:
@@ -122,24 +142,12 @@ def report(command: str, error: Exception) -> None:
         cause = cause.__cause__
     if isinstance(cause, HydraException | OmegaConfBaseException):
         fail(explain(command, str(cause)))
-    if isinstance(cause, ValueError | FileNotFoundError) and raised_by_us(cause):
+    if isinstance(cause, UserError):
         fail(str(cause))
+    if isinstance(cause, FloatingPointError):
+        fail(str(cause), exit_code=1)
     traceback.print_exception(cause)
     raise SystemExit(1)
-
-
-def raised_by_us(error: BaseException) -> bool:
-    """Whether the innermost frame is this package's: then the message was written for the user."""
-    frames = traceback.extract_tb(error.__traceback__)
-    homes = tuple(str(Path(folder).resolve()) for folder in package_folders())
-    return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(homes)
-
-
-def package_folders() -> list[str]:
-    """Where this package and its evaluation part lie."""
-    import ssl_xcit
-
-    return [str(Path(ssl_xcit.__file__).parent), *(f"{path}/eval" for path in ssl_xcit.__path__)]
 
 
 def explain(command: str, message: str) -> str:
@@ -188,12 +196,12 @@ def nearest(word: str, words: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def fail(message: str) -> None:
-    """One line, exit 2."""
+def fail(message: str, exit_code: int = 2) -> None:
+    """One line, then exit."""
     Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
         f"ssl-xcit: {message}"
     )
-    raise SystemExit(2)
+    raise SystemExit(exit_code)
 
 
 def completed_command() -> str | None:

@@ -3,12 +3,12 @@ numbers.
 """
 
 import json
-import math
+import logging
 import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from ssl_xcit.data.module import MultiCropData, check_images
+from ssl_xcit.data.module import MultiCropData, check_images, check_labelled
 from ssl_xcit.data.sources import LabelledPair, Source
-from ssl_xcit.models.weights import load_backbone, model_name, newest_checkpoint
+from ssl_xcit.errors import UserError
+from ssl_xcit.models.weights import checkpoints_of, load_backbone, model_name, read_checkpoint
+from ssl_xcit.plan import Plan, check_numbers, make_plan
 from ssl_xcit.run_folder import (
     check_same_run,
     last_row,
@@ -31,88 +33,28 @@ from ssl_xcit.run_folder import (
 )
 from ssl_xcit.table import print_table, write_json
 from ssl_xcit.training.checkpoint import SaveCheckpoints
-from ssl_xcit.training.metrics import CSVMetrics
+from ssl_xcit.training.metrics import CSVMetrics, LogMetrics
 from ssl_xcit.training.module import DINO, Schedules, make_networks
 from ssl_xcit.training.preemption import StopOnSignal, Stopped
 from ssl_xcit.training.schedules import Cosine, LinearByEpoch
 
+log = logging.getLogger(__name__)
 NO_LABELS = "no labelled images, so no k-NN: name some with eval_data=folder eval_data.root=DIR"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What follows from the configuration, the number of images and the number of devices."""
-
-    num_images: int
-    steps_per_epoch: float
-    total_steps: int
-    per_device_batch: int
-    lr: float  # peak, for this batch
-    warmup_steps: int
-    freeze_steps: int
-    teacher_temp_epochs: float
-    num_prototypes: int
-    ema: float
-    teacher_temp_start: float
-    teacher_temp: float
-
-
-def make_plan(cfg: DictConfig, num_images: int, world_size: int) -> Plan:
-    """Steps, and the settings that the number of images decides.
-
-    Raises:
-        ValueError: a batch larger than the data, or that the devices do not divide; no epochs.
-    """
-    batch_size, epochs = cfg.batch_size, cfg.epochs
-    if batch_size > num_images:
-        raise ValueError(
-            f"batch_size={batch_size} is larger than the data ({num_images} images): "
-            f"set batch_size={num_images} or less"
-        )
-    if batch_size < 1 or batch_size % world_size:
-        raise ValueError(
-            f"batch_size={batch_size} does not divide among {world_size} devices: "
-            f"set batch_size={max(1, batch_size // world_size) * world_size}"
-        )
-    if epochs <= 0:
-        raise ValueError(f"epochs={epochs}: above 0 (a fraction of a pass will do)")
-    objective, optim = cfg.objective, cfg.optim
-    row = [row for row in objective.by_images if row["from"] <= num_images][-1]
-    chosen = {
-        key: row[key] if objective[key] is None else objective[key]
-        for key in ("num_prototypes", "ema", "teacher_temp_start", "teacher_temp")
-    }
-    if min(chosen["teacher_temp_start"], chosen["teacher_temp"]) <= 0:
-        raise ValueError(
-            "objective.teacher_temp and teacher_temp_start are above 0; the paper has 0.04"
-        )
-    steps_per_epoch = num_images / batch_size
-    total_steps = max(1, math.floor(epochs * steps_per_epoch))
-
-    def steps(wanted_epochs: float, max_share: float) -> int:
-        return round(min(wanted_epochs * steps_per_epoch, max_share * total_steps))
-
-    return Plan(
-        num_images=num_images,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        per_device_batch=batch_size // world_size,
-        lr=optim.lr * batch_size / 256,
-        warmup_steps=steps(optim.warmup_epochs, optim.max_warmup),
-        freeze_steps=steps(objective.freeze_epochs, objective.max_warmup),
-        teacher_temp_epochs=min(objective.teacher_temp_epochs, objective.max_warmup * epochs),
-        **chosen,
-    )
 
 
 def make_module(cfg: DictConfig, plan: Plan) -> DINO:
     """Student, teacher, schedules; fresh weights by `seed`."""
     torch.manual_seed(cfg.seed)
     backbone = instantiate(cfg.model)
+    if backbone.architecture["in_chans"] != 3:
+        raise UserError(
+            f"model.in_chans={backbone.architecture['in_chans']}: images are read as RGB, so "
+            "model.in_chans=3"
+        )
     head = instantiate(cfg.objective.head)(backbone.embed_dim, plan.num_prototypes)
     student, teacher = make_networks(backbone, head, instantiate(cfg.model, drop_path=0.0))
     optim = cfg.optim
-    return DINO(
+    module = DINO(
         student,
         teacher,
         plan.num_prototypes,
@@ -136,31 +78,61 @@ def make_module(cfg: DictConfig, plan: Plan) -> DINO:
         freeze_steps=plan.freeze_steps,
         seed=cfg.seed,
     )
+    try:
+        module.configure_optimizers()
+    except (TypeError, ValueError) as error:  # torch's own words on its arguments
+        raise UserError(f"optim.optimizer: {error}") from error
+    return module
+
+
+def newest_readable(run_dir: Path) -> Path | None:
+    """The checkpoint to go on from; a damaged one is put aside as `.corrupt` for the one before.
+
+    Raises:
+        UserError: there are checkpoints, and none can be read.
+    """
+    found = checkpoints_of(run_dir)
+    for path in reversed(found):
+        try:
+            read_checkpoint(path)
+        except UserError as error:
+            log.warning("%s; put aside", error)
+            path.rename(path.with_suffix(".corrupt"))
+        else:
+            return path
+    if found:
+        raise UserError(f"no checkpoint of {run_dir} can be read: remove the folder to start again")
+    return None
 
 
 def make_trainer(cfg: DictConfig, run_dir: Path) -> lightning.Trainer:
     """Lightning's Trainer with our callbacks and loggers.
 
     Raises:
-        ValueError: more devices than there are, or a precision that the step is not written for.
+        UserError: more devices than there are, or a precision that the step is not written for.
     """
     trainer = cfg.trainer
-    if str(trainer.precision) not in ("32-true", "32", "bf16-mixed", "64-true"):
-        raise ValueError(
+    for key in ("gradient_clip_val", "accumulate_grad_batches"):
+        if trainer.get(key):
+            raise UserError(f"trainer.{key}: the step clips by itself, see objective.clip_norm")
+    if str(trainer.precision) not in ("32-true", "32", "bf16-mixed"):
+        raise UserError(
             f"trainer.precision={trainer.precision}: 32-true or bf16-mixed (float16 would "
             "need a loss scale)"
         )
     on_cpu = trainer.accelerator == "cpu" or not torch.cuda.is_available()
     cores = os.cpu_count() or 1
     if on_cpu and isinstance(trainer.devices, int) and trainer.devices > cores:
-        raise ValueError(
+        raise UserError(
             f"trainer.devices={trainer.devices}: this machine has {cores} CPU cores and no GPU; "
             "set trainer.devices=1"
         )
     callbacks = [c for c in instantiate(cfg.callbacks).values() if c is not None]
     checkpoints = next((c for c in callbacks if isinstance(c, SaveCheckpoints)), None)
-    if checkpoints is None:
-        raise ValueError("callbacks.checkpoints is missing: a run must save its weights")
+    if checkpoints is None or not any(isinstance(c, LogMetrics) for c in callbacks):
+        raise UserError(
+            "callbacks.checkpoints and callbacks.metrics are what a run is for: keep them"
+        )
     loggers = [instantiate(one, save_dir=str(run_dir)) for one in (cfg.logger or {}).values()]
     try:
         return instantiate(
@@ -171,6 +143,7 @@ def make_trainer(cfg: DictConfig, run_dir: Path) -> lightning.Trainer:
             max_epochs=-1,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
+            sync_batchnorm=not on_cpu,  # torch has it for GPUs; without several it does nothing
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -178,13 +151,16 @@ def make_trainer(cfg: DictConfig, run_dir: Path) -> lightning.Trainer:
     except Exception as error:  # Hydra wraps what the Trainer raises
         cause = error.__cause__ or error
         if isinstance(cause, MisconfigurationException | ValueError):
-            raise ValueError(f"trainer: {str(cause).strip().splitlines()[0]}") from error
+            raise UserError(f"trainer: {str(cause).strip().splitlines()[0]}") from error
         raise
 
 
 def main(cfg: DictConfig) -> None:
     """`ssl-xcit pretrain`: whatever can be wrong is found before the run folder is made."""
-    run_dir = Path(cfg.out) / (cfg.name or run_name(HydraConfig.get().overrides.task))
+    check_numbers(cfg)
+    hydra = HydraConfig.get()
+    name = cfg.name or run_name(hydra.runtime.choices["data"], hydra.overrides.task)
+    run_dir = Path(str(cfg.out)) / str(name)
     check_same_run(cfg, run_dir)
     if (run_dir / "summary.json").is_file():
         print(
@@ -199,7 +175,10 @@ def main(cfg: DictConfig) -> None:
     trainer = make_trainer(cfg, run_dir)
     plan = make_plan(cfg, len(source), trainer.world_size)
     check_images(source, augment.global_size)
+    if pair is not None:
+        check_labelled(pair)
     module = make_module(cfg, plan)
+    resume = newest_readable(run_dir)
     data = MultiCropData(
         source,
         augment,
@@ -214,8 +193,7 @@ def main(cfg: DictConfig) -> None:
         announce(cfg, plan, module, pair, run_dir)
 
     trainer.fit_loop.epoch_loop.max_steps = plan.total_steps
-    resume = newest_checkpoint(run_dir)
-    if resume is not None:
+    if resume is not None and trainer.is_global_zero:
         print(f"going on from {resume}")
     started = time.perf_counter()
     try:
@@ -229,9 +207,14 @@ def main(cfg: DictConfig) -> None:
             if hasattr(experiment, "finish"):  # wandb's run ends here, not with the process
                 experiment.finish()
     seconds = time.perf_counter() - started
+
+    def measure() -> Mapping[str, Any]:
+        device, workers = str(module.device), cfg.num_workers
+        return evaluate(load_backbone(run_dir), pair, num_workers=workers, device=device)
+
     if trainer.is_global_zero:
         summary = {
-            "results": evaluate(load_backbone(run_dir), pair) if pair else {},
+            "results": measure() if pair else {},
             "data": pair.name if pair else None,
             "model": model_name(module.student.backbone.architecture),
             "last": last_row(run_dir),

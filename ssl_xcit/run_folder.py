@@ -16,6 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_xcit import __version__
+from ssl_xcit.errors import UserError
+from ssl_xcit.models.weights import checkpoints_of
 from ssl_xcit.table import write_json
 
 # What may differ between the parts of one run: where things are and how they are shown
@@ -28,11 +30,11 @@ def check_same_run(cfg: DictConfig, run_dir: Path) -> None:
     """A run folder goes on with the settings it was made with.
 
     Raises:
-        ValueError: others; lists them.
+        UserError: others; lists them.
     """
     path = run_dir / "config.yaml"
-    if not path.is_file():
-        return
+    if not path.is_file() or not (checkpoints_of(run_dir) or (run_dir / "summary.json").exists()):
+        return  # nothing to go on with
     before, now = settings(OmegaConf.load(path)), settings(cfg)
     differs = [
         f"{key}={before.get(key)} (now {now.get(key)})"
@@ -41,10 +43,9 @@ def check_same_run(cfg: DictConfig, run_dir: Path) -> None:
     ]
     if differs:
         more = f" and {len(differs) - 4} more" if len(differs) > 4 else ""
-        raise ValueError(
-            f"{run_dir} was made with {', '.join(differs[:4])}{more}: take another "
-            "name=..., or remove "
-            "the folder"
+        raise UserError(
+            f"{run_dir} was made with {', '.join(differs[:4])}{more}: take another name=..., or "
+            "remove the folder"
         )
 
 
@@ -70,8 +71,6 @@ def settings(cfg: Any) -> dict[str, Any]:
 def write_settings(cfg: DictConfig, plan: Mapping[str, Any], run_dir: Path) -> None:
     """`config.yaml` (resolved) and `run.json` (overrides, choices, derived numbers)."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    if (run_dir / "config.yaml").exists():
-        return
     hydra = HydraConfig.get()
     run = {
         "overrides": list(hydra.overrides.task),
@@ -83,13 +82,12 @@ def write_settings(cfg: DictConfig, plan: Mapping[str, Any], run_dir: Path) -> N
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
 
 
-def run_name(overrides: Sequence[str]) -> str:
+def run_name(data: str, overrides: Sequence[str]) -> str:
     """A folder name that the same overrides always give: `photos_optim.lr-0.001_seed-1`."""
     kept = [o for o in overrides if o.split("=")[0].lstrip("+~") not in FREE_KEYS]
     kept = [
         o for o in kept if not o.lstrip("+~").startswith((*FREE_KEYS_DOTTED, *FREE_TRAINER_KEYS))
     ]
-    data = next((o.removeprefix("data=") for o in kept if o.startswith("data=")), "photos")
     rest = [o for o in kept if not o.startswith("data=")]
     name = "_".join([data, *(re.sub(r"[^\w.+-]+", "-", o) for o in rest)])
     if len(name) > 80 or any(

@@ -36,6 +36,7 @@ SMALL = [
     "callbacks.checkpoints.every_steps=3",
     "evaluation.evaluators.linear.epochs=2",
 ]
+NO_ONLINE = [o for o in SMALL if not o.startswith("callbacks.online")]
 
 
 @pytest.fixture(autouse=True)
@@ -109,12 +110,17 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not():
             run("pretrain", f"name={name}", f"seed={seed}", "evaluation.baselines=null", *SMALL)
             == 0
         )
+    assert (
+        run("pretrain", "name=d", "~callbacks.online", "evaluation.baselines=null", *NO_ONLINE) == 0
+    )
     a, b, c = (
         [[r[k] for k in ("step", "loss", "grad_norm", "knn_k20")] for r in metrics(f"runs/{n}")]
         for n in "abc"
     )
     assert a == b
     assert a != c
+    alone = [[r["step"], r["loss"], r["grad_norm"]] for r in metrics("runs/d")]
+    assert alone == [row[:3] for row in a if row[1]]  # online evaluation changes nothing
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(monkeypatch):
@@ -139,6 +145,53 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(monkeypatch):
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
     assert [r["step"] for r in metrics("runs/cut")] == [r["step"] for r in metrics("runs/whole")]
     assert [r["loss"] for r in metrics("runs/cut")] == [r["loss"] for r in metrics("runs/whole")]
+
+
+def test_a_damaged_checkpoint_is_put_aside(capsys):
+    assert run("pretrain", "name=run", "evaluation.baselines=null", *SMALL) == 0
+    folder = Path("runs/run")
+    before = load_backbone(folder).state_dict()
+    (folder / "summary.json").unlink()  # as if the end had not been reached
+    newest, older = folder / "checkpoints/step-000009.ckpt", folder / "checkpoints/step-000006.ckpt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    assert run("pretrain", "name=run", "evaluation.baselines=null", *SMALL) == 0
+    assert "step-000009.ckpt (5,000 bytes) cannot be read" in capsys.readouterr().err
+    assert newest.with_suffix(".corrupt").exists()
+    after = load_backbone(folder).state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+    (folder / "summary.json").unlink()
+    for path in (newest, older):
+        path.write_bytes(b"")
+    assert run("pretrain", "name=run", "evaluation.baselines=null", *SMALL) == 2
+
+
+def test_two_ranks_stop_together_and_go_on(tmp_path):
+    """SIGTERM to one rank of two: both save the same step, 75; the same command finishes."""
+    program = Path(sys.executable).parent / "ssl-xcit"
+    few = [o for o in NO_ONLINE if not o.startswith("epochs")]
+    words = ["pretrain", "name=two", "trainer=cpu", "trainer.devices=2", "epochs=0.3", *few]
+    words += ["evaluation.baselines=null", "~callbacks.online"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [program, *words], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    metrics_file = Path("runs/two/metrics.csv")
+    deadline = time.monotonic() + 120
+    while not metrics_file.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert "stopped by SIGTERM" in process.stdout.read()
+    saved = list(Path("runs/two/checkpoints").glob("step-*.ckpt"))
+    assert saved
+    done = subprocess.run([program, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout
+    rows = metrics("runs/two")
+    assert [int(r["step"]) for r in rows] == [*range(2, 57, 2)]
 
 
 def test_own_images_without_labels_and_smaller_than_the_crop(tmp_path, capsys):
@@ -202,12 +255,34 @@ BAD = [
     (["pretrain", "trainer.devices=99", "trainer.accelerator=cpu"], "set trainer.devices=1"),
     (["pretrain", "trainer.precision=16-mixed"], "bf16-mixed"),
     (["pretrain", "trainer.accelerator=abacus"], "abacus"),
+    *([] if torch.cuda.is_available() else [(["pretrain", "trainer=ddp"], "trainer: ")]),
     (["pretrain", "epochs=0"], "epochs=0"),
     (["pretrain", "batch_size=0"], "batch_size=0"),
     (["pretrain", "model.patch_size=7"], "4, 8 and 16"),
     (["pretrain", "objective.teacher_temp=0"], "above 0"),
     (["pretrain", "augment.num_local=-1"], "num_local"),
+    (["pretrain", "seed=-1"], "seed=-1"),
+    (["pretrain", "epochs=abc"], "epochs=abc"),
+    (["pretrain", "optim.lr=-1"], "optim.lr=-1"),
+    (["pretrain", "batch_size=4.5"], "batch_size=4.5"),
+    (["pretrain", "num_workers=-1"], "num_workers=-1"),
+    (["pretrain", "optim.min_lr=null"], "optim.min_lr=None"),
+    (["pretrain", "objective.clip_norm=0"], "objective.clip_norm=0"),
+    (["pretrain", "optim.optimizer.betas=[2,3]"], "optim.optimizer"),
+    (["pretrain", "model.in_chans=1"], "model.in_chans=3"),
+    (["pretrain", "+trainer.gradient_clip_val=1"], "objective.clip_norm"),
+    (["pretrain", "objective.by_images=[]"], "from: 0"),
+    (["pretrain", "augment.blur_prob=[1.0]"], "3 numbers"),
+    (["pretrain", "~callbacks.metrics"], "callbacks.metrics"),
+    (["pretrain", "eval_data=folder", "eval_data.root=broken_labels"], "can be read"),
+    (["pretrain", "eval_data=folder", "eval_data.root=singles"], "no test images are left"),
     (["eval"], "ckpt is needed"),
+    (["eval", "ckpt=good.pth", "which=techer", "eval_data=photos"], "teacher or student"),
+    (["eval", "ckpt=good.pth", "batch_size=0", "eval_data=photos"], "batch_size=0"),
+    (["eval", "ckpt=5", "eval_data=photos"], "no such file"),
+    *([] if torch.cuda.is_available() else [
+        (["eval", "ckpt=good.pth", "device=cuda", "eval_data=photos"], "device=cuda"),
+    ]),
     (["eval", "ckpt=none.ckpt"], "no such file"),
     (["eval", "ckpt=empty"], "without checkpoints"),
     (["eval", "ckpt=cut.pth", "eval_data=photos"], "truncated"),
@@ -228,6 +303,11 @@ def test_bad_input_is_one_line_that_names_the_fix(tmp_path, capsys, words, messa
     (tmp_path / "broken").mkdir()
     for i in range(40):
         (tmp_path / f"broken/{i}.jpg").write_bytes(b"<html>not found</html>")
+    for name in ("a", "b"):
+        images(tmp_path / "singles" / name, 1)
+        images(tmp_path / "broken_labels" / name, 3)
+        for file in (tmp_path / "broken_labels" / name).iterdir():
+            file.write_bytes(b"")
     if words[0] == "eval":
         torch.save(create_model("xcit_nano_12_p16").state_dict(), tmp_path / "good.pth")
         (tmp_path / "cut.pth").write_bytes((tmp_path / "good.pth").read_bytes()[:1000])
@@ -256,11 +336,14 @@ def test_help_is_quick_and_offline():
         "https_proxy": "http://127.0.0.1:9",
     }
     for words in (["--help"], ["pretrain", "--help"], ["eval", "--help"]):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [program, *words], env=environment, check=True, capture_output=True, text=True
-        )
-        assert time.perf_counter() - start < 3.0
+        seconds = []
+        for _ in range(3):  # the machine may be busy with something else
+            start = time.perf_counter()
+            done = subprocess.run(
+                [program, *words], env=environment, check=True, capture_output=True, text=True
+            )
+            seconds.append(time.perf_counter() - start)
+        assert min(seconds) < 3.0
         assert "ssl-xcit" in done.stdout
 
 
@@ -294,10 +377,11 @@ def test_tab_completion():
     ],
 )
 def test_run_names_are_stable(overrides, name):
-    assert run_name(overrides) == name
+    data = next((o[5:] for o in overrides if o.startswith("data=")), "photos")
+    assert run_name(data, overrides) == name
 
 
 def test_run_names_tell_paths_apart():
-    one, other = run_name(["data.root=/a/b"]), run_name(["data.root=/a-b"])
+    one, other = (run_name("folder", [f"data.root={path}"]) for path in ("/a/b", "/a-b"))
     assert one != other
     assert "/" not in one

@@ -16,6 +16,7 @@ from ssl_xcit.data.decode import BadImage, Pixels
 from ssl_xcit.data.multicrop import Crops, MultiCrop, resize_center_crop, to_views
 from ssl_xcit.data.order import Positions, crop_seed, image_at
 from ssl_xcit.data.sources import LabelledPair, Source
+from ssl_xcit.errors import UserError
 
 log = logging.getLogger(__name__)
 MAX_REPLACEMENTS = 16  # neighbours tried in place of a bad image
@@ -60,8 +61,11 @@ class CropDataset(Dataset[Crops]):
         return Crops(torch.from_numpy(large), torch.from_numpy(small), index)
 
 
-class PlainDataset(Dataset[UInt8[Tensor, "3 size size"]]):
-    """Resized and centre-cropped images, uint8."""
+class PlainDataset(Dataset[tuple[UInt8[Tensor, "3 size size"], bool]]):
+    """Resized and centre-cropped images, uint8, and whether the image could be read.
+
+    No neighbour stands in for a bad one here: it would come under a label that is not its own.
+    """
 
     def __init__(self, source: Source, resize: int, size: int):
         self.source = source
@@ -71,9 +75,14 @@ class PlainDataset(Dataset[UInt8[Tensor, "3 size size"]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> UInt8[Tensor, "3 size size"]:
-        pixels = resize_center_crop(read_or_neighbour(self.source, index), self.resize, self.size)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "3 size size"], bool]:
+        try:
+            image = self.source.read(index)
+        except BadImage as error:
+            log.warning("bad image left out: %s (%s)", self.source.name(index), error)
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
+        pixels = resize_center_crop(image, self.resize, self.size)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), True
 
 
 def ignore_interrupt(worker_id: int) -> None:
@@ -86,7 +95,7 @@ def ignore_interrupt(worker_id: int) -> None:
 def plain_loader(
     source: Source, resize: int, size: int, batch_size: int, num_workers: int | None
 ) -> DataLoader:
-    """Batches (B, 3, size, size) of uint8 in the source's order, the last one smaller."""
+    """Batches of (B, 3, size, size) uint8 and (B,) whether readable, in the source's order."""
     workers = default_workers() if num_workers is None else num_workers
     return DataLoader(
         PlainDataset(source, resize, size),
@@ -167,13 +176,42 @@ class MultiCropData(lightning.LightningDataModule):
         self.start_step = int(state_dict["step"])
 
 
+def check_labelled(pair: LabelledPair) -> None:
+    """Look at labelled images before anything starts.
+
+    Raises:
+        UserError: labels are missing, a part is empty or unreadable, or there is one class only.
+    """
+    for part, source in (("training", pair.train), ("test", pair.test)):
+        if source.labels is None:
+            raise UserError(f"{pair.name}: no labels; put the images in one folder a class")
+        if not len(source):
+            raise UserError(
+                f"{pair.name}: no {part} images are left: two of a class are needed to hold one "
+                "out, or name others with eval_data.test_root=DIR"
+            )
+    assert pair.train.labels is not None
+    assert pair.test.labels is not None
+    if len(np.unique(pair.train.labels)) < 2:
+        raise UserError(f"{pair.name}: one class only; k-NN and linear probe need two")
+    for source in (pair.train, pair.test):
+        check_images(source, pair.size)
+    unknown = np.setdiff1d(pair.test.labels, pair.train.labels)
+    if len(unknown):
+        log.warning(
+            "%d test images belong to %d classes without training images (%s): they count as wrong",
+            np.isin(pair.test.labels, unknown).sum(), len(unknown),
+            ", ".join(pair.test.class_names[i] for i in unknown[:5]),
+        )  # fmt: skip
+
+
 def check_images(source: Source, size: int, probes: int = 16) -> None:
     """Read a few images before anything starts.
 
     Says once when images are smaller than a crop of `size` pixels, and so are enlarged.
 
     Raises:
-        ValueError: none of them can be read.
+        UserError: none of them can be read.
     """
     places = np.unique(np.linspace(0, len(source) - 1, probes).astype(int))
     errors, small = [], []
@@ -186,7 +224,7 @@ def check_images(source: Source, size: int, probes: int = 16) -> None:
         if min(height, width) < size:
             small.append(f"{source.name(int(index))} is {width} x {height}")
     if len(errors) == len(places):
-        raise ValueError(
+        raise UserError(
             f"none of {len(places)} images tried can be read, starting with {errors[0]}: "
             "are these image files?"
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from ssl_xcit.data.decode import Pixels
+from ssl_xcit.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of values in 0..1
 
@@ -110,9 +111,18 @@ class TorchvisionMultiCrop:
     ):
         for name, scale in (("global_scale", global_scale), ("local_scale", local_scale)):
             if not 0.0 < scale[0] <= scale[1] <= 1.0:
-                raise ValueError(f"{name}={list(scale)}: two shares with 0 < low <= high <= 1")
+                raise UserError(f"{name}={list(scale)}: two shares with 0 < low <= high <= 1")
+        lengths = {
+            "jitter": (jitter, 4),
+            "blur_prob": (blur_prob, 3),
+            "blur_radius": (blur_radius, 2),
+        }
+        lengths["solarise_prob"] = (solarise_prob, 3)
+        for name, (values, count) in lengths.items():
+            if len(values) != count:
+                raise UserError(f"{name}={list(values)}: {count} numbers")
         if min(global_size, local_size) < 1 or num_local < 0:
-            raise ValueError(
+            raise UserError(
                 f"global_size={global_size}, local_size={local_size}, num_local={num_local}: "
                 "sizes start at 1 pixel, num_local at 0"
             )

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ssl_xcit.data.decode import Pixels, read_image
 from ssl_xcit.data.sources import Files, LabelledPair, class_folders, folder
+from ssl_xcit.errors import MissingPath
 
 SKIMAGE = [
     "astronaut.png",
@@ -38,6 +39,7 @@ SKIMAGE = [
 ]
 SKLEARN = ["china.jpg", "flower.jpg"]
 SIZE, BLOCK, STRIDE = 64, 128, 32
+FOLDER = f"photos-{SIZE}-{BLOCK}-{STRIDE}"
 MAX_BLOCKS = 16  # of one photograph, evenly spaced: the largest would make up a third of the set
 
 
@@ -54,7 +56,7 @@ def photographs() -> Iterator[tuple[str, Path]]:
     ):
         spec = find_spec(package)
         if spec is None or spec.origin is None:
-            raise FileNotFoundError(
+            raise MissingPath(
                 f"data=photos needs {package}'s images: pip install scikit-image scikit-learn"
             )
         for name in files:
@@ -78,11 +80,12 @@ def windows(image: Pixels) -> Iterator[tuple[bool, int, int, Pixels]]:
 
 
 def cut_photos(cache: str | Path | None = None) -> Path:
-    """PNG files in `CACHE/photos-64/{train,test}/PHOTOGRAPH/`, cut once; the folder appears whole
-    or not at all.
+    """PNG files in `CACHE/photos-64-128-32/{train,test}/PHOTOGRAPH/`, cut once.
+
+    The folder appears whole or not at all.
     """
     cache = default_cache() if cache is None else Path(cache).expanduser()
-    target = cache / "photos-64"
+    target = cache / FOLDER
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)
@@ -93,6 +96,7 @@ def cut_photos(cache: str | Path | None = None) -> Path:
                 out = work / ("test" if test else "train") / name / f"{top:04d}_{left:04d}.png"
                 out.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(out)
+        work.chmod(0o755)  # mkdtemp's are for one user
         try:
             work.rename(target)
         except OSError:  # another process was first

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from ssl_xcit.data.decode import BadImage, Pixels, read_image, to_rgb
+from ssl_xcit.errors import MissingPath, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 Labels = Int64[np.ndarray, " N"]
@@ -138,21 +139,26 @@ def image_files(root: str | Path) -> list[str]:
     """Every image file below a folder, sorted by path; hidden files and folders are left out.
 
     Raises:
-        FileNotFoundError: no such folder, or no image in it.
+        MissingPath: no such folder, or no image in it.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"root={root}: no such folder")
-    found, others = [], 0
+        raise MissingPath(f"root={root}: no such folder")
+    found, others, seen = [], 0, set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back, or a second way in
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in files:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
                 found.append(os.path.join(folder, name))
             else:
                 others += 1
     if not found:
-        raise FileNotFoundError(
+        raise MissingPath(
             f"root={root}: no images in it or below ({others:,} other files); "
             f"looked for {' '.join(EXTENSIONS)}"
         )
@@ -163,12 +169,12 @@ def folder(root: str | Sequence[str]) -> Files:
     """All images below one folder or several; sub-folders mean nothing, so any tree will do.
 
     Raises:
-        FileNotFoundError: a folder that is missing or has no image.
+        MissingPath: a folder that is missing or has no image.
     """
-    roots = [root] if isinstance(root, str | Path) else list(root)
+    roots = [root] if isinstance(root, str | Path | int) else list(root)
     if not roots:
-        raise FileNotFoundError("root=[]: name at least one folder of images")
-    return Files([path for each in roots for path in image_files(each)])
+        raise MissingPath("root=[]: name at least one folder of images")
+    return Files([path for each in roots for path in image_files(str(each))])
 
 
 def class_folders(root: str | Path, class_names: Sequence[str] | None = None) -> Files:
@@ -180,8 +186,8 @@ def class_folders(root: str | Path, class_names: Sequence[str] | None = None) ->
             after.
 
     Raises:
-        FileNotFoundError: `root` is missing or has no images.
-        ValueError: labels are asked for where there are none: images lie in `root` itself, or it
+        MissingPath: `root` is missing or has no images.
+        UserError: labels are asked for where there are none: images lie in `root` itself, or it
             has one folder only.
     """
     root = Path(root).expanduser()
@@ -189,7 +195,7 @@ def class_folders(root: str | Path, class_names: Sequence[str] | None = None) ->
     folders = [Path(path).relative_to(root).parts[0] for path in paths]
     loose = [path for path, name in zip(paths, folders, strict=True) if Path(path).parent == root]
     if loose:
-        raise ValueError(
+        raise UserError(
             f"root={root}: no labels: {len(loose):,} images lie in it, outside class "
             "folders (such as "
             f"{Path(loose[0]).name}); one folder a class is needed, or evaluate without: "
@@ -198,7 +204,7 @@ def class_folders(root: str | Path, class_names: Sequence[str] | None = None) ->
     known = list(class_names or [])
     known += sorted(set(folders) - set(known))
     if len(known) < 2:
-        raise ValueError(
+        raise UserError(
             f"root={root}: one class only ({known[0]}); name the folder that holds the "
             "class folders"
         )
@@ -211,7 +217,7 @@ def stratified(labels: Labels, fraction: float, seed: int) -> Bool[np.ndarray, "
     all.
     """
     if not 0.0 < fraction < 1.0:
-        raise ValueError(f"fraction={fraction}: a share in (0, 1)")
+        raise UserError(f"fraction={fraction}: a share in (0, 1)")
     generator = np.random.Generator(np.random.Philox(seed))
     chosen = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
@@ -240,7 +246,7 @@ def labelled_folders(
     """
     if root is None:
         if test_root is not None:
-            raise ValueError("eval_data.test_root is given without eval_data.root; give both")
+            raise UserError("eval_data.test_root is given without eval_data.root; give both")
         return None
     train: Source = class_folders(root)
     test: Source
@@ -264,7 +270,7 @@ def torchvision_set(name: str, root: str, split: str, download: bool) -> Decoded
         download: fetch what is missing.
 
     Raises:
-        FileNotFoundError: the files are not there, or cannot be fetched; says what to do.
+        MissingPath: the files are not there, or cannot be fetched; says what to do.
     """
     from torchvision import datasets  # the other sources do without
 
@@ -276,7 +282,7 @@ def torchvision_set(name: str, root: str, split: str, download: bool) -> Decoded
     elif name == "ImageNet":
         options = {"split": "val" if split == "test" else split}
     else:
-        raise ValueError(f"name={name}: one of CIFAR10, CIFAR100, STL10, ImageNet")
+        raise UserError(f"name={name}: one of CIFAR10, CIFAR100, STL10, ImageNet")
     home = Path(root).expanduser().absolute()
     made = [path for path in (home, *home.parents) if not path.exists()]
     try:
@@ -291,7 +297,7 @@ def torchvision_set(name: str, root: str, split: str, download: bool) -> Decoded
             fix = f"no network? Put torchvision's archive into {root}, or use data=photos"
         else:
             fix = f"fetch it with data.download=true eval_data.download=true, or put it into {root}"
-        raise FileNotFoundError(f"{name} is not in {root} ({reason}): {fix}") from error
+        raise MissingPath(f"{name} is not in {root} ({reason}): {fix}") from error
     labels = getattr(dataset, "labels", None) if name == "STL10" else dataset.targets
     known = None if split == "unlabeled" else np.asarray(labels, dtype=np.int64)
     names = [n if isinstance(n, str) else n[0] for n in dataset.classes]

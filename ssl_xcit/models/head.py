@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import linear, normalize
 
+from ssl_xcit.errors import UserError
 from ssl_xcit.models.layers import init_linear_
 
 
@@ -56,12 +57,11 @@ class Prototypes(nn.Module):
 
     def __init__(self, in_dim: int, num_prototypes: int, trainable_gain: bool):
         super().__init__()
-        self.weight_v = nn.Parameter(
-            nn.init.trunc_normal_(_empty(num_prototypes, in_dim), std=0.02)
-        )
-        self.weight_g = nn.Parameter(
-            _empty(num_prototypes, 1).fill_(1.0), requires_grad=trainable_gain
-        )
+        # torch's initial values of a linear layer, as published: 0.02 is for the layers before
+        like_linear = nn.Linear(in_dim, num_prototypes, bias=False).weight
+        self.weight_v = nn.Parameter(like_linear.detach())
+        gain = torch.ones(num_prototypes, 1)
+        self.weight_g = nn.Parameter(gain, requires_grad=trainable_gain)
 
     def forward(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any K"]:
         """Logits, K prototypes."""
@@ -90,9 +90,7 @@ class DINOHead(nn.Module):
     ):
         super().__init__()
         if num_prototypes < 2:
-            raise ValueError(
-                f"num_prototypes={num_prototypes}: at least 2, or the loss is always 0"
-            )
+            raise UserError(f"num_prototypes={num_prototypes}: at least 2, or the loss is always 0")
         self.mlp = nn.Sequential(
             nn.Linear(in_dim, hidden_dim),
             nn.GELU(),
@@ -106,7 +104,3 @@ class DINOHead(nn.Module):
     def forward(self, x: Float[Tensor, "*any C"]) -> Float[Tensor, "*any K"]:
         """Logits before centering and temperature."""
         return self.last_layer(normalize(self.mlp(x), dim=-1))
-
-
-def _empty(rows: int, columns: int) -> Tensor:
-    return nn.Linear(columns, rows, bias=False).weight.detach()

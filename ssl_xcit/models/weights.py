@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.models.xcit import SIZES, XCiT
 
 StateDict = dict[str, Tensor]
@@ -32,8 +33,8 @@ def load_backbone(
         expect: an `XCiT.architecture` that the file must hold (keys missing here are free).
 
     Raises:
-        FileNotFoundError: no such file, or a run folder without a checkpoint.
-        ValueError: unreadable, not an XCiT, or another architecture than expected (names both).
+        MissingPath: no such file, or a run folder without a checkpoint.
+        UserError: unreadable, not an XCiT, or another architecture than expected (names both).
     """
     path = checkpoint_path(path)
     content = read_checkpoint(path)
@@ -42,10 +43,11 @@ def load_backbone(
     architecture = recorded if isinstance(recorded, dict) else architecture_of(state, path)
     differs = {k: v for k, v in (expect or {}).items() if architecture.get(k) != v}
     if differs:
-        raise ValueError(
+        keys = ", ".join(f"{k} {architecture.get(k)}, not {v}" for k, v in differs.items())
+        raise UserError(
             f"{path} holds {model_name(architecture)}, not "
-            f"{model_name({**architecture, **differs})}: "
-            "drop model=... to take what the file holds"
+            f"{model_name({**architecture, **differs})} ({keys}): drop model=... to take what the "
+            "file holds"
         )
     model = XCiT(**architecture)
     load_strictly(model, state, path)
@@ -58,23 +60,18 @@ def checkpoint_path(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"ckpt={path}: no such file or run folder")
-    newest = newest_checkpoint(path)
-    if newest is None:
-        raise FileNotFoundError(
-            f"ckpt={path}: a folder without checkpoints/step-*.ckpt; name a file"
-        )
-    return newest
+        raise MissingPath(f"ckpt={path}: no such file or run folder")
+    found = checkpoints_of(path)
+    if not found:
+        raise MissingPath(f"ckpt={path}: a folder without checkpoints/step-*.ckpt; name a file")
+    return found[-1]
 
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """`RUN/checkpoints/step-000100.ckpt` with the highest step, or None."""
-    files = {
-        int(match[1]): path
-        for path in (run_dir / "checkpoints").glob("step-*.ckpt")
-        if (match := re.fullmatch(r"step-(\d+)\.ckpt", path.name))
-    }
-    return files[max(files)] if files else None
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """`RUN/checkpoints/step-000100.ckpt` and the like, by step, the newest last."""
+    files = (run_dir / "checkpoints").glob("step-*.ckpt")
+    numbered = [(int(m[1]), f) for f in files if (m := re.fullmatch(r"step-(\d+)\.ckpt", f.name))]
+    return [file for _, file in sorted(numbered)]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -89,12 +86,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             if not zipfile.is_zipfile(path)
             else str(error).splitlines()[0]
         )
-        raise ValueError(
+        raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read: {reason}; copy or "
             "download it again"
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content
 
 
@@ -116,13 +113,13 @@ def backbone_state(content: Mapping[str, Any], which: Which, path: Path) -> Stat
             # beside the backbone a training file holds the projection head, which is no part of it
             outside = [k for k in tensors if not k.startswith((prefix, "head."))]
             if outside and prefix != f"{which}.backbone.":
-                raise ValueError(
+                raise UserError(
                     f"{path}: unknown entries beside {prefix}*: {', '.join(outside[:5])}"
                 )
             tensors = inside
     if not any(key.endswith("attn.temperature") for key in tensors):
         found = ", ".join(list(tensors)[:3]) or "no tensors"
-        raise ValueError(f"{path} is not an XCiT checkpoint: it holds {found} ...")
+        raise UserError(f"{path} is not an XCiT checkpoint: it holds {found} ...")
     if any(key.startswith("pos_embed.") for key in tensors):
         tensors = from_timm_names(tensors)
     return tensors
@@ -134,19 +131,22 @@ def architecture_of(state: StateDict, path: Path) -> dict[str, Any]:
         convolutions = [k for k in state if re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", k)]
         embed_dim = state["cls_token"].shape[-1]
         depth = 1 + max(int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.", k)))
+        num_heads = state["blocks.0.attn.temperature"].shape[0]
+        # what shapes do not tell is known of the published sizes; else XCiT's defaults
+        known = {size[:3]: size[3:] for size in SIZES.values()}
+        layer_scale, tokens_norm = known.get((embed_dim, depth, num_heads), (1.0, True))
         return {
             "embed_dim": embed_dim,
             "depth": depth,
-            "num_heads": state["blocks.0.attn.temperature"].shape[0],
+            "num_heads": num_heads,
             "patch_size": 2 ** len(convolutions),
-            "layer_scale": 1.0,  # of no consequence: the gains are in the file
-            "tokens_norm": embed_dim
-            != SIZES["nano_12"][0],  # the published sizes differ in this by width
+            "layer_scale": layer_scale,
+            "tokens_norm": tokens_norm,
             "in_chans": state["patch_embed.proj.0.0.weight"].shape[1],
             "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
         }
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole XCiT checkpoint: {error} is missing") from error
+        raise UserError(f"{path} is not a whole XCiT checkpoint: {error} is missing") from error
 
 
 def model_name(architecture: Mapping[str, Any]) -> str:
@@ -173,7 +173,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{path} does not fit the network: {'; '.join(problems[:5])}{more}")
+        raise UserError(f"{path} does not fit the network: {'; '.join(problems[:5])}{more}")
     model.load_state_dict(dict(state))
 
 

@@ -8,6 +8,9 @@ values instead of N x d.
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.linalg import vector_norm
+
+from ssl_xcit.errors import UserError
 
 EPS = 1e-12  # the smallest norm divided by, as in torch.nn.functional.normalize
 
@@ -21,8 +24,8 @@ def channel_attention(
     channels j of k.
     """
     gram = q @ k.mT  # (B, H, d, d)
-    q_norm = q.square().sum(-1).sqrt().clamp_min(EPS).unsqueeze(-1)  # (B, H, d, 1)
-    k_norm = k.square().sum(-1).sqrt().clamp_min(EPS).unsqueeze(-2)  # (B, H, 1, d)
+    q_norm = vector_norm(q, dim=-1).clamp_min(EPS).unsqueeze(-1)  # (B, H, d, 1)
+    k_norm = vector_norm(k, dim=-1).clamp_min(EPS).unsqueeze(-2)  # (B, H, 1, d)
     return (gram / (q_norm * k_norm) * temperature).softmax(dim=-1)
 
 
@@ -38,7 +41,7 @@ class CrossCovarianceAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"dim={dim} does not divide into num_heads={num_heads} heads")
+            raise UserError(f"dim={dim} does not divide into num_heads={num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))

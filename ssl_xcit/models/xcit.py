@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ssl_xcit.errors import UserError
 from ssl_xcit.models.class_attention import ClassAttentionBlock
 from ssl_xcit.models.layers import LAYER_NORM_EPS, MLP, DropPath, init_linear_
 from ssl_xcit.models.xca import CrossCovarianceAttention
@@ -163,7 +164,7 @@ class XCiT(nn.Module):
             `forward` does not apply it.
 
     Raises:
-        ValueError: for a patch size without a stem, or a width that heads or stem do not divide.
+        UserError: for a patch size without a stem, or a width that heads or stem do not divide.
     """
 
     def __init__(
@@ -180,19 +181,19 @@ class XCiT(nn.Module):
     ):
         super().__init__()
         if patch_size not in STEM_WIDTHS:
-            raise ValueError(
+            raise UserError(
                 f"patch_size={patch_size}: XCiT has stems for 4, 8 and 16; try "
                 "model=xcit_small_12_p8"
             )
         if embed_dim % STEM_WIDTHS[patch_size][0]:
-            raise ValueError(
+            raise UserError(
                 f"embed_dim={embed_dim}: the stem of patch {patch_size} starts at embed_dim / "
                 f"{STEM_WIDTHS[patch_size][0]}; choose a multiple of {STEM_WIDTHS[patch_size][0]}"
             )
         if not 0.0 <= drop_path < 1.0:
-            raise ValueError(f"drop_path={drop_path}: a rate in [0, 1)")
+            raise UserError(f"drop_path={drop_path}: a rate in [0, 1)")
         if in_chans < 1 or depth < 1:
-            raise ValueError(f"in_chans={in_chans}, depth={depth}: both start at 1")
+            raise UserError(f"in_chans={in_chans}, depth={depth}: both start at 1")
         self.embed_dim = embed_dim
         self.patch_size = patch_size
         self.architecture: dict[
@@ -280,11 +281,11 @@ def create_model(
         num_classes: size of the classifier that supervised checkpoints carry.
 
     Raises:
-        ValueError: for an unknown name, with the nearest known one.
+        UserError: for an unknown name, with the nearest known one.
     """
     match = re.fullmatch(r"xcit_([a-z]+_\d+)_p(\d+)", name)
     if match is None or match[1] not in SIZES or int(match[2]) not in STEM_WIDTHS:
-        raise ValueError(
+        raise UserError(
             f"no model {name!r}; sizes: {', '.join(f'xcit_{size}' for size in SIZES)}, "
             "each with _p4, _p8 or _p16"
         )

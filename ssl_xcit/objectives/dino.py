@@ -7,6 +7,8 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ssl_xcit.errors import UserError
+
 
 def dino_loss(
     student: Float[Tensor, "V B K"], teacher: Float[Tensor, "G B K"], student_temp: float
@@ -27,12 +29,14 @@ def dino_loss(
     """
     V, B, _ = student.shape
     G = teacher.shape[0]
-    logits = student.float() / student_temp
-    lse = logits.logsumexp(dim=-1)  # (V, B)
-    every = teacher.sum(dim=0)  # (B, K), the targets of a local view
-    total = G * lse.sum() - torch.einsum("vbk,bk->", logits[G:], every)
-    total = total - lse[:G].sum() - torch.einsum("gbk,gbk->", logits[:G], every - teacher)
-    return total / (G * (V - 1) * B)
+    with torch.autocast(student.device.type, enabled=False):  # a difference of large sums
+        logits, teacher = student.float() / student_temp, teacher.float()
+        lse = logits.logsumexp(dim=-1)  # (V, B)
+        every = teacher.sum(dim=0)  # (B, K), the targets of a local view
+        total = G * lse.sum() - torch.einsum("vbk,bk->", logits[G:], every)
+        total = total - lse[:G].sum()
+        total = total - torch.einsum("gbk,gbk->", logits[:G], every - teacher)
+        return total / (G * (V - 1) * B)
 
 
 class Center(nn.Module):
@@ -52,7 +56,7 @@ class Center(nn.Module):
     def __init__(self, num_prototypes: int, momentum: float = 0.9):
         super().__init__()
         if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"center_momentum={momentum}: a number in [0, 1); the paper has 0.9")
+            raise UserError(f"center_momentum={momentum}: a number in [0, 1); the paper has 0.9")
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(num_prototypes))
 

@@ -2,10 +2,12 @@
 file.
 """
 
-import re
 from pathlib import Path
 
 import lightning
+
+from ssl_xcit.errors import UserError
+from ssl_xcit.models.weights import checkpoints_of
 
 
 class SaveCheckpoints(lightning.Callback):
@@ -19,9 +21,10 @@ class SaveCheckpoints(lightning.Callback):
 
     def __init__(self, every_steps: int = 100, keep_last: int = 2):
         if every_steps < 1 or keep_last < 1:
-            raise ValueError(f"every_steps={every_steps}, keep_last={keep_last}: both start at 1")
+            raise UserError(f"every_steps={every_steps}, keep_last={keep_last}: both start at 1")
         self.every_steps = every_steps
         self.keep_last = keep_last
+        self.saved_step = -1
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
         """Save on the grid."""
@@ -32,24 +35,20 @@ class SaveCheckpoints(lightning.Callback):
         """Save what the run ends with."""
         self.save(trainer)
 
-    def save(self, trainer: lightning.Trainer) -> Path:
-        """Write this step's checkpoint, unless it is there, and drop the oldest beyond
-        `keep_last`.
+    def save(self, trainer: lightning.Trainer) -> None:
+        """Write this step's checkpoint, unless it is written, and drop the oldest ones.
+
+        All ranks call it at the same step.
         """
-        folder = Path(trainer.default_root_dir) / "checkpoints"
-        path = folder / f"step-{trainer.global_step:06d}.ckpt"
-        if path.exists():
-            return path
-        part = folder / f".{path.name}.part"
+        if self.saved_step == trainer.global_step:
+            return
+        self.saved_step = trainer.global_step  # the same on every rank, which the disk need not be
+        run_dir = Path(trainer.default_root_dir)
+        path = run_dir / "checkpoints" / f"step-{trainer.global_step:06d}.ckpt"
+        part = path.with_name(f".{path.name}.part")
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:
             part.replace(path)
-            for old in sorted(folder.glob("step-*.ckpt"), key=step_of)[: -self.keep_last]:
+            for old in checkpoints_of(run_dir)[: -self.keep_last]:
                 old.unlink()
-        return path
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    match = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
-    return int(match[1]) if match else -1
+        trainer.strategy.barrier("checkpoint")

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from ssl_xcit.errors import UserError
 from ssl_xcit.training.module import DINO
 
 
@@ -93,7 +94,7 @@ class LogMetrics(lightning.Callback):
 
     def __init__(self, every_steps: int = 10):
         if every_steps < 1:
-            raise ValueError(f"callbacks.metrics.every_steps={every_steps}: starts at 1")
+            raise UserError(f"callbacks.metrics.every_steps={every_steps}: starts at 1")
         self.every_steps = every_steps
         self.since = time.perf_counter()
         self.images = 0

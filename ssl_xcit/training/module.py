@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssl_xcit.data.order import step_seed
+from ssl_xcit.errors import UserError
 from ssl_xcit.models.head import DINOHead
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.objectives.dino import Center, dino_loss
@@ -76,7 +77,7 @@ class DINO(lightning.LightningModule):
     ):
         super().__init__()
         if not student_temp > 0.0:
-            raise ValueError(f"student_temp={student_temp}: above 0; the paper has 0.1")
+            raise UserError(f"student_temp={student_temp}: above 0; the paper has 0.1")
         self.automatic_optimization = False  # the step is written out below
         self.student = student
         self.teacher = teacher
@@ -106,7 +107,10 @@ class DINO(lightning.LightningModule):
             teacher_logits = self.teacher(views[:1])  # (2, B, K)
         targets = self.center.targets(teacher_logits, self.schedules.teacher_temp(step))
         loss = dino_loss(self.student(views), targets, self.student_temp)
-        if not torch.isfinite(loss):
+        bad = not torch.isfinite(loss)
+        if self.trainer.world_size > 1:  # one rank alone must not leave the others waiting
+            bad = self.trainer.strategy.reduce_boolean_decision(bad, all=False)
+        if bad:
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {step}: lower optim.lr (now {lr:.2e}), "
                 "or train "

@@ -49,7 +49,10 @@ class StopOnSignal(lightning.Callback):
         self.received = number
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
-        """Save and leave when asked to."""
-        if self.received is not None:
+        """Save and leave when any rank was asked to."""
+        stop = self.received is not None
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
             self.checkpoints.save(trainer)
-            raise Stopped(self.received, trainer.global_step)
+            raise Stopped(self.received or signal.SIGTERM, trainer.global_step)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ssl_xcit.data.decode import BadImage
-from ssl_xcit.data.module import MultiCropData, check_images, plain_loader
+from ssl_xcit.data.module import CropDataset, MultiCropData, check_images, plain_loader
 from ssl_xcit.data.multicrop import (
     MEAN,
     STD,
@@ -144,9 +144,14 @@ def test_a_bad_image_costs_a_line(tmp_path, caplog):
     (tmp_path / "bad.jpg").write_bytes(b"<html>")
     source = Files([str(tmp_path / "bad.jpg"), str(tmp_path / "good.png")])
     with caplog.at_level(logging.WARNING):
-        pixels = next(iter(plain_loader(source, 48, 48, 2, 0)))
-    assert torch.equal(pixels[0], pixels[1])
-    assert "bad.jpg" in caplog.text
+        batch = CropDataset(source, TorchvisionMultiCrop(**SMALL), seed=0)
+        crops = [batch[position] for position in range(2)]
+        pixels, good = next(iter(plain_loader(source, 48, 48, 2, 0)))
+    assert all(c.global_crops.shape == (2, 32, 32, 3) for c in crops)
+    assert good.tolist() == [False, True]  # for evaluation nothing stands in
+    assert pixels[1].any()
+    assert "bad image replaced by its neighbour" in caplog.text
+    assert "bad image left out" in caplog.text
 
 
 def test_nothing_readable(tmp_path):
@@ -156,7 +161,7 @@ def test_nothing_readable(tmp_path):
     with pytest.raises(ValueError, match=r"none of 3 images tried can be read.*0.png"):
         check_images(source, 32)
     with pytest.raises(BadImage, match="in a row"):
-        next(iter(plain_loader(source, 8, 8, 2, 0)))
+        CropDataset(source, TorchvisionMultiCrop(**SMALL), seed=0)[0]
 
 
 def test_small_images_are_said_once(photos_pair, caplog):

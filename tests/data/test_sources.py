@@ -115,10 +115,14 @@ def test_photographs_are_disjoint_and_cut_the_same_twice(cache, photos_pair, tmp
         assert (covered == 2).any()
 
     again = cut_photos(tmp_path)
-    first = sorted(p.relative_to(cache / "photos-64") for p in (cache / "photos-64").rglob("*.png"))
+    first = sorted(
+        p.relative_to(cache / "photos-64-128-32")
+        for p in (cache / "photos-64-128-32").rglob("*.png")
+    )
     assert first == sorted(p.relative_to(again) for p in again.rglob("*.png"))
     assert all(
-        (again / p).read_bytes() == (cache / "photos-64" / p).read_bytes() for p in first[::50]
+        (again / p).read_bytes() == (cache / "photos-64-128-32" / p).read_bytes()
+        for p in first[::50]
     )
 
 

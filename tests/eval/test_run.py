@@ -5,13 +5,15 @@ import logging
 import numpy as np
 import pytest
 import torch
-from ssl_xcit.eval.baselines import histogram, random_weights
+from PIL import Image
+from ssl_xcit.eval.baselines import colour_histogram, histogram, random_weights
 from ssl_xcit.eval.features import extract, extract_pair
 from ssl_xcit.eval.knn import KNN
 from ssl_xcit.eval.run import evaluate
 
+from ssl_xcit.data.module import check_labelled
 from ssl_xcit.data.multicrop import normalise, resize_center_crop
-from ssl_xcit.data.sources import LabelledPair, Subset
+from ssl_xcit.data.sources import Files, LabelledPair, Subset
 from ssl_xcit.models.xcit import XCiT
 
 
@@ -33,7 +35,8 @@ def test_features_are_the_backbones_in_eval_mode(pair, backbone):
     backbone.train()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     state = torch.get_rng_state()
-    features = extract(backbone, pair.test, 64, 48, batch_size=7, num_workers=0)
+    features, rows = extract(backbone, pair.test, 64, 48, batch_size=7, num_workers=0)
+    assert rows.tolist() == list(range(len(pair.test)))
     assert torch.equal(state, torch.get_rng_state())
     assert backbone.training
     assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
@@ -76,17 +79,30 @@ def test_features_that_are_not_finite_are_named(pair, backbone):
         extract(backbone, pair.test, 64, 48, num_workers=0)
 
 
-def test_labels_are_required_and_unknown_classes_named(pair, backbone, caplog):
+def test_labels_are_required_and_unknown_classes_named(pair, caplog):
     train = Subset(pair.train, np.flatnonzero(pair.train.labels != 3))
     with caplog.at_level(logging.WARNING):
-        evaluate(
-            backbone,
-            LabelledPair(train, pair.test, "p", 64, 48),
-            {"knn": KNN([1])},
-            {},
-            num_workers=0,
-        )
+        check_labelled(LabelledPair(train, pair.test, "p", 64, 48))
     assert "1 classes without training images (cell)" in caplog.text
     train.labels = None
-    with pytest.raises(ValueError, match="need labels"):
-        evaluate(backbone, LabelledPair(train, pair.test, "p", 64, 48), {}, {})
+    with pytest.raises(ValueError, match="no labels"):
+        check_labelled(LabelledPair(train, pair.test, "p", 64, 48))
+    one = Subset(pair.train, np.flatnonzero(pair.train.labels == 3))
+    with pytest.raises(ValueError, match="one class only"):
+        check_labelled(LabelledPair(one, pair.test, "p", 64, 48))
+    none = Subset(pair.train, np.arange(0))
+    with pytest.raises(ValueError, match="no test images are left"):
+        check_labelled(LabelledPair(pair.train, none, "p", 64, 48))
+
+
+def test_a_bad_image_is_left_out_with_its_label(backbone, tmp_path):
+    files = []
+    for i in range(6):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(np.full((16, 16, 3), 40 * i, np.uint8)).save(files[-1])
+    files[2].write_bytes(b"<html>")
+    source = Files([str(f) for f in files], np.array([0, 0, 1, 1, 2, 2]), ["a", "b", "c"])
+    pair = LabelledPair(source, source, "one bad", 16, 16)
+    for features in (extract_pair(backbone, pair, num_workers=0), colour_histogram(backbone, pair)):
+        assert features.train_labels.tolist() == [0, 0, 1, 2, 2]
+        assert len(features.train) == len(features.test) == 5

@@ -36,6 +36,18 @@ def test_loss_and_gradient_equal_the_double_loop(V):
     assert torch.allclose(gradient, expected.float(), rtol=1e-4, atol=1e-7)
 
 
+def test_autocast_leaves_the_loss_in_float32():
+    torch.manual_seed(0)
+    student = torch.randn(10, 4, 1000, requires_grad=True)
+    teacher = torch.randn(2, 4, 1000).mul(4).softmax(-1)
+    (expected,) = torch.autograd.grad(paper_loss(student, teacher, 0.1), student)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = dino_loss(student, teacher, 0.1)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.dtype == torch.float32
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
 def test_uniform_everything_costs_ln_k():
     K = 65536
     assert dino_loss(

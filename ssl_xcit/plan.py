@@ -1,0 +1,121 @@
+"""From settings to the numbers of a run: steps, and what the number of images decides."""
+
+import math
+from dataclasses import dataclass
+
+from omegaconf import DictConfig, OmegaConf
+
+from ssl_xcit.errors import UserError
+
+# Hydra does not check types: (setting, whole number, lowest value; None: it must be above 0)
+NUMBERS: tuple[tuple[str, bool, float | None], ...] = (
+    ("seed", True, 0),
+    ("batch_size", True, 1),
+    ("epochs", False, None),
+    ("num_workers", True, 0),
+    ("optim.lr", False, None),
+    ("optim.min_lr", False, 0),
+    ("optim.warmup_start", False, 0),
+    ("optim.warmup_epochs", False, 0),
+    ("optim.max_warmup", False, 0),
+    ("optim.weight_decay", False, 0),
+    ("optim.weight_decay_end", False, 0),
+    ("objective.student_temp", False, None),
+    ("objective.clip_norm", False, None),
+    ("objective.freeze_epochs", False, 0),
+    ("objective.teacher_temp_epochs", False, 0),
+    ("objective.max_warmup", False, 0),
+    ("objective.num_prototypes", True, 2),
+    ("objective.ema", False, 0),
+    ("objective.teacher_temp_start", False, None),
+    ("objective.teacher_temp", False, None),
+    ("objective.head.hidden_dim", True, 1),
+    ("objective.head.bottleneck_dim", True, 1),
+)
+MAY_BE_NULL = (
+    "num_workers",
+    "objective.num_prototypes",
+    "objective.ema",
+    "objective.teacher_temp_start",
+    "objective.teacher_temp",
+)
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Every number of the run is one, and in its range.
+
+    Raises:
+        UserError: the first that is not.
+    """
+    for key, whole, low in NUMBERS:
+        value = OmegaConf.select(cfg, key)
+        if value is None and key in MAY_BE_NULL:
+            continue
+        kind = int if whole else int | float
+        good = isinstance(value, kind) and not isinstance(value, bool)
+        if not good or not (value > 0 if low is None else value >= low):
+            what = "a whole number" if whole else "a number"
+            raise UserError(f"{key}={value}: {what} {'above 0' if low is None else f'from {low}'}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the configuration, the number of images and the number of devices."""
+
+    num_images: int
+    steps_per_epoch: float
+    total_steps: int
+    per_device_batch: int
+    lr: float  # peak, for this batch
+    warmup_steps: int
+    freeze_steps: int
+    teacher_temp_epochs: float
+    num_prototypes: int
+    ema: float
+    teacher_temp_start: float
+    teacher_temp: float
+
+
+def make_plan(cfg: DictConfig, num_images: int, world_size: int) -> Plan:
+    """Steps, and the settings that the number of images decides.
+
+    Raises:
+        UserError: a batch larger than the data, or that the devices do not divide; no epochs.
+    """
+    batch_size, epochs = cfg.batch_size, cfg.epochs
+    if batch_size > num_images:
+        raise UserError(
+            f"batch_size={batch_size} is larger than the data ({num_images} images): "
+            f"set batch_size={num_images} or less"
+        )
+    if batch_size % world_size:
+        raise UserError(
+            f"batch_size={batch_size} does not divide among {world_size} devices: "
+            f"set batch_size={max(1, batch_size // world_size) * world_size}"
+        )
+    objective, optim = cfg.objective, cfg.optim
+    rows = [row for row in objective.by_images if row["from"] <= num_images]
+    if not rows:
+        raise UserError("objective.by_images: a row with `from: 0` is needed")
+    row = rows[-1]
+    chosen = {
+        key: row[key] if objective[key] is None else objective[key]
+        for key in ("num_prototypes", "ema", "teacher_temp_start", "teacher_temp")
+    }
+    steps_per_epoch = num_images / batch_size
+    total_steps = max(1, math.floor(epochs * steps_per_epoch))
+
+    def steps(wanted_epochs: float, max_share: float) -> int:
+        return round(min(wanted_epochs * steps_per_epoch, max_share * total_steps))
+
+    return Plan(
+        num_images=num_images,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        per_device_batch=batch_size // world_size,
+        lr=optim.lr * batch_size / 256,
+        warmup_steps=steps(optim.warmup_epochs, optim.max_warmup),
+        freeze_steps=steps(objective.freeze_epochs, objective.max_warmup),
+        teacher_temp_epochs=min(objective.teacher_temp_epochs, objective.max_warmup * epochs),
+        **chosen,
+    )
