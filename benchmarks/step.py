@@ -80,7 +80,7 @@ def usual_step(name: str, prototypes: int, views: list[Tensor]) -> Callable[[], 
     student = Plain()
     teacher = deepcopy(student).requires_grad_(False)
     center = torch.zeros(1, prototypes)
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], 1e-4)
+    optimizer = torch.optim.AdamW(parameter_groups(student), 1e-4, fused=True)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=ARGS.precision == "bf16")
     V = sum(len(part) for part in views)
 

@@ -37,9 +37,11 @@ def colour_histogram(
     batch_size: int = 64,
     num_workers: int | None = None,
     bins: int = 8,
+    square_root: bool = False,
 ) -> FeatureSet:
-    """Joint RGB histograms of the same pixels, `bins` a channel (512 numbers); the backbone is not
-    used.
+    """Joint RGB histograms of the same pixels, `bins` a channel; the backbone is not used.
+
+    `square_root` takes that of every cell (Hellinger's kernel).
     """
 
     def of(source: Source) -> tuple[Features, Rows]:
@@ -51,7 +53,8 @@ def colour_histogram(
                 continue  # the backbone's features leave it out too, and say so
             found.append(histogram(resize_center_crop(pixels, pair.resize, pair.size), bins))
             rows.append(i)
-        return np.stack(found), np.array(rows, dtype=np.int64)
+        cells = np.stack(found)
+        return np.sqrt(cells) if square_root else cells, np.array(rows, dtype=np.int64)
 
     return as_feature_set(of(pair.train), of(pair.test), pair)
 

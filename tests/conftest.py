@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, no network, the photographs cut once a session."""
+"""Shared by all tests: two threads, no network, the photographs cut once a session."""
 
 import os
 import socket

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -43,10 +42,8 @@ def test_the_wheel_runs_from_its_own_yaml(tmp_path):
 
 
 def test_the_demo_learns(tmp_path):
-    """`make demo`'s command: 8 points above random weights, above the colour histogram, in time."""
-    start = time.perf_counter()
+    """`make demo`'s command: 8 points above random weights, above the colour histogram."""
     out = command([Path(sys.executable).parent / "ssl-xcit", "pretrain", "name=demo"], cwd=tmp_path)
-    seconds = time.perf_counter() - start
     print(out)
     summary = json.loads((tmp_path / "runs/demo/summary.json").read_text())
     random, colour, ours = (
@@ -56,4 +53,3 @@ def test_the_demo_learns(tmp_path):
     assert ours["knn_k20"] > colour["knn_k20"]
     assert ours["knn_k10"] > colour["knn_k10"]
     assert ours["linear"] > ours["knn_k20"]
-    assert seconds < 360
