@@ -24,8 +24,8 @@ from .features import Evaluator, FeatureSet, extract_pair
 def evaluate(
     backbone: XCiT,
     pair: LabelledPair,
-    evaluators: Mapping[str, Evaluator],
-    baselines: Mapping[str, Callable[..., FeatureSet]] | None = None,
+    evaluators: Mapping[str, Evaluator | None],
+    baselines: Mapping[str, Callable[..., FeatureSet] | None] | None = None,
     batch_size: int = 64,
     num_workers: int | None = None,
     device: str = "auto",
@@ -57,9 +57,12 @@ def evaluate(
     def measure(row: str, features: FeatureSet) -> None:
         results[row] = {}
         for evaluator in evaluators.values():
-            results[row].update(evaluator(features))
+            if evaluator is not None:  # switched off: evaluation.evaluators.linear=null
+                results[row].update(evaluator(features))
 
     for row, make in (baselines or {}).items():
+        if make is None:
+            continue
         measure(row.replace("_", " "), make(backbone, pair, batch_size, num_workers))
     measure(
         "pretrained",

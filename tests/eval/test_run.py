@@ -66,7 +66,11 @@ def test_histogram_counts_colours():
 
 def test_evaluate_gives_a_row_each(pair, backbone):
     results = evaluate(
-        backbone, pair, {"knn": KNN([5])}, {"random_weights": random_weights}, num_workers=0
+        backbone,
+        pair,
+        {"knn": KNN([5]), "linear": None},
+        {"random_weights": random_weights, "colour_histogram": None},
+        num_workers=0,
     )
     assert list(results) == ["random weights", "pretrained"]
     assert 0 <= results["pretrained"]["knn_k5"] <= 100
