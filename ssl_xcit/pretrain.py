@@ -199,7 +199,8 @@ def main(cfg: DictConfig) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except Stopped as stop:
-        print(f"{stop}; saved in {run_dir}, the same command goes on from there")
+        if trainer.is_global_zero:
+            print(f"{stop}; saved in {run_dir}, the same command goes on from there")
         sys.exit(stop.exit_code)
     finally:
         for logger in trainer.loggers:
@@ -253,8 +254,7 @@ def announce(
     )
     print(
         f"  {model_name(backbone.architecture)}, {millions:.1f} M parameters, "
-        f"{plan.num_prototypes:,} "
-        f"prototypes"
+        f"{plan.num_prototypes:,} prototypes"
     )
     print(
         f"  lr {plan.lr:.2e} after {plan.warmup_steps} steps, teacher temperature "

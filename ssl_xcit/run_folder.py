@@ -90,9 +90,8 @@ def run_name(data: str, overrides: Sequence[str]) -> str:
     ]
     rest = [o for o in kept if not o.startswith("data=")]
     name = "_".join([data, *(re.sub(r"[^\w.+-]+", "-", o) for o in rest)])
-    if len(name) > 80 or any(
-        "/" in o for o in rest
-    ):  # paths and long lists: a hash tells them apart
+    # paths and long lists lose something in a name; a hash tells them apart
+    if len(name) > 80 or any("/" in o for o in rest):
         digest = sha256("\0".join(rest).encode()).hexdigest()[:8]
         name = f"{name[:80].rstrip('-_')}_{digest}"
     return name
