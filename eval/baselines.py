@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 
-from ssl_xcit.data.decode import BadImage
-from ssl_xcit.data.multicrop import resize_center_crop
+from ssl_xcit.data.decode import BadImage, decode
+from ssl_xcit.data.preprocess import Preprocess, resize_center_crop
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.models.xcit import XCiT
 
@@ -17,6 +17,7 @@ from .features import Features, FeatureSet, Rows, as_feature_set, extract_pair
 def random_weights(
     backbone: XCiT,
     pair: LabelledPair,
+    how: Preprocess,
     batch_size: int = 64,
     num_workers: int | None = None,
     seed: int = 0,
@@ -27,19 +28,21 @@ def random_weights(
         torch.default_generator.manual_seed(seed)
         fresh = XCiT(**backbone.architecture)
     return extract_pair(
-        fresh.to(device), pair, batch_size, num_workers, device, title="random weights"
+        fresh.to(device), pair, how, batch_size, num_workers, device, title="random weights"
     )
 
 
 def colour_histogram(
     backbone: XCiT,
     pair: LabelledPair,
+    how: Preprocess,
     batch_size: int = 64,
     num_workers: int | None = None,
     bins: int = 8,
     square_root: bool = False,
 ) -> FeatureSet:
-    """Joint RGB histograms of the same pixels, `bins` a channel; the backbone is not used.
+    """Joint RGB histograms of the same pixels, `bins` a channel; the backbone is not used. Of other
+    channels than three each has its own.
 
     `square_root` takes that of every cell (Hellinger's kernel).
     """
@@ -48,7 +51,7 @@ def colour_histogram(
         found, rows = [], []
         for i in range(len(source)):
             try:
-                pixels = source.read(i)
+                pixels = decode(source.read(i), how)
             except BadImage:
                 continue  # the backbone's features leave it out too, and say so
             found.append(histogram(resize_center_crop(pixels, pair.resize, pair.size), bins))
@@ -59,8 +62,12 @@ def colour_histogram(
     return as_feature_set(of(pair.train), of(pair.test), pair)
 
 
-def histogram(image: UInt8[np.ndarray, "H W 3"], bins: int) -> Float32[np.ndarray, " D"]:
-    """Share of pixels in each of bins^3 colour cells."""
+def histogram(image: UInt8[np.ndarray, "H W channels"], bins: int) -> Float32[np.ndarray, " D"]:
+    """Share of pixels in each of bins^3 colour cells, or of bins cells a channel."""
+    if image.shape[-1] != 3:
+        places = image.reshape(-1, image.shape[-1]).astype(np.int64) * bins // 256
+        counts = [np.bincount(channel, minlength=bins) for channel in places.T]
+        return (np.concatenate(counts) / places.size).astype(np.float32)
     red, green, blue = np.moveaxis(image.astype(np.int64) * bins // 256, -1, 0)
     cells = np.bincount(((red * bins + green) * bins + blue).ravel(), minlength=bins**3)
     return (cells / cells.sum()).astype(np.float32)

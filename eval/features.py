@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import nn
 
 from ssl_xcit.data.module import plain_loader
-from ssl_xcit.data.multicrop import normalise
+from ssl_xcit.data.preprocess import Preprocess, normalise
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import UserError
 
@@ -45,6 +45,7 @@ def extract(
     source: Source,
     resize: int,
     size: int,
+    how: Preprocess,
     batch_size: int = 64,
     num_workers: int | None = None,
     device: torch.device | str = "cpu",
@@ -52,8 +53,8 @@ def extract(
 ) -> tuple[Features, Rows]:
     """The backbone's class token of every readable image, in the source's order, and which.
 
-    Images: short side to `resize`, central `size` x `size`, ImageNet's mean and std. The backbone
-    is put in eval mode for the time being, and no random number is drawn.
+    Images: short side to `resize`, central `size` x `size`, read and normalised as `how` says. The
+    backbone is put in eval mode for the time being, and no random number is drawn.
 
     Args:
         title: shows a progress bar under this name.
@@ -61,7 +62,7 @@ def extract(
     Raises:
         UserError: a feature is not finite (names the image), or no image can be read.
     """
-    loader = plain_loader(source, resize, size, batch_size, num_workers)
+    loader = plain_loader(source, resize, size, batch_size, num_workers, how)
     shown = title is not None and sys.stdout.isatty()
     batches = track(loader, title or "", transient=True, disable=not shown)
     was_training = backbone.training
@@ -69,7 +70,7 @@ def extract(
     parts, readable = [], []
     try:
         for pixels, good in batches:
-            images = normalise(pixels.to(device, non_blocking=True))
+            images = normalise(pixels.to(device, non_blocking=True), how)
             parts.append(backbone(images).float().cpu().numpy())
             readable.append(good.numpy())
     finally:
@@ -90,6 +91,7 @@ def extract(
 def extract_pair(
     backbone: nn.Module,
     pair: LabelledPair,
+    how: Preprocess,
     batch_size: int = 64,
     num_workers: int | None = None,
     device: torch.device | str = "cpu",
@@ -100,7 +102,7 @@ def extract_pair(
     def part(source: Source, what: str) -> tuple[Features, Rows]:
         shown = f"{title}: {what} features" if title else None
         return extract(
-            backbone, source, pair.resize, pair.size, batch_size, num_workers, device, shown
+            backbone, source, pair.resize, pair.size, how, batch_size, num_workers, device, shown
         )
 
     return as_feature_set(part(pair.train, "train"), part(pair.test, "test"), pair)

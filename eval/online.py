@@ -67,6 +67,7 @@ class OnlineEvaluation(lightning.Callback):
             features = extract_pair(
                 module.teacher.backbone,
                 self.pair,
+                trainer.datamodule.dataset.how,  # type: ignore[attr-defined]
                 self.batch_size,
                 trainer.datamodule.num_workers,  # type: ignore[attr-defined]
                 module.device,

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from ssl_xcit.data.module import check_labelled
+from ssl_xcit.data.preprocess import MAX_PIXELS, of_weights
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
@@ -29,6 +30,7 @@ def evaluate(
     batch_size: int = 64,
     num_workers: int | None = None,
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> Results:
     """Every evaluator on the backbone's features and on the baselines'.
 
@@ -36,17 +38,14 @@ def evaluate(
         backbone: frozen; moved to `device`.
         pair: labelled images.
         evaluators: by name; each yields (metric, value).
-        baselines: by name; each makes features from (backbone, pair, batch_size, num_workers).
+        baselines: by name; each makes features from (backbone, pair, how, batch_size, num_workers).
         batch_size: images at once.
         num_workers: loader processes; None: one a core, less one.
         device: `auto` takes a GPU when there is one.
+        max_pixels: images with more by their header are refused.
     """
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if backbone.architecture["in_chans"] != 3:
-        raise UserError(
-            f"the backbone takes images of {backbone.architecture['in_chans']} channels, and these "
-            "have 3"
-        )
+    how = of_weights(backbone.preprocess, max_pixels)
     try:
         backbone.to(where)
     except (RuntimeError, AssertionError) as error:
@@ -63,10 +62,10 @@ def evaluate(
     for row, make in (baselines or {}).items():
         if make is None:
             continue
-        measure(row.replace("_", " "), make(backbone, pair, batch_size, num_workers))
+        measure(row.replace("_", " "), make(backbone, pair, how, batch_size, num_workers))
     measure(
         "pretrained",
-        extract_pair(backbone, pair, batch_size, num_workers, where, title="pretrained"),
+        extract_pair(backbone, pair, how, batch_size, num_workers, where, title="pretrained"),
     )
     return results
 
@@ -86,14 +85,19 @@ def main(cfg: DictConfig) -> None:
         raise UserError(
             "there are no labelled images: name some with eval_data=folder eval_data.root=DIR"
         )
-    check_labelled(pair)
+    check_labelled(pair, of_weights(backbone.preprocess, cfg.max_pixels))
     model = model_name(backbone.architecture)
     print(
         f"{path}: {model}, {cfg.which}; {pair.name}: {len(pair.train):,} train, "
         f"{len(pair.test):,} test images"
     )
     results = instantiate(cfg.evaluation)(
-        backbone, pair, batch_size=cfg.batch_size, num_workers=cfg.num_workers, device=cfg.device
+        backbone,
+        pair,
+        batch_size=cfg.batch_size,
+        num_workers=cfg.num_workers,
+        device=cfg.device,
+        max_pixels=cfg.max_pixels,
     )
     print_table(results, f"{model} on {pair.name}")
     out = Path(cfg.out) if cfg.out else default_out(path)

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from ssl_xcit.errors import UserError
+from ssl_xcit.errors import RunFailed, UserError
 
 CONF = "ssl_xcit.conf"
 FLAGS = (
@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             function = get_method(cfg.main)
             set_up_logging()  # after the imports, which set up their own
             function(cfg)
+        except KeyboardInterrupt:
+            fail("interrupted", exit_code=130)
         except Exception as error:
             if debugging:
                 raise
@@ -144,7 +146,7 @@ def report(command: str, error: Exception) -> None:
         fail(explain(command, str(cause)))
     if isinstance(cause, UserError):
         fail(str(cause))
-    if isinstance(cause, FloatingPointError):
+    if isinstance(cause, FloatingPointError | RunFailed):
         fail(str(cause), exit_code=1)
     traceback.print_exception(cause)
     raise SystemExit(1)

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class MissingPath(UserError, FileNotFoundError):
     """A file or folder that was named is not there, or holds nothing of use."""
+
+
+class RunFailed(RuntimeError):
+    """A run cannot go on, through no fault of the settings or of ours: one line, exit 1."""

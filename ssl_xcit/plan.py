@@ -1,6 +1,7 @@
 """From settings to the numbers of a run: steps, and what the number of images decides."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +14,8 @@ NUMBERS: tuple[tuple[str, bool, float | None], ...] = (
     ("batch_size", True, 1),
     ("epochs", False, None),
     ("num_workers", True, 0),
+    ("worker_timeout", False, None),
+    ("data.max_bad_fraction", False, 0),
     ("optim.lr", False, None),
     ("optim.min_lr", False, 0),
     ("optim.warmup_start", False, 0),
@@ -41,13 +44,15 @@ MAY_BE_NULL = (
 )
 
 
-def check_numbers(cfg: DictConfig) -> None:
-    """Every number of the run is one, and in its range.
+def check_numbers(
+    cfg: DictConfig, numbers: Sequence[tuple[str, bool, float | None]] = NUMBERS
+) -> None:
+    """Every number of the settings is one, and in its range.
 
     Raises:
         UserError: the first that is not.
     """
-    for key, whole, low in NUMBERS:
+    for key, whole, low in numbers:
         value = OmegaConf.select(cfg, key)
         if value is None and key in MAY_BE_NULL:
             continue

@@ -19,7 +19,9 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
+from ssl_xcit.data.loader import default_workers
 from ssl_xcit.data.module import MultiCropData, check_images, check_labelled
+from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.weights import checkpoints_of, load_backbone, model_name, read_checkpoint
@@ -42,17 +44,20 @@ log = logging.getLogger(__name__)
 NO_LABELS = "no labelled images, so no k-NN: name some with eval_data=folder eval_data.root=DIR"
 
 
-def make_module(cfg: DictConfig, plan: Plan) -> DINO:
+def make_module(cfg: DictConfig, plan: Plan, how: Preprocess) -> DINO:
     """Student, teacher, schedules; fresh weights by `seed`."""
     torch.manual_seed(cfg.seed)
     backbone = instantiate(cfg.model)
-    if backbone.architecture["in_chans"] != 3:
-        raise UserError(
-            f"model.in_chans={backbone.architecture['in_chans']}: images are read as RGB, so "
-            "model.in_chans=3"
-        )
     head = instantiate(cfg.objective.head)(backbone.embed_dim, plan.num_prototypes)
+    in_chans = backbone.architecture["in_chans"]
+    if in_chans != how.channels:
+        raise UserError(
+            f"model.in_chans={in_chans} and preprocess.channels={how.channels}: set model.in_chans "
+            "alone, the other follows"
+        )
     student, teacher = make_networks(backbone, head, instantiate(cfg.model, drop_path=0.0))
+    for network in (student, teacher):
+        network.backbone.preprocess = how.of_weights()
     optim = cfg.optim
     module = DINO(
         student,
@@ -172,12 +177,17 @@ def main(cfg: DictConfig) -> None:
     pair: LabelledPair | None = instantiate(cfg.eval_data) if cfg.get("eval_data") else None
     evaluate = instantiate(cfg.evaluation)
     augment = instantiate(cfg.augment)
+    how = instantiate(cfg.preprocess)
+    how.statistics()
+    note = augment.check(how.channels)
     trainer = make_trainer(cfg, run_dir)
     plan = make_plan(cfg, len(source), trainer.world_size)
-    check_images(source, augment.global_size)
+    check_images(source, augment.global_size, how)
     if pair is not None:
-        check_labelled(pair)
-    module = make_module(cfg, plan)
+        check_labelled(pair, how)
+    module = make_module(cfg, plan, how)
+    if note is not None and trainer.is_global_zero:
+        log.warning("%s", note)
     resume = newest_readable(run_dir)
     data = MultiCropData(
         source,
@@ -185,8 +195,12 @@ def main(cfg: DictConfig) -> None:
         plan.per_device_batch,
         plan.total_steps,
         cfg.seed,
-        cfg.num_workers,
+        how,
+        default_workers(trainer.num_devices) if cfg.num_workers is None else cfg.num_workers,
         pair,
+        run_dir,
+        cfg.data.max_bad_fraction,
+        cfg.worker_timeout,
     )
     if trainer.is_global_zero:
         write_settings(cfg, asdict(plan), run_dir)
@@ -210,8 +224,13 @@ def main(cfg: DictConfig) -> None:
     seconds = time.perf_counter() - started
 
     def measure() -> Mapping[str, Any]:
-        device, workers = str(module.device), cfg.num_workers
-        return evaluate(load_backbone(run_dir), pair, num_workers=workers, device=device)
+        return evaluate(
+            load_backbone(run_dir),
+            pair,
+            num_workers=cfg.num_workers,
+            device=str(module.device),
+            max_pixels=how.max_pixels,
+        )
 
     if trainer.is_global_zero:
         summary = {

@@ -21,7 +21,10 @@ from ssl_xcit.models.weights import checkpoints_of
 from ssl_xcit.table import write_json
 
 # What may differ between the parts of one run: where things are and how they are shown
-FREE_KEYS = ("name", "out", "num_workers", "logger", "callbacks", "main", "hydra")
+FREE_KEYS = (
+    "name", "out", "num_workers", "worker_timeout", "logger", "callbacks", "main", "hydra",
+    "data.max_bad_fraction",
+)  # fmt: skip
 FREE_KEYS_DOTTED = tuple(f"{key}." for key in FREE_KEYS)
 FREE_TRAINER_KEYS = ("trainer.accelerator", "trainer.devices")
 

@@ -1,6 +1,7 @@
 """Results as a table for people and as a file for programs."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from rich.table import Table
 Results = dict[str, dict[str, float]]  # row (what was measured) -> metric -> value
 
 TITLES = {"linear": "linear", "linear_lr": "its lr"}
+
+
+def shown_in_terminal() -> bool:
+    """Whether there is somebody to show a progress bar to."""
+    return sys.stdout.isatty()
 
 
 def title_of(metric: str) -> str:

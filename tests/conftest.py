@@ -9,7 +9,7 @@ import torch
 
 from ssl_xcit.data.photos import labelled_photos
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def _no_names(host, *args, **kwargs):
     raise socket.gaierror(f"the tests are offline, and this asks for {host}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory) -> Path:
     """A cache folder of this session, as XDG_CACHE_HOME has it."""
     home = tmp_path_factory.mktemp("cache")

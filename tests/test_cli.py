@@ -1,6 +1,5 @@
-"""The commands as a person types them, in this process; `small` keeps a run at seconds."""
+"""pretrain and eval as a person types them."""
 
-import csv
 import json
 import os
 import re
@@ -10,59 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from commands import NO_ONLINE, SMALL, images, metrics, run
 
-from ssl_xcit import cli, load_backbone
+from ssl_xcit import load_backbone
 from ssl_xcit.run_folder import run_name
-
-SMALL = [
-    "epochs=0.05",
-    "batch_size=8",
-    "num_workers=0",
-    "model.embed_dim=32",
-    "model.depth=1",
-    "model.num_heads=2",
-    "augment.global_size=32",
-    "augment.local_size=16",
-    "objective.num_prototypes=32",
-    "objective.head.hidden_dim=16",
-    "objective.head.bottleneck_dim=8",
-    "callbacks.metrics.every_steps=2",
-    "callbacks.online.every_steps=4",
-    "callbacks.online.max_images=100",
-    "callbacks.checkpoints.every_steps=3",
-    "evaluation.evaluators.linear.epochs=2",
-]
-NO_ONLINE = [o for o in SMALL if not o.startswith("callbacks.online")]
 
 
 @pytest.fixture(autouse=True)
 def inside(tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
-
-
-def run(*words):
-    """(exit code, nothing is raised)."""
-    try:
-        cli.main(words)
-    except SystemExit as end:
-        return end.code or 0
-    return 0
-
-
-def metrics(folder):
-    with (Path(folder) / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def images(folder, count, size=(48, 48)):
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(count)
-    for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{i}.png")
 
 
 def test_pretrain_then_eval(capsys):
@@ -269,7 +226,37 @@ BAD = [
     (["pretrain", "optim.min_lr=null"], "optim.min_lr=None"),
     (["pretrain", "objective.clip_norm=0"], "objective.clip_norm=0"),
     (["pretrain", "optim.optimizer.betas=[2,3]"], "optim.optimizer"),
-    (["pretrain", "model.in_chans=1"], "model.in_chans=3"),
+    (["pretrain", "model.in_chans=5"], "ssl-xcit stats preprocess.channels=5"),
+    (["pretrain", "model.in_chans=1", "augment=torchvision"], "augment=fused"),
+    (["pretrain", "preprocess.channels=1"], "set model.in_chans alone"),
+    (["pretrain", "preprocess.stats=none.json"], "make it with ssl-xcit stats"),
+    (["pretrain", "preprocess.stats=good.txt"], "not a file of ssl-xcit stats"),
+    (["pretrain", "preprocess.background=white"], "preprocess.background=white"),
+    (["pretrain", "preprocess.value_range=[9,1]"], "[low, high]"),
+    (["pretrain", "data.max_bad_fraction=-1"], "data.max_bad_fraction=-1"),
+    (["pretrain", "worker_timeout=0"], "worker_timeout=0"),
+    (["pretrain", "augment.jitter_prob=often"], "probabilities"),
+    (["pretrain", "augment.solarise_prob=0.2"], "3 numbers"),
+    (["pretrain", "augment.global_size=22.5"], "global_size=22.5"),
+    (["pretrain", "augment.jitter=[0.4,0.4,0.2,x]"], "4 numbers"),
+    (["pretrain", "callbacks.metrics.max_data_wait=2"], "max_data_wait=2"),
+    (["pretrain", "data=list", "data.file=none.txt"], "no such file"),
+    (["pretrain", "data=list", "data.file=good.txt"], "set data.root=DIR"),
+    (["pretrain", "data=shards", "data.root=few"], "no tar shards"),
+    (["pretrain", "data=shards", "data.root=few", "data.window=0"], "data.window=0"),
+    (["pretrain", "data=arrays", "data.file=none.npy"], "no such file"),
+    (["pretrain", "data=arrays", "data.file=good.txt"], "not a .npy file"),
+    (["pretrain", "data=huggingface", "data.root=few"], "not a set of Dataset.save_to_disk"),
+    (["check"], "data.root is needed"),
+    (["check", "data.root=none"], "no such folder"),
+    (["check", "data.root=few", "num_workers=-1"], "num_workers=-1"),
+    (["stats", "data.root=broken"], "can be read"),
+    (["stats", "data.root=few", "preprocess.channels=5"], "preprocess.channels=5"),
+    (["stats", "data.root=few", "max_images=0"], "max_images=0"),
+    (["shard", "data.root=few"], "out is needed"),
+    (["shard", "data.root=few", "out=tars"], "holds other tars"),
+    (["shard", "data.root=few", "out=o", "images_per_shard=0"], "images_per_shard=0"),
+    (["shard", "data.root=few", "out=o", "data.labels=true"], "outside class folders"),
     (["pretrain", "+trainer.gradient_clip_val=1"], "objective.clip_norm"),
     (["pretrain", "objective.by_images=[]"], "from: 0"),
     (["pretrain", "augment.blur_prob=[1.0]"], "3 numbers"),
@@ -300,6 +287,9 @@ def test_bad_input_is_one_line_that_names_the_fix(tmp_path, capsys, words, messa
 
     (tmp_path / "empty").mkdir()
     images(tmp_path / "few", 3)
+    (tmp_path / "good.txt").write_text("a.png\n")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/stranger.tar").write_bytes(b"")
     (tmp_path / "broken").mkdir()
     for i in range(40):
         (tmp_path / f"broken/{i}.jpg").write_bytes(b"<html>not found</html>")

@@ -1,8 +1,8 @@
 """The loaders: multi-crops to train on, plain images to evaluate on."""
 
 import logging
-import os
-import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -10,100 +10,114 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ssl_xcit.data.decode import BadImage, Pixels
-from ssl_xcit.data.multicrop import Crops, MultiCrop, resize_center_crop, to_views
+from ssl_xcit.data.bad import FILE, BadSamples
+from ssl_xcit.data.decode import BadImage, decode, open_picture
+from ssl_xcit.data.loader import Restarting, default_workers, loader_options
+from ssl_xcit.data.multicrop import Crops, MultiCrop, Replaced
 from ssl_xcit.data.order import Positions, crop_seed, image_at
+from ssl_xcit.data.preprocess import Preprocess, resize_center_crop, to_views
 from ssl_xcit.data.sources import LabelledPair, Source
-from ssl_xcit.errors import UserError
+from ssl_xcit.errors import RunFailed, UserError
 
 log = logging.getLogger(__name__)
 MAX_REPLACEMENTS = 16  # neighbours tried in place of a bad image
 
 
-def default_workers() -> int:
-    """One a core that this process may use, less one for training, at most 12."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(12, max(0, (cores or 1) - 1))
-
-
-def read_or_neighbour(source: Source, index: int) -> Pixels:
-    """The image, or in place of a bad one the next good one in the source's order; said in the log.
-
-    Raises:
-        BadImage: so many in a row are bad that the data set must be.
-    """
-    for step in range(MAX_REPLACEMENTS):
-        at = (index + step) % len(source)
-        try:
-            return source.read(at)
-        except BadImage as error:
-            log.warning("bad image replaced by its neighbour: %s (%s)", source.name(at), error)
-    raise BadImage(
-        f"{MAX_REPLACEMENTS} images in a row cannot be read, starting with {source.name(index)}"
-    )
-
-
 class CropDataset(Dataset[Crops]):
-    """Crops by position of the run (see `order.py`)."""
+    """Crops by position of the run (see `order.py`).
 
-    def __init__(self, source: Source, augment: MultiCrop, seed: int):
+    In place of a bad image stands the next good one in the source's order.
+    """
+
+    def __init__(self, source: Source, augment: MultiCrop, seed: int, how: Preprocess):
         self.source = source
         self.augment = augment
         self.seed = seed
+        self.how = how
 
     def __getitem__(self, position: int) -> Crops:
         num_images = len(self.source)
-        index = image_at(self.seed, position, num_images)
-        image = read_or_neighbour(self.source, index)
-        large, small = self.augment(image, crop_seed(self.seed, position, num_images))
-        return Crops(torch.from_numpy(large), torch.from_numpy(small), index)
+        wanted = image_at(self.seed, position, num_images, self.source.shards)
+        seed = crop_seed(self.seed, position, num_images)
+        replaced: list[Replaced] = []
+        for step in range(MAX_REPLACEMENTS):
+            index = (wanted + step) % num_images
+            try:
+                large, small = self.augment(open_picture(self.source.read(index), self.how), seed)
+            except BadImage as error:
+                replaced.append(Replaced(index, self.source.name(index), str(error)))
+            else:
+                crops = torch.from_numpy(large), torch.from_numpy(small)
+                return Crops(*crops, index, tuple(replaced))
+        return Crops(torch.empty(0), torch.empty(0), -1, tuple(replaced))
 
 
-class PlainDataset(Dataset[tuple[UInt8[Tensor, "3 size size"], bool]]):
+def stack(crops: Sequence[Crops]) -> Crops:
+    """A batch; empty when for one position no image was found."""
+    replaced = tuple(bad for one in crops for bad in one.replaced)
+    if any(one.indices == -1 for one in crops):
+        return Crops(torch.empty(0), torch.empty(0), -1, replaced)
+    return Crops(
+        default_collate([one.global_crops for one in crops]),
+        default_collate([one.local_crops for one in crops]),
+        torch.tensor([one.indices for one in crops]),
+        replaced,
+    )
+
+
+class PlainDataset(Dataset[tuple[UInt8[Tensor, "channels size size"], bool]]):
     """Resized and centre-cropped images, uint8, and whether the image could be read.
 
     No neighbour stands in for a bad one here: it would come under a label that is not its own.
     """
 
-    def __init__(self, source: Source, resize: int, size: int):
+    def __init__(self, source: Source, resize: int, size: int, how: Preprocess):
         self.source = source
         self.resize = resize
         self.size = size
+        self.how = how
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "3 size size"], bool]:
+    def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "channels size size"], bool]:
         try:
-            image = self.source.read(index)
+            image = decode(self.source.read(index), self.how)
         except BadImage as error:
             log.warning("bad image left out: %s (%s)", self.source.name(index), error)
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
+            empty = torch.zeros(self.how.channels, self.size, self.size, dtype=torch.uint8)
+            return empty, False
         pixels = resize_center_crop(image, self.resize, self.size)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), True
 
 
-def ignore_interrupt(worker_id: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the loaders' must outlive it until the step is
-    saved.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def plain_loader(
-    source: Source, resize: int, size: int, batch_size: int, num_workers: int | None
-) -> DataLoader:
-    """Batches of (B, 3, size, size) uint8 and (B,) whether readable, in the source's order."""
+    source: Source,
+    resize: int,
+    size: int,
+    batch_size: int,
+    num_workers: int | None,
+    how: Preprocess,
+    timeout: float = 300.0,
+) -> Restarting[list[Tensor]]:
+    """Batches of (B, channels, size, size) uint8 and (B,) whether readable, in the source's
+    order.
+    """
     workers = default_workers() if num_workers is None else num_workers
-    return DataLoader(
-        PlainDataset(source, resize, size),
-        batch_size,
-        num_workers=workers,
-        worker_init_fn=ignore_interrupt,
-        generator=torch.Generator(),  # else every pass takes a number from the global one
-    )
+    dataset = PlainDataset(source, resize, size, how)
+
+    def make(first: int) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=range(first * batch_size, len(dataset)),
+            generator=torch.Generator(),  # else every pass takes a number from the global one
+            **loader_options(workers),
+        )
+
+    return Restarting(make, -(-len(dataset) // batch_size), timeout=timeout)
 
 
 class MultiCropData(lightning.LightningDataModule):
@@ -111,12 +125,16 @@ class MultiCropData(lightning.LightningDataModule):
 
     Args:
         source: the images.
-        augment: image and seed to crops.
+        augment: picture and seed to crops.
         batch_size: images a step on each rank.
         total_steps: optimizer steps of the run.
         seed: of order and crops.
+        how: from files to pixels to the network's input.
         num_workers: loader processes; None: one a core, less one.
         eval_data: labelled images for online evaluation, if there are any.
+        run_dir: where bad images are listed; None: nowhere.
+        max_bad_fraction: share of bad images that a run bears.
+        timeout: seconds after which a loader that gives nothing is started again.
     """
 
     def __init__(
@@ -126,46 +144,74 @@ class MultiCropData(lightning.LightningDataModule):
         batch_size: int,
         total_steps: int,
         seed: int,
+        how: Preprocess,
         num_workers: int | None = None,
         eval_data: LabelledPair | None = None,
+        run_dir: Path | None = None,
+        max_bad_fraction: float = 0.01,
+        timeout: float = 300.0,
     ):
         super().__init__()
-        self.dataset = CropDataset(source, augment, seed)
+        self.dataset = CropDataset(source, augment, seed, how)
         self.batch_size = batch_size
         self.total_steps = total_steps
         self.num_workers = default_workers() if num_workers is None else num_workers
         self.eval_data = eval_data
         self.start_step = 0
+        self.timeout = timeout
+        self.loader: Restarting[Crops] | None = None
+        file = None if run_dir is None else run_dir / FILE
+        self.bad = BadSamples(file, len(source), max_bad_fraction)
 
     def passes(self, step: int) -> float:
         """How many times the images have been seen after so many steps."""
         world_size = self.trainer.world_size if self.trainer else 1
         return step * self.batch_size * world_size / len(self.dataset.source)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Restarting[Crops]:
         """The rest of the run as one epoch of Lightning's: passes over the data are counted from
         the step.
         """
         rank, world_size = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
-        positions = Positions(self.start_step, self.total_steps, self.batch_size, rank, world_size)
-        return DataLoader(
-            self.dataset,
-            batch_size=self.batch_size,
-            sampler=positions,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            prefetch_factor=4 if self.num_workers else None,
-            worker_init_fn=ignore_interrupt,
-            generator=torch.Generator(),
-        )
+
+        def make(step: int) -> DataLoader:
+            return DataLoader(
+                self.dataset,
+                batch_size=self.batch_size,
+                sampler=Positions(step, self.total_steps, self.batch_size, rank, world_size),
+                collate_fn=stack,
+                pin_memory=torch.cuda.is_available(),
+                prefetch_factor=4 if self.num_workers else None,
+                generator=torch.Generator(),
+                **loader_options(self.num_workers),
+            )
+
+        self.loader = Restarting(make, self.total_steps, self.start_step, self.timeout)
+        return self.loader
+
+    def on_before_batch_transfer(self, batch: Crops, dataloader_idx: int) -> Crops:
+        """List what was bad.
+
+        Raises:
+            RunFailed: too much was.
+        """
+        self.bad.add(batch.replaced)
+        if isinstance(batch.indices, int):
+            bad = batch.replaced[-1]
+            raise RunFailed(
+                f"{MAX_REPLACEMENTS} images in a row cannot be read, up to {bad.name} "
+                f"({bad.reason}): is the disk still there?"
+            )
+        return batch
 
     def on_after_batch_transfer(self, batch: Crops, dataloader_idx: int) -> list[Tensor]:
-        """One (V, B, 3, h, w) tensor a resolution, normalised: global views, then local ones if
-        there are any.
+        """One (V, B, channels, h, w) tensor a resolution, normalised: global views, then local ones
+        if there are any.
         """
-        return [to_views(part) for part in (batch.global_crops, batch.local_crops) if part.shape[1]]
+        parts = (batch.global_crops, batch.local_crops)
+        return [to_views(part, self.dataset.how) for part in parts if part.shape[1]]
 
     def state_dict(self) -> dict[str, Any]:
         """The only state of the data: how many steps are done."""
@@ -176,7 +222,7 @@ class MultiCropData(lightning.LightningDataModule):
         self.start_step = int(state_dict["step"])
 
 
-def check_labelled(pair: LabelledPair) -> None:
+def check_labelled(pair: LabelledPair, how: Preprocess) -> None:
     """Look at labelled images before anything starts.
 
     Raises:
@@ -195,7 +241,7 @@ def check_labelled(pair: LabelledPair) -> None:
     if len(np.unique(pair.train.labels)) < 2:
         raise UserError(f"{pair.name}: one class only; k-NN and linear probe need two")
     for source in (pair.train, pair.test):
-        check_images(source, pair.size)
+        check_images(source, pair.size, how)
     unknown = np.setdiff1d(pair.test.labels, pair.train.labels)
     if len(unknown):
         log.warning(
@@ -205,7 +251,12 @@ def check_labelled(pair: LabelledPair) -> None:
         )  # fmt: skip
 
 
-def check_images(source: Source, size: int, probes: int = 16) -> None:
+def probes(source: Source, count: int = 16) -> Iterator[int]:
+    """A few images, evenly spaced."""
+    yield from np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
+
+
+def check_images(source: Source, size: int, how: Preprocess) -> None:
     """Read a few images before anything starts.
 
     Says once when images are smaller than a crop of `size` pixels, and so are enlarged.
@@ -213,23 +264,24 @@ def check_images(source: Source, size: int, probes: int = 16) -> None:
     Raises:
         UserError: none of them can be read.
     """
-    places = np.unique(np.linspace(0, len(source) - 1, probes).astype(int))
-    errors, small = [], []
-    for index in places:
+    errors, small, tried = [], [], 0
+    for index in probes(source):
+        tried += 1
         try:
-            height, width, _ = source.read(int(index)).shape
+            picture = open_picture(source.read(index), how)
+            picture.pixels()
         except BadImage as error:
-            errors.append(f"{source.name(int(index))} ({error})")
+            errors.append(f"{source.name(index)} ({error})")
             continue
-        if min(height, width) < size:
-            small.append(f"{source.name(int(index))} is {width} x {height}")
-    if len(errors) == len(places):
+        if min(picture.height, picture.width) < size:
+            small.append(f"{source.name(index)} is {picture.width} x {picture.height}")
+    if len(errors) == tried:
         raise UserError(
-            f"none of {len(places)} images tried can be read, starting with {errors[0]}: "
+            f"none of {tried} images tried can be read, starting with {errors[0]}: "
             "are these image files?"
         )
     if small:
         log.warning(
             "%d of %d images tried are smaller than the crop of %d and are enlarged (%s)",
-            len(small), len(places), size, small[0],
+            len(small), tried, size, small[0],
         )  # fmt: skip

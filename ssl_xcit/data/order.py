@@ -4,16 +4,20 @@ Position g of the run is place g mod N of pass g // N over N images. The place d
 permutation keyed by the pass) and the seed of its crops, so the only state of the data is an
 integer, and neither the number of workers nor of ranks changes what a sample looks like. Random
 bits come from Philox, a counter-based generator.
+
+Images that lie together in shards are read together: shards come in a permuted order, and their
+images are mixed in a window that moves over them.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Int64
 from torch.utils.data import Sampler
 
-_ORDER, _CROPS, _STEP = 0, 1, 2  # what the random bits are for
+_ORDER, _CROPS, _STEP, _WINDOW = range(4)  # what the random bits are for
 
 
 def _bits(seed: int, purpose: int, *place: int) -> np.random.Philox:
@@ -33,9 +37,48 @@ def permutation(seed: int, pass_index: int, num_images: int) -> Int64[np.ndarray
     return order
 
 
-def image_at(seed: int, position: int, num_images: int) -> int:
+@lru_cache(maxsize=8)
+def window_permutation(
+    seed: int, pass_index: int, window: int, size: int
+) -> Int64[np.ndarray, " W"]:
+    """The order inside a window of pass `pass_index`."""
+    return np.random.Generator(_bits(seed, _WINDOW, pass_index, window)).permutation(size)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Images that lie together on disk.
+
+    Args:
+        sizes: images of each shard, which follow one another in the source.
+        window: images that are mixed with each other.
+    """
+
+    sizes: Int64[np.ndarray, " S"]
+    window: int
+
+    def image_at(self, seed: int, pass_index: int, place: int) -> int:
+        """Index of the image at a place of a pass: the shards in a permuted order laid end to end,
+        cut into windows, each permuted.
+        """
+        window, inside = divmod(place, self.window)
+        first = window * self.window
+        size = min(self.window, int(self.sizes.sum()) - first)
+        place = first + int(window_permutation(seed, pass_index, window, size)[inside])
+        shards = permutation(seed, pass_index, len(self.sizes))
+        ends = self.sizes[shards].cumsum()
+        which = int(np.searchsorted(ends, place, side="right"))
+        shard = shards[which]
+        start = int(self.sizes[:shard].sum())
+        return start + place - int(ends[which] - self.sizes[shard])
+
+
+def image_at(seed: int, position: int, num_images: int, shards: Shards | None = None) -> int:
     """Index of the image at a position of the run."""
-    return int(permutation(seed, position // num_images, num_images)[position % num_images])
+    pass_index, place = divmod(position, num_images)
+    if shards is not None:
+        return shards.image_at(seed, pass_index, place)
+    return int(permutation(seed, pass_index, num_images)[place])
 
 
 def crop_seed(seed: int, position: int, num_images: int) -> int:

@@ -6,7 +6,6 @@ along the diagonals is for testing, and windows stay inside their block, so trai
 are disjoint.
 """
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,8 +15,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssl_xcit.data.decode import Pixels, read_image
-from ssl_xcit.data.sources import Files, LabelledPair, class_folders, folder
+from ssl_xcit.data.cache import default_cache
+from ssl_xcit.data.decode import read_image
+from ssl_xcit.data.folders import class_folders, folder
+from ssl_xcit.data.preprocess import Pixels
+from ssl_xcit.data.sources import Files, LabelledPair
 from ssl_xcit.errors import MissingPath
 
 SKIMAGE = [
@@ -41,11 +43,6 @@ SKLEARN = ["china.jpg", "flower.jpg"]
 SIZE, BLOCK, STRIDE = 64, 128, 32
 FOLDER = f"photos-{SIZE}-{BLOCK}-{STRIDE}"
 MAX_BLOCKS = 16  # of one photograph, evenly spaced: the largest would make up a third of the set
-
-
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/ssl_xcit, or ~/.cache/ssl_xcit."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ssl_xcit"
 
 
 def photographs() -> Iterator[tuple[str, Path]]:

@@ -51,6 +51,9 @@ def load_backbone(
         )
     model = XCiT(**architecture)
     load_strictly(model, state, path)
+    preprocess = content.get("preprocess")
+    model.preprocess = dict(preprocess) if isinstance(preprocess, dict) else {}
+    model.preprocess.setdefault("channels", architecture["in_chans"])
     return model.eval()
 
 

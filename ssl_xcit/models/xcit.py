@@ -208,6 +208,7 @@ class XCiT(nn.Module):
             "in_chans": in_chans,
             "num_classes": num_classes,
         }
+        self.preprocess: dict[str, Any] = {}  # how images were read in training; {}: as ImageNet's
         self.patch_embed = Stem(patch_size, in_chans, embed_dim)
         self.pos_embeder = FourierPosition(embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))

@@ -4,6 +4,7 @@ on.
 
 import csv
 import io
+import logging
 import math
 import time
 from pathlib import Path
@@ -14,8 +15,12 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from ssl_xcit.data.loader import default_workers
 from ssl_xcit.errors import UserError
 from ssl_xcit.training.module import DINO
+
+log = logging.getLogger(__name__)
+JUDGED_STEPS = 50  # after so many the share of waiting is judged
 
 
 class CSVMetrics(Logger):
@@ -85,23 +90,37 @@ class CSVMetrics(Logger):
 
 
 class LogMetrics(lightning.Callback):
-    """Loss, schedules, teacher entropy and speed to every logger, every so many steps and at the
-    last one.
+    """Loss, schedules, teacher entropy, speed and waiting for data to every logger, every so many
+    steps and at the last one.
+
+    Time counts from a batch's arrival to the step's end, and while a batch is waited for; what
+    other callbacks take, such as online evaluation, does not.
 
     Args:
         every_steps: steps between two reports.
+        max_data_wait: share of the time spent waiting for data above which it is said, once, what
+            to change.
     """
 
-    def __init__(self, every_steps: int = 10):
+    def __init__(self, every_steps: int = 10, max_data_wait: float = 0.1):
         if every_steps < 1:
             raise UserError(f"callbacks.metrics.every_steps={every_steps}: starts at 1")
+        if not 0.0 <= max_data_wait <= 1.0:
+            raise UserError(f"callbacks.metrics.max_data_wait={max_data_wait}: a share, 0 to 1")
         self.every_steps = every_steps
-        self.since = time.perf_counter()
-        self.images = 0
+        self.max_data_wait = max_data_wait
+        self.report = Clock()
+        self.whole = Clock()
+        self.advised = False
+        self.began = 0.0
 
     def on_train_start(self, *_: object) -> None:
-        """Start the clock."""
-        self.since, self.images = time.perf_counter(), 0
+        """No step is counted yet."""
+        self.report, self.whole = Clock(), Clock()
+
+    def on_train_batch_start(self, *_: object) -> None:
+        """The batch has arrived."""
+        self.began = time.perf_counter()
 
     def on_train_batch_end(
         self,
@@ -113,13 +132,18 @@ class LogMetrics(lightning.Callback):
     ) -> None:
         """Report after the step's end; `step` counts the steps done."""
         assert isinstance(module, DINO)
-        self.images += batch[0].shape[1] * trainer.world_size
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         step = trainer.global_step
-        if step % self.every_steps and step != trainer.max_steps:
+        reporting = step % self.every_steps == 0 or step == trainer.max_steps
+        if reporting:
+            outputs["loss"].item()  # whatever the device has not done yet belongs to this time
+        busy, images = time.perf_counter() - self.began, batch[0].shape[1] * trainer.world_size
+        for clock in (self.report, self.whole):
+            clock.add(busy, data.loader.waited, images)
+        if not reporting:
             return
-        now = time.perf_counter()
         metrics = {
-            "epoch": trainer.datamodule.passes(step),  # type: ignore[attr-defined]
+            "epoch": data.passes(step),
             "loss": outputs["loss"].item(),
             "grad_norm": outputs["grad_norm"].item(),
             **teacher_entropy(outputs["targets"]),
@@ -127,11 +151,76 @@ class LogMetrics(lightning.Callback):
             "weight_decay": module.schedules.weight_decay(step - 1),
             "ema": module.schedules.ema(step - 1),
             "teacher_temp": module.schedules.teacher_temp(step - 1),
-            "images_per_second": self.images / (now - self.since),
+            "images_per_second": self.report.images_per_second(),
+            "data_wait": self.report.wait_share(),
+            "bad_images": len(data.bad),
         }
-        self.since, self.images = now, 0
+        self.report = self.report.next()
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
+        self.advise(trainer, data)
+
+    def advise(self, trainer: lightning.Trainer, data: Any) -> None:
+        """Say once that training starves, when enough steps have shown it."""
+        share = self.whole.wait_share()
+        if self.whole.steps < JUDGED_STEPS:
+            return
+        self.whole = self.whole.next()
+        if share > self.max_data_wait and not self.advised and trainer.is_global_zero:
+            self.advised = True
+            log.warning(
+                "%.0f %% of the time is spent waiting for data: %s",
+                100.0 * share, more_data(data.num_workers, trainer.num_devices),
+            )  # fmt: skip
+
+
+class Clock:
+    """Seconds of work and of waiting over some steps.
+
+    Args:
+        waited_before: the loader's count of seconds when these steps began; None: its count at the
+            first of them, for the start of the loader is no fault of its.
+    """
+
+    def __init__(self, waited_before: float | None = None):
+        self.waited_before = waited_before
+        self.waited = 0.0
+        self.busy = 0.0
+        self.images = 0
+        self.steps = 0
+
+    def add(self, busy: float, waited: float, images: int) -> None:
+        """One step; `waited` is the loader's count so far."""
+        if self.waited_before is None:
+            self.waited_before = waited
+        self.waited = waited - self.waited_before
+        self.busy += busy
+        self.images += images
+        self.steps += 1
+
+    def next(self) -> "Clock":
+        """Of the steps that follow."""
+        return Clock((self.waited_before or 0.0) + self.waited)
+
+    def wait_share(self) -> float:
+        """Of the time, 0..1."""
+        return self.waited / max(self.busy + self.waited, 1e-9)
+
+    def images_per_second(self) -> float:
+        """Over all ranks."""
+        return self.images / max(self.busy + self.waited, 1e-9)
+
+
+def more_data(num_workers: int, devices: int) -> str:
+    """What to change when data come too slowly."""
+    spare = default_workers(devices)
+    if num_workers < spare:
+        return f"num_workers={spare} (now {num_workers}) uses the cores that are there"
+    return (
+        f"the {num_workers} loader processes use the cores that are there; smaller images on disk, "
+        "data=shards for a slow disk (ssl-xcit shard), augment=fused and fewer augment.num_local "
+        "take less"
+    )
 
 
 def teacher_entropy(targets: torch.Tensor) -> dict[str, float]:

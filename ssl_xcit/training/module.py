@@ -92,8 +92,8 @@ class DINO(lightning.LightningModule):
         self.seed = seed
 
     def training_step(self, views: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """One optimizer step on `views`: a (V, B, 3, h, w) tensor a resolution, the global views
-        first.
+        """One optimizer step on `views`: a (V, B, in_chans, h, w) tensor a resolution, the global
+        views first.
         """
         step = self.global_step
         optimizer: Any = self.optimizers()
@@ -132,8 +132,9 @@ class DINO(lightning.LightningModule):
         return self.make_optimizer(parameter_groups(self.student))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Enough to build the backbone again, as plain data."""
+        """Enough to build the backbone again and to feed it, as plain data."""
         checkpoint["architecture"] = dict(self.student.backbone.architecture)
+        checkpoint["preprocess"] = dict(self.student.backbone.preprocess)
 
 
 def make_networks(

@@ -2,13 +2,18 @@
 
 import io
 import struct
+import subprocess
+import sys
+import tempfile
 import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
-from ssl_xcit.data.decode import BadImage, decode, read_image
+from ssl_xcit.data.decode import RGB, BadImage, decode, open_picture, read_image
+from ssl_xcit.data.preprocess import Preprocess, of_weights
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -56,6 +61,61 @@ def test_golden_pixels(content, expected):
     assert pixels.tolist() == expected
 
 
+def tiff(array, **options):
+    out = io.BytesIO()
+    tifffile.imwrite(out, array, photometric="minisblack", planarconfig="contig", **options)
+    return out.getvalue()
+
+
+def npy(array):
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def channels(count, **options):
+    return Preprocess(count, (0.5,) * count, (0.2,) * count, **options)
+
+
+RAMP = np.arange(10, dtype=np.uint8).reshape(1, 2, 5)
+DEEP = np.array([[[0, 100, 5000, 9999, 10000], [10001, 65535, 2500, 7500, 20]]], np.uint16)
+SCALED = [[[0, 3, 128, 255, 255], [255, 255, 64, 191, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("content", "how", "expected"),
+    [
+        (tiff(RAMP), channels(5), RAMP.tolist()),
+        (tiff(RAMP, compression="zlib"), channels(5), RAMP.tolist()),
+        (tiff(DEEP), channels(5, value_range=(0, 10000)), SCALED),
+        (tiff((DEEP / 10000).astype(np.float32)), channels(5, value_range=(0.0, 1.0)), SCALED),
+        (npy(RAMP), channels(5), RAMP.tolist()),
+        (npy(np.moveaxis(RAMP, -1, 0)), channels(5), RAMP.tolist()),
+        (npy(RAMP[..., 0]), RGB, [[[0] * 3, [5] * 3]]),
+        (npy(np.array([[True, False]])), channels(1), [[[255], [0]]]),
+        (npy(RAMP[..., :3]), channels(1), [[[1], [6]]]),
+        (grey16(), channels(1), [[[0], [1], [128], [255]]]),
+        (grey16(), channels(1, value_range=(0, 512)), [[[0], [128], [255], [255]]]),
+        (tiff(np.array([[0, 65535]], np.uint16)), RGB, [[[0] * 3, [255] * 3]]),
+        (encoded(Image.new("RGB", (1, 1), (10, 200, 90))), channels(1), [[[131]]]),
+        (half_transparent(), Preprocess(background=(5, 6, 7)), [[[5, 6, 7], [10, 20, 30]]]),
+        (half_transparent(), channels(4), [[[0, 0, 0, 0], [10, 20, 30, 255]]]),
+        (RAMP[..., :3], RGB, RAMP[..., :3].tolist()),
+        (DEEP[..., 0], channels(1, value_range=(0, 10000)), [[[0], [255]]]),
+    ],
+    ids=[
+        "5-channel tiff", "compressed", "16-bit tiff", "float tiff", "npy", "npy planes",
+        "grey npy", "bool npy", "rgb npy as grey", "grey16 as grey", "grey16 with range",
+        "grey16 tiff", "rgb as grey", "alpha on a colour", "alpha as a channel", "array",
+        "16-bit array",
+    ],
+)  # fmt: skip
+def test_golden_pixels_of_other_channels_and_depths(content, how, expected):
+    pixels = decode(content, how)
+    assert pixels.dtype == np.uint8
+    assert pixels.tolist() == expected
+
+
 def bomb(side: int) -> bytes:
     """A PNG whose header claims side x side pixels."""
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
@@ -63,6 +123,12 @@ def bomb(side: int) -> bytes:
         struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
     )
     return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", 0)
+
+
+def webp_bomb() -> bytes:
+    """A canvas of 16,384 x 16,384 pixels by its header."""
+    header = b"VP8X" + struct.pack("<I", 10) + bytes(4) + 2 * (16_383).to_bytes(3, "little")
+    return b"RIFF" + struct.pack("<I", 4 + len(header)) + b"WEBP" + header
 
 
 def good() -> bytes:
@@ -87,12 +153,77 @@ def bad_crc() -> bytes:
         (bad_crc(), "broken|CRC|crc"),
         (bomb(20_000), "more than 64,000,000 pixels"),
         (bomb(10_000), "10000 x 10000"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
+        (npy(RAMP[..., :3])[:-1], "truncated: 5 of 6 bytes"),
+        (npy(np.zeros((2, 2, 3), object)), "type object is no image"),
+        (npy(np.zeros((2, 2, 4))), "channels=3"),
+        (npy(np.zeros((2, 2, 3))), "value_range"),
+        (npy(np.zeros(4, np.uint8)), "is no image"),
+        (tiff(RAMP), "channels=3"),
+        (encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"), "value_range"),
+        (webp_bomb(), "more than|Error"),
     ],
-    ids=["empty", "html", "png", "jpeg", "crc", "bomb", "small bomb"],
-)
+    ids=[
+        "empty", "html", "png", "jpeg", "crc", "bomb", "small bomb", "postscript", "short npy",
+        "pickled npy", "4-channel npy", "float npy", "flat npy", "5-channel tiff", "float tiff",
+        "webp bomb",
+    ],
+)  # fmt: skip
 def test_bad_images(content, reason):
     with pytest.raises(BadImage, match=reason):
-        decode(content)
+        open_picture(content).pixels()
+
+
+def test_a_bomb_takes_no_memory():
+    """A real one: 14,000 x 14,000 white pixels in a small file, refused from its header."""
+    code = (
+        "import io, resource, sys\n"
+        "from ssl_xcit.data.decode import BadImage, decode\n"
+        "content = open(sys.argv[1], 'rb').read()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: decode(content)\n"
+        "except BadImage as error: print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        Image.new("1", (14_000, 14_000), 1).save(file.name)
+        command = [sys.executable, "-c", code, file.name]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "more than 64,000,000 pixels" in said
+    assert int(said.splitlines()[-1]) < 100_000  # KiB
+
+
+def test_reasons_are_the_same_in_every_process():
+    with pytest.raises(BadImage) as one:
+        decode(b"<html>")
+    assert "0x" not in str(one.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 0}, "channels=0: 1 to 128"),
+        ({"max_pixels": 0}, "max_pixels=0"),
+        ({"mean": (0.1, 0.2)}, "3 numbers"),
+        ({"std": (0.1, 0.2, 0.0)}, "above 0"),
+        ({"background": (0, 0, 256)}, "0 to 255"),
+        ({"value_range": (3, 3)}, r"\[low, high\]"),
+    ],
+)
+def test_bad_preprocessing(options, message):
+    with pytest.raises(ValueError, match=message):
+        Preprocess(**options)
+
+
+def test_preprocessing_comes_back_from_weights():
+    how = channels(5, value_range=(0, 10000), background=(1, 2, 3))
+    assert of_weights(how.of_weights()) == how
+    assert of_weights({}) == RGB
+    for hostile in ({"max_pixels": 10**12}, {"channels": 3, "run": "x"}, {"mean": [1.0]}):
+        with pytest.raises(ValueError, match="preprocess"):
+            of_weights(hostile)
+    with pytest.raises(ValueError, match=r"ssl-xcit stats preprocess\.channels=5"):
+        Preprocess(5).statistics()
 
 
 def test_missing_file(tmp_path):

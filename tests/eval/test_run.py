@@ -11,8 +11,9 @@ from ssl_xcit.eval.features import extract, extract_pair
 from ssl_xcit.eval.knn import KNN
 from ssl_xcit.eval.run import evaluate
 
+from ssl_xcit.data.decode import RGB, decode
 from ssl_xcit.data.module import check_labelled
-from ssl_xcit.data.multicrop import normalise, resize_center_crop
+from ssl_xcit.data.preprocess import normalise, resize_center_crop
 from ssl_xcit.data.sources import Files, LabelledPair, Subset
 from ssl_xcit.models.xcit import XCiT
 
@@ -35,22 +36,22 @@ def test_features_are_the_backbones_in_eval_mode(pair, backbone):
     backbone.train()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     state = torch.get_rng_state()
-    features, rows = extract(backbone, pair.test, 64, 48, batch_size=7, num_workers=0)
+    features, rows = extract(backbone, pair.test, 64, 48, RGB, batch_size=7, num_workers=0)
     assert rows.tolist() == list(range(len(pair.test)))
     assert torch.equal(state, torch.get_rng_state())
     assert backbone.training
     assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
-    pixels = [resize_center_crop(pair.test.read(i), 64, 48) for i in range(len(pair.test))]
-    images = normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
+    pixels = [resize_center_crop(decode(pair.test.read(i)), 64, 48) for i in range(len(pair.test))]
+    images = normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), RGB)
     with torch.no_grad():
         expected = backbone.eval()(images)
     assert np.allclose(features, expected.numpy(), atol=1e-4)
 
 
 def test_random_weights_are_fresh_and_repeatable(pair, backbone):
-    one, two = (random_weights(backbone, pair, num_workers=0) for _ in range(2))
+    one, two = (random_weights(backbone, pair, RGB, num_workers=0) for _ in range(2))
     assert np.array_equal(one.train, two.train)
-    own = extract_pair(backbone, pair, num_workers=0)
+    own = extract_pair(backbone, pair, RGB, num_workers=0)
     assert not np.allclose(one.train, own.train)
 
 
@@ -80,23 +81,23 @@ def test_features_that_are_not_finite_are_named(pair, backbone):
     with torch.no_grad():
         backbone.norm.weight[0] = torch.nan
     with pytest.raises(ValueError, match=r"not finite, such as .*png"):
-        extract(backbone, pair.test, 64, 48, num_workers=0)
+        extract(backbone, pair.test, 64, 48, RGB, num_workers=0)
 
 
 def test_labels_are_required_and_unknown_classes_named(pair, caplog):
     train = Subset(pair.train, np.flatnonzero(pair.train.labels != 3))
     with caplog.at_level(logging.WARNING):
-        check_labelled(LabelledPair(train, pair.test, "p", 64, 48))
+        check_labelled(LabelledPair(train, pair.test, "p", 64, 48), RGB)
     assert "1 classes without training images (cell)" in caplog.text
     train.labels = None
     with pytest.raises(ValueError, match="no labels"):
-        check_labelled(LabelledPair(train, pair.test, "p", 64, 48))
+        check_labelled(LabelledPair(train, pair.test, "p", 64, 48), RGB)
     one = Subset(pair.train, np.flatnonzero(pair.train.labels == 3))
     with pytest.raises(ValueError, match="one class only"):
-        check_labelled(LabelledPair(one, pair.test, "p", 64, 48))
+        check_labelled(LabelledPair(one, pair.test, "p", 64, 48), RGB)
     none = Subset(pair.train, np.arange(0))
     with pytest.raises(ValueError, match="no test images are left"):
-        check_labelled(LabelledPair(pair.train, none, "p", 64, 48))
+        check_labelled(LabelledPair(pair.train, none, "p", 64, 48), RGB)
 
 
 def test_a_bad_image_is_left_out_with_its_label(backbone, tmp_path):
@@ -105,8 +106,11 @@ def test_a_bad_image_is_left_out_with_its_label(backbone, tmp_path):
         files.append(tmp_path / f"{i}.png")
         Image.fromarray(np.full((16, 16, 3), 40 * i, np.uint8)).save(files[-1])
     files[2].write_bytes(b"<html>")
-    source = Files([str(f) for f in files], np.array([0, 0, 1, 1, 2, 2]), ["a", "b", "c"])
+    source = Files([str(f) for f in files], "", np.array([0, 0, 1, 1, 2, 2]), ["a", "b", "c"])
     pair = LabelledPair(source, source, "one bad", 16, 16)
-    for features in (extract_pair(backbone, pair, num_workers=0), colour_histogram(backbone, pair)):
+    for features in (
+        extract_pair(backbone, pair, RGB, num_workers=0),
+        colour_histogram(backbone, pair, RGB),
+    ):
         assert features.train_labels.tolist() == [0, 0, 1, 2, 2]
         assert len(features.train) == len(features.test) == 5

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.module import MultiCropData
 from ssl_xcit.data.multicrop import TorchvisionMultiCrop
 from ssl_xcit.data.sources import Subset
@@ -35,7 +36,7 @@ def make(drop_path=0.0, lr=2e-3, freeze_steps=0, steps=40, teacher_temp=0.04, em
 
 
 def fit(module, source, steps, folder, callbacks=(), **trainer):
-    data = MultiCropData(source, TorchvisionMultiCrop(16, 8, 2), 12, steps, seed=1, num_workers=0)
+    data = MultiCropData(source, TorchvisionMultiCrop(16, 8, 2), 12, steps, 1, RGB, num_workers=0)
     runner = lightning.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

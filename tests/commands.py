@@ -1,0 +1,50 @@
+"""Commands as a person types them, in this process; `SMALL` keeps a run at seconds."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ssl_xcit import cli
+
+SMALL = [
+    "epochs=0.05",
+    "batch_size=8",
+    "num_workers=0",
+    "model.embed_dim=32",
+    "model.depth=1",
+    "model.num_heads=2",
+    "augment.global_size=32",
+    "augment.local_size=16",
+    "objective.num_prototypes=32",
+    "objective.head.hidden_dim=16",
+    "objective.head.bottleneck_dim=8",
+    "callbacks.metrics.every_steps=2",
+    "callbacks.online.every_steps=4",
+    "callbacks.online.max_images=100",
+    "callbacks.checkpoints.every_steps=3",
+    "evaluation.evaluators.linear.epochs=2",
+]
+NO_ONLINE = [o for o in SMALL if not o.startswith("callbacks.online")]
+
+
+def run(*words):
+    """(exit code, nothing is raised)."""
+    try:
+        cli.main(words)
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def metrics(folder):
+    with (Path(folder) / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def images(folder, count, size=(48, 48)):
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(count)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{i}.png")
