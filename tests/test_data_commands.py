@@ -1,0 +1,296 @@
+"""check, stats and shard, and what training does with other channels, bad images, dead workers."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from commands import NO_ONLINE, images, metrics, run
+from PIL import Image
+
+from ssl_xcit import check, load_backbone, shard
+from ssl_xcit.data.decode import decode
+from ssl_xcit.data.shards import tar_shards
+
+TINY = [*NO_ONLINE, "~callbacks.online", "evaluation.baselines=null"]
+TINY += ["evaluation.evaluators.linear=null", "augment.num_local=1"]
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def png(size, **options):
+    out = io.BytesIO()
+    pixels = np.random.default_rng(size[0]).integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(out, "PNG", **options)
+    return out.getvalue()
+
+
+def bad_files():
+    """One content of every kind."""
+    whole = png((40, 40))
+    flipped = bytearray(whole)
+    flipped[300] ^= 8
+    bomb = io.BytesIO()
+    Image.new("1", (14_000, 14_000)).save(bomb, "PNG")
+    assert len(bomb.getvalue()) < 600_000
+    jpeg = io.BytesIO()
+    Image.new("RGB", (60, 60), (9, 99, 199)).save(jpeg, "JPEG")
+    return {
+        "empty.png": b"",
+        "html.jpg": b"<!doctype html><title>404</title>",
+        "cut.png": whole[:900],
+        "cut.jpg": jpeg.getvalue()[:500],
+        "crc.png": bytes(flipped),
+        "bomb.png": bomb.getvalue(),
+    }
+
+
+def test_check_counts_names_and_finds_repeats(capsys):
+    images(Path("data/a"), 3, (300, 250))
+    images(Path("data/b"), 4, (60, 50))
+    shutil.copy("data/b/2.png", "data/b/again.png")
+    Image.new("L", (9, 9)).save("data/grey.png")
+    for name, content in bad_files().items():
+        Path("data", name).write_bytes(content)
+    assert run("check", "data.root=data", "num_workers=2", "out=found") == 1
+    captured = capsys.readouterr()
+    assert "6 of 15 images are bad" in captured.err
+    assert "2 not images" not in captured.out
+    for line in (
+        "good        9: 8 PNG RGB, 1 PNG L",
+        "bad         6 (40 %)",
+        "9 x 9 to 250 x 300",
+        "6 have a side under 224 pixels",
+        "1 images repeat another (1 groups)",
+    ):
+        assert line in captured.out
+    report = json.loads(Path("found/report.json").read_text())
+    assert report["bad_by_reason"] == {
+        "truncated": 2, "too many pixels": 1, "corrupt": 1, "empty files": 1, "not images": 1,
+    }  # fmt: skip
+    rows = [json.loads(x) for x in Path("found/bad_samples.jsonl").read_text().splitlines()]
+    assert {Path(row["name"]).name for row in rows} == set(bad_files())
+    twice = [json.loads(x) for x in Path("found/duplicates.jsonl").read_text().splitlines()]
+    assert twice == [["data/b/2.png", "data/b/again.png"]]
+    assert run("check", "data.root=data", "data.max_bad_fraction=0.5", "num_workers=0") == 0
+
+
+def test_check_names_the_file_that_ends_its_process(capsys, monkeypatch):
+    images(Path("data"), 40, (20, 20))
+    whole = check.look_at
+
+    def crashing(source, how, index):
+        if source.name(index).endswith("/7.png"):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return whole(source, how, index)
+
+    monkeypatch.setattr(check, "look_at", crashing)
+    monkeypatch.setattr("ssl_xcit.data.loader.POLL", 0.5)
+    assert run("check", "data.root=data", "num_workers=1", "data.max_bad_fraction=0.1") == 0
+    (row,) = [json.loads(x) for x in Path("check/bad_samples.jsonl").read_text().splitlines()]
+    assert row["name"] == "data/7.png"
+    assert row["reason"] == "decoding it ends the process (SIGSEGV)"
+    assert "good        39" in capsys.readouterr().out
+
+
+def test_stats_are_exact(capsys):
+    images(Path("data"), 5, (30, 20))
+    Path("data/bad.png").write_bytes(b"")
+    assert run("stats", "data.root=data", "num_workers=0") == 0
+    kept = json.loads(Path("stats.json").read_text())
+    pixels = np.stack([decode(p.read_bytes()) for p in Path("data").glob("[0-9].png")]) / 255
+    assert np.allclose(kept["mean"], pixels.mean((0, 1, 2)), atol=1e-6)
+    assert np.allclose(kept["std"], pixels.std((0, 1, 2)), atol=1e-6)
+    assert "next: ssl-xcit pretrain" in capsys.readouterr().out
+    assert run("stats", "data.root=data", "preprocess.value_range=[0,10]", "num_workers=0") == 0
+    assert run("pretrain", "data=folder", "data.root=data", "preprocess.stats=stats.json") == 2
+    assert "was made with value_range=(0, 10)" in capsys.readouterr().err
+
+
+def test_five_channels_from_stats_to_evaluation(capsys):
+    """16-bit satellite-like TIFFs: statistics, training, and evaluation with what the weights
+    know.
+    """
+    rng = np.random.default_rng(0)
+    labelled = []
+    Path("data").mkdir()
+    for i in range(30):
+        base = rng.uniform(0, 9000, 5) if i % 2 else np.array([8000, 100, 100, 5000, 10])
+        noise = rng.normal(0, 300, (40, 40, 5))
+        array = (base + noise).clip(0, 10000).astype(np.uint16)
+        tifffile.imwrite(
+            f"data/{i:02d}.tif", array, photometric="minisblack", planarconfig="contig"
+        )
+        labelled.append(f"data/{i:02d}.tif\t{i % 2}\n")
+    Path("labels.txt").write_text("".join(labelled))
+    satellite = ["preprocess.value_range=[0,10000]"]
+    stats = ["stats", "data.root=data", "preprocess.channels=5", *satellite, "num_workers=0"]
+    assert run(*stats) == 0
+    training = [
+        "pretrain", "data=list", "data.file=labels.txt", "eval_data.file=labels.txt",
+        "eval_data.resize=40", "eval_data.size=32", "model=xcit_micro_4_p8", "model.in_chans=5",
+        "preprocess.stats=stats.json", *satellite, "name=five", *TINY, "epochs=1",
+    ]  # fmt: skip
+    assert run(*training) == 0
+    assert "no saturation, hue and grey" in capsys.readouterr().err
+    backbone = load_backbone("runs/five")
+    kept = json.loads(Path("stats.json").read_text())
+    assert backbone.preprocess["mean"] == kept["mean"]
+    assert backbone.preprocess["value_range"] == [0, 10000]
+    before = json.loads(Path("runs/five/summary.json").read_text())["results"]
+    words = ["evaluation.evaluators.linear=null", "evaluation.baselines=null", "num_workers=0"]
+    assert run("eval", "ckpt=runs/five", *words) == 0  # finds its data and statistics by itself
+    assert json.loads(Path("runs/five/results.json").read_text())["results"] == before
+    capsys.readouterr()
+    images(Path("rgb/a"), 4), images(Path("rgb/b"), 4)
+    assert run("eval", "ckpt=runs/five", "eval_data=folder", "eval_data.root=rgb") == 2
+    assert "preprocess.channels=5" in capsys.readouterr().err
+
+
+def test_grey_trains_too():
+    assert run("pretrain", "model.in_chans=1", "name=grey", *TINY) == 0
+    assert load_backbone("runs/grey").preprocess["mean"] == [0.449]
+
+
+def test_shards_hold_what_the_folder_holds(capsys):
+    images(Path("data/cat"), 7, (20, 30))
+    images(Path("data/dog"), 6, (25, 20))
+    Path("data/dog/bad.png").write_bytes(b"")
+    words = ["shard", "data.root=data", "data.labels=true", "out=tars", "images_per_shard=5"]
+    words += ["data.max_bad_fraction=0.2"]
+    assert run(*words, "num_workers=2") == 0
+    out = capsys.readouterr().out
+    assert "13 images in 3 shards" in out
+    assert "1 bad images left out, such as data/dog/bad.png (empty file)" in out
+    keys = dict(line.split("\t") for line in Path("tars/keys.tsv").read_text().splitlines())
+    source = tar_shards("tars")
+    assert len(source) == len(keys) == 13
+    for i in range(13):
+        name = Path(keys[source.keys[i]])
+        assert source.read(i) == name.read_bytes()
+        assert source.labels[i] == ("dog" in str(name))
+    kept = json.loads(Path("tars/shards.json").read_text())
+    assert kept["class_names"] == ["cat", "dog"]
+    before = {p: p.stat().st_mtime_ns for p in Path("tars").glob("*.tar")}
+    assert run(*words, "num_workers=0") == 0  # nothing is left to do
+    assert before == {p: p.stat().st_mtime_ns for p in Path("tars").glob("*.tar")}
+    assert run(*words[:-2], "images_per_shard=4") == 2
+    assert "begun with another images_per_shard" in capsys.readouterr().err
+    assert run("shard", "data=shards", "data.root=tars", "out=again", "num_workers=0") == 0
+    training = ["pretrain", "data=shards", "data.root=tars", "eval_data.root=tars", "name=t", *TINY]
+    training += ["model=xcit_micro_4_p8", "eval_data.resize=32", "eval_data.size=32", "epochs=1"]
+    assert run(*training) == 0
+    assert json.loads(Path("runs/t/summary.json").read_text())["results"]["pretrained"]
+
+
+def test_shards_go_on_where_they_were_stopped(monkeypatch):
+    images(Path("data"), 12, (10, 10))
+    words = ["shard", "data.root=data", "images_per_shard=3", "num_workers=0"]
+    assert run(*words, "out=whole") == 0
+    write, calls = shard.write_shard, []
+
+    def interrupted(job, number):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(number)
+        return write(job, number)
+
+    monkeypatch.setattr(shard, "write_shard", interrupted)
+    assert run(*words, "out=cut") == 130
+    assert not Path("cut/shards.json").exists()
+    calls.clear()
+    monkeypatch.setattr(shard, "write_shard", lambda j, n: calls.append(n) or write(j, n))
+    assert run(*words, "out=cut") == 0
+    assert calls == [2, 3]
+    for path in Path("whole").glob("*.tar"):
+        assert path.read_bytes() == Path("cut", path.name).read_bytes()
+    assert not list(Path("cut").glob(".*"))
+
+
+def test_a_shard_that_reads_back_differently_is_an_error(monkeypatch, capsys):
+    images(Path("data"), 4, (10, 10))
+    whole = shard.list_tar
+
+    def spoiled(path):
+        with open(path, "r+b") as file:
+            file.seek(520)
+            file.write(b"x")
+        return whole(path)
+
+    monkeypatch.setattr(shard, "list_tar", spoiled)
+    assert run("shard", "data.root=data", "out=tars", "num_workers=0") == 1
+    assert "a bad disk?" in capsys.readouterr().err
+    assert not list(Path("tars").glob("shard-*.tar"))
+
+
+def test_ten_thousand_images_one_percent_bad(capsys):
+    """Every kind of bad; the run ends well, each is listed once, and above the limit it stops."""
+    bad, folder, good = bad_files(), Path("data"), png((24, 24))
+    folder.mkdir()
+    kinds = list(bad.items())
+    for i in range(10_000):
+        name = f"{i:05d}.png"
+        if i % 100 == 50:
+            kind, content = kinds[i // 100 % len(kinds)]
+            name = f"{i:05d}_{kind}"
+            if kind == "bomb.png":
+                Path("bomb").exists() or Path("bomb").write_bytes(content)
+                os.link("bomb", folder / name)
+                continue
+            Path(folder / name).write_bytes(content)
+        elif i < 3:
+            (folder / name).write_bytes(good)
+        else:
+            os.link(folder / f"{i % 3:05d}.png", folder / name)
+    words = [
+        "pretrain", "data=folder", "data.root=data", "model=xcit_micro_4_p8", *TINY, "name=run",
+        "augment.global_size=16", "augment.local_size=8", "batch_size=200", "epochs=1",
+    ]  # fmt: skip
+    assert run(*words) == 0
+    rows = [json.loads(x) for x in Path("runs/run/bad_samples.jsonl").read_text().splitlines()]
+    found = [Path(row["name"]).name for row in rows]
+    assert sorted(found) == sorted(p.name for p in folder.iterdir() if "_" in p.name)
+    assert len(set(found)) == 100
+    assert metrics("runs/run")[-1]["bad_images"] == "100.0"
+    capsys.readouterr()
+    more = [word for word in words if word != "name=run"]
+    assert run(*more, "name=few", "data.max_bad_fraction=0.003") == 1
+    error = capsys.readouterr().err
+    assert re.search(r"31 of 10,000 images are bad \(0.3 %, data.max_bad_fraction allows", error)
+    assert "Traceback" not in error
+
+
+def test_a_worker_killed_in_training_changes_no_number(monkeypatch, capsys):
+    from ssl_xcit.training import module
+
+    monkeypatch.setattr("ssl_xcit.data.loader.POLL", 0.5)
+    workers = [w for w in TINY if w != "num_workers=0"] + ["num_workers=1"]
+    assert run("pretrain", "name=quiet", *workers) == 0
+    update, calls = module.ema_update_, []
+
+    def killing(*args):
+        calls.append(update(*args))
+        if len(calls) == 4:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            for child in children:
+                if b"pytest" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(int(child), signal.SIGKILL)
+
+    monkeypatch.setattr(module, "ema_update_", killing)
+    assert run("pretrain", "name=killed", *workers) == 0
+    assert "SIGKILL" in capsys.readouterr().err
+    timed = ("images_per_second", "data_wait")
+    quiet, killed = (
+        [{k: v for k, v in row.items() if k not in timed} for row in metrics(f"runs/{name}")]
+        for name in ("quiet", "killed")
+    )
+    assert quiet == killed
