@@ -21,9 +21,9 @@ from ssl_xcit.eval.features import extract_pair
 from ssl_xcit.eval.knn import nearest
 
 from ssl_xcit import load_backbone
-from ssl_xcit.data.decode import read_image
-from ssl_xcit.data.multicrop import normalise
+from ssl_xcit.data.decode import RGB, decode, read_image
 from ssl_xcit.data.photos import labelled_photos, photographs
+from ssl_xcit.data.preprocess import normalise
 
 QUERIES, NEIGHBOURS = 8, 6
 SHOWN = ("astronaut", "chelsea", "coffee", "rocket")
@@ -32,7 +32,7 @@ SHOWN = ("astronaut", "chelsea", "coffee", "rocket")
 def main(run: Path) -> None:
     backbone = load_backbone(run)
     pair = labelled_photos()
-    features = extract_pair(backbone, pair, num_workers=0)
+    features = extract_pair(backbone, pair, RGB, num_workers=0)
     chosen = np.linspace(10, len(pair.test) - 10, QUERIES).astype(int)
     _, near = nearest(features.train, features.test[chosen], NEIGHBOURS)
 
@@ -43,7 +43,7 @@ def main(run: Path) -> None:
         label = pair.test.labels[chosen[row]]
         for column, axis in enumerate(axes):
             index = near[row, column - 1]
-            image = pair.train.read(index) if column else pair.test.read(chosen[row])
+            image = decode(pair.train.read(index) if column else pair.test.read(chosen[row]))
             axis.imshow(image)
             axis.set(xticks=[], yticks=[])
             right_class = not column or pair.train.labels[index] == label
@@ -62,7 +62,7 @@ def main(run: Path) -> None:
         image = image[:side, :side]
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
         with torch.no_grad():
-            weights = backbone.attention(normalise(pixels))[0].mean(0).numpy()
+            weights = backbone.attention(normalise(pixels, RGB))[0].mean(0).numpy()
         axes[0].imshow(image)
         axes[1].imshow(weights, vmax=np.quantile(weights, 0.995), interpolation="bilinear")
         for axis in axes:
