@@ -58,19 +58,34 @@ def train_heads(
     return weight.detach(), bias.detach()
 
 
-def accuracies(
+def scores(
     weight: Float[Tensor, "L K C"],
     bias: Float[Tensor, "L K"],
     features: Float[Tensor, "N C"],
     classes: Int64[Tensor, " N"],
-) -> Float[Tensor, " L"]:
-    """Percent of rows that each classifier gets right; a diverged one gets 0."""
+) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
+    """Percent of rows that each classifier gets right, and its cross-entropy in nats; a diverged
+    one gets 0 and infinity. Class -1 is none that it knows.
+    """
     correct = torch.zeros(len(weight), device=features.device)
+    loss = torch.zeros(len(weight), device=features.device)
     for rows in torch.arange(len(features), device=features.device).split(4096):
         logits = torch.einsum("nc,lkc->lnk", features[rows], weight) + bias[:, None]
         hits = (logits.argmax(-1) == classes[rows]) & logits.isfinite().all(-1)
         correct += hits.sum(dim=1)
-    return 100.0 * correct / len(features)
+        picked = logits.gather(-1, classes[rows].clamp_min(0).expand(len(weight), -1)[..., None])
+        loss += (logits.logsumexp(-1) - picked[..., 0]).sum(dim=1)
+    return 100.0 * correct / len(features), (loss / len(features)).nan_to_num(torch.inf)
+
+
+def best(accuracy: Float[Tensor, " L"], loss: Float[Tensor, " L"], num_rows: int) -> int:
+    """Of the classifiers within a standard error of the highest accuracy the one with the lowest
+    cross-entropy: few held-out rows do not tell accuracies apart that are close.
+    """
+    share = accuracy / 100.0
+    top = share.max()
+    error = (top * (1.0 - top) / num_rows).sqrt()
+    return int(torch.where(share >= top - error, loss, torch.inf).argmin())
 
 
 class LinearProbe:
@@ -119,14 +134,13 @@ class LinearProbe:
             return train_heads(x, y, num_classes, lrs, epochs, batch_size, seed)
 
         weight, bias = fit(train[~held], classes[~held], self.lrs)
-        scores = accuracies(weight, bias, train[held], classes[held])
-        lr = self.lrs[int(scores.argmax())]
+        lr = self.lrs[best(*scores(weight, bias, train[held], classes[held]), int(held.sum()))]
         weight, bias = fit(train, classes, [lr])
         # a test class that training lacks can never be right; -1 matches no prediction
         known = np.searchsorted(names, features.test_labels).clip(max=len(names) - 1)
         test_ids = np.where(names[known] == features.test_labels, known, -1)
-        score = accuracies(
+        accuracy, _ = scores(
             weight, bias, torch.from_numpy(features.test), torch.from_numpy(test_ids)
         )
-        yield "linear", float(score[0])
+        yield "linear", float(accuracy[0])
         yield "linear_lr", lr

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from ssl_xcit.eval.features import FeatureSet
-from ssl_xcit.eval.linear import LinearProbe, accuracies, train_heads
+from ssl_xcit.eval.linear import LinearProbe, best, scores, train_heads
 
 
 def problem(seed=0, n=600, classes=5, dim=24, noise=2.0):
@@ -71,9 +71,19 @@ def test_a_diverged_head_counts_nothing_and_harms_no_other():
     weight, bias = train_heads(x, y, 5, [1e-4, 1e38], epochs=3, batch_size=64, seed=0)
     alone, _ = train_heads(x, y, 5, [1e-4], epochs=3, batch_size=64, seed=0)
     assert torch.allclose(weight[0], alone[0], atol=1e-5)
-    scores = accuracies(weight, bias, x, y)
-    assert scores[0] > 90
-    assert scores[1] == 0
+    accuracy, loss = scores(weight, bias, x, y)
+    assert accuracy[0] > 90
+    assert accuracy[1] == 0
+    assert loss[1] == torch.inf
+    expected = torch.nn.functional.cross_entropy(x @ weight[0].T + bias[0], y)
+    assert loss[0].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_the_choice_is_by_accuracy_unless_chance_decides():
+    accuracy, loss = torch.tensor([70.0, 90.0, 92.0, 91.0]), torch.tensor([0.1, 0.4, 0.9, 0.3])
+    assert best(accuracy, loss, 300) == 3  # 1.6 points of standard error
+    assert best(accuracy, loss, 1_000_000) == 2
+    assert best(torch.tensor([0.0, 0.0]), torch.tensor([torch.inf, 2.0]), 10) == 1
 
 
 def test_unknown_test_classes_are_wrong_and_gaps_are_fine():
