@@ -23,6 +23,7 @@ from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Source, Stored
 from ssl_xcit.errors import RunFailed
 from ssl_xcit.plan import check_numbers
+from ssl_xcit.run_folder import writable_folder
 from ssl_xcit.table import shown_in_terminal, write_json
 
 CHUNK = 16
@@ -112,6 +113,7 @@ def main(cfg: DictConfig) -> None:
     how: Preprocess = instantiate(cfg.preprocess)
     out, count, began = Path(str(cfg.out)), len(source), time.perf_counter()
     shown = shown_in_terminal()
+    writable_folder(out)
     each = looks(source, how, cfg.num_workers, cfg.worker_timeout)
     kinds: Counter[str] = Counter()
     sizes = np.zeros((count, 2), np.int64)
@@ -137,7 +139,6 @@ def main(cfg: DictConfig) -> None:
         "duplicate_groups": len(twice),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    out.mkdir(parents=True, exist_ok=True)
     write_json(report, out / "report.json")
     (out / FILE).write_text("".join(json.dumps(row) + "\n" for row in bad))
     (out / "duplicates.jsonl").write_text("".join(json.dumps(group) + "\n" for group in twice))

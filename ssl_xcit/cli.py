@@ -6,6 +6,7 @@ interrupted and saved.
 """
 
 import difflib
+import io
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
@@ -105,7 +107,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as they are, not printed by Hydra
-    sys.argv = [Path(program[0]).name, *arguments]
+    sweep = bool({"-m", "--multirun"} & set(arguments))
+    sys.argv = [Path(program[0]).name, *(quoted(word, sweep) for word in arguments)]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name=command)(run)()
     except Exception as error:
@@ -116,6 +122,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.argv = program
         if not debugging:
             os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def quoted(argument: str, sweep: bool) -> str:
+    """`key=value` as Hydra's grammar takes it: `~/` expanded, which shells do not do behind an `=`,
+    and a value that it cannot read, such as a path with parentheses, in quotes.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or argument.startswith("-") or not value:
+        return argument
+    if value.startswith("~"):
+        value = os.path.expanduser(value)
+    text = value.replace("\\", "\\\\").replace("'", "\\'")
+    for attempt in (f"{key}={value}", f"{key}='{text}'"):
+        try:
+            found = OverridesParser.create().parse_override(attempt)
+        except HydraException:
+            continue
+        if sweep or not found.is_sweep_override():  # else a comma in a name
+            return attempt
+    return argument
 
 
 def missing_keys(node: Any, prefix: str = "") -> list[str]:

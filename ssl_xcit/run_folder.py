@@ -5,6 +5,7 @@ it.
 import csv
 import platform
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -83,6 +84,20 @@ def write_settings(cfg: DictConfig, plan: Mapping[str, Any], run_dir: Path) -> N
     }
     write_json(run, run_dir / "run.json")
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+
+
+def writable_folder(path: Path) -> None:
+    """Make it, and see that files can be made in it.
+
+    Raises:
+        UserError: neither can be done.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: no folder to write to ({error.strerror})") from error
 
 
 def run_name(data: str, overrides: Sequence[str]) -> str:

@@ -4,15 +4,17 @@ Each shard is written beside its final name, read back and compared, then rename
 same command goes on behind the last whole one.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from hydra.utils import instantiate
@@ -21,18 +23,20 @@ from PIL import Image
 from rich.progress import track
 
 from ssl_xcit.data.bad import FILE
-from ssl_xcit.data.decode import BadImage, open_picture
-from ssl_xcit.data.loader import ignore_interrupt, usable_cores
+from ssl_xcit.data.decode import MAX_BYTES, BadImage, open_picture
+from ssl_xcit.data.loader import look_at_all
 from ssl_xcit.data.order import permutation
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.shards import list_tar
 from ssl_xcit.data.sources import Source, Stored
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.plan import check_numbers
+from ssl_xcit.run_folder import writable_folder
 from ssl_xcit.table import shown_in_terminal, write_json
 
 NUMBERS = (
     ("num_workers", True, 0),
+    ("worker_timeout", False, None),
     ("images_per_shard", True, 1),
     ("seed", True, 0),
     ("data.max_bad_fraction", False, 0),
@@ -74,22 +78,34 @@ def main(cfg: DictConfig) -> None:
         "images": count,
         "names": names_digest(source),
         **{key: cfg[key] for key in ("images_per_shard", "shuffle", "seed")},
+        "preprocess": {**how.of_weights(), "max_pixels": how.max_pixels},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    done = finished(out, settings)
     num_shards = -(-count // cfg.images_per_shard)
-    todo = [number for number in range(num_shards) if number not in done]
-    if done and todo:
-        print(f"{len(done)} of {num_shards} shards are whole; going on")
-    each = write_all(job, todo, cfg.num_workers)
-    shown = shown_in_terminal()
-    with (out / PROGRESS).open("a") as progress:
-        if not done:
-            progress.write(json.dumps(settings) + "\n")
-        for record in track(each, "shards", len(todo), transient=True, disable=not shown):
+    writable_folder(out)
+    strangers = sorted(out.glob("*.tar"))
+    if strangers and not any((out / name).exists() for name in (PROGRESS, "shards.json")):
+        raise UserError(f"out={out} holds other tars, such as {strangers[0].name}: name another")
+    with (out / PROGRESS).open("a+") as progress:
+        try:
+            fcntl.flock(progress, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"out={out}: another process is writing there; wait for it") from error
+        done = finished(out, settings)
+        for left in out.glob(".shard-*.part"):
+            left.unlink()
+        todo = [number for number in range(num_shards) if number not in done]
+        if done and todo:
+            print(f"{len(done)} of {num_shards} shards are whole; going on")
+        if todo and not (out / PROGRESS).read_text().endswith("}\n"):
+            note(progress, settings)
+        write = look_at_all(
+            partial(write_chosen, job, todo), len(todo), cfg.num_workers,
+            timeout=cfg.worker_timeout, chunk=1,
+        )  # fmt: skip
+        shown = shown_in_terminal()
+        for (record,) in track(write, "shards", len(todo), transient=True, disable=not shown):
             done[record["number"]] = record
-            progress.write(json.dumps(record) + "\n")
-            progress.flush()
+            note(progress, record)
     finish(job, settings, [done[number] for number in range(num_shards)])
     bad = sum(len(record["bad"]) for record in done.values())
     if bad > cfg.data.max_bad_fraction * count:
@@ -111,7 +127,7 @@ def finished(out: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Records of the shards that are whole, from an earlier start of the same command.
 
     Raises:
-        UserError: they were made with other settings, or the folder holds other tars.
+        UserError: they were made with other settings.
     """
     lines = []
     for file in (out / "shards.json", out / PROGRESS):
@@ -120,12 +136,10 @@ def finished(out: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
             lines = [content["made_with"], *content["shards"]]
             break
         if file.is_file():
-            lines = [json.loads(x) for x in file.read_text().splitlines() if x.endswith("}")]
+            for text in file.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # cut short
+                    lines.append(json.loads(text))
     if not lines:
-        if strangers := sorted(out.glob("*.tar")):
-            raise UserError(
-                f"out={out} holds other tars, such as {strangers[0].name}: name another"
-            )
         return {}
     before = lines[0]
     differs = [key for key in settings if before.get(key) != settings[key]]
@@ -136,28 +150,24 @@ def finished(out: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
         )
     whole = {}
     for record in lines[1:]:
+        if "number" not in record:  # the settings once more
+            continue
         path = out / record["file"]
         if path.is_file() and path.stat().st_size == record["bytes"]:
             whole[record["number"]] = record
     return whole
 
 
-def write_all(
-    job: Job, numbers: Sequence[int], num_workers: int | None
-) -> Iterator[dict[str, Any]]:
-    """The shards' records as they are done, by several processes."""
-    workers = usable_cores() if num_workers is None else num_workers
-    if workers == 0:
-        yield from (write_shard(job, number) for number in numbers)
-        return
-    with ProcessPoolExecutor(workers, initializer=ignore_interrupt) as pool:
-        futures: list[Future[dict[str, Any]]] = [pool.submit(write_shard, job, n) for n in numbers]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def note(file: TextIO, content: dict[str, Any]) -> None:
+    """A line that is on the disk when this returns."""
+    file.write("\n" + json.dumps(content) + "\n")  # the line before may have been cut short
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_chosen(job: Job, numbers: Sequence[int], place: int) -> dict[str, Any]:
+    """One of these shards."""
+    return write_shard(job, numbers[place])
 
 
 def write_shard(job: Job, number: int) -> dict[str, Any]:
@@ -168,7 +178,7 @@ def write_shard(job: Job, number: int) -> dict[str, Any]:
     """
     first = number * job.images_per_shard
     path = job.out / f"shard-{number:06d}.tar"
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     bad, digests = [], []
     with part.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -178,11 +188,13 @@ def write_shard(job: Job, number: int) -> dict[str, Any]:
                 try:
                     stored = job.source.read(index)
                     open_picture(stored, job.how).pixels()
+                    content, suffix = encoded(stored)
+                    if len(content) > MAX_BYTES:
+                        raise BadImage(f"{len(content):,} bytes, more than {MAX_BYTES:,}")
                 except BadImage as error:
                     name = job.source.name(index)
                     bad.append({"place": index, "name": name, "reason": str(error)})
                     continue
-                content, suffix = encoded(stored)
                 key = f"{place:09d}"
                 add(tar, f"{key}.{suffix}", content)
                 if job.source.labels is not None:

@@ -15,6 +15,7 @@ from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError
 from ssl_xcit.plan import check_numbers
+from ssl_xcit.run_folder import writable_folder
 from ssl_xcit.table import shown_in_terminal, write_json
 
 NUMBERS = (
@@ -67,7 +68,7 @@ def main(cfg: DictConfig) -> None:
             "preprocess.value_range right?"
         )
     out = Path(str(cfg.out))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    writable_folder(out.parent)
     kept = how.of_weights()
     kept |= {"mean": mean.round(6).tolist(), "std": std.round(6).tolist()}
     write_json({**kept, "images": len(chosen) - len(bad)}, out)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,14 +232,9 @@ BAD = [
     (["pretrain", "preprocess.channels=1"], "set model.in_chans alone"),
     (["pretrain", "preprocess.stats=none.json"], "make it with ssl-xcit stats"),
     (["pretrain", "preprocess.stats=good.txt"], "not a file of ssl-xcit stats"),
-    (["pretrain", "preprocess.background=white"], "preprocess.background=white"),
     (["pretrain", "preprocess.value_range=[9,1]"], "[low, high]"),
     (["pretrain", "data.max_bad_fraction=-1"], "data.max_bad_fraction=-1"),
     (["pretrain", "worker_timeout=0"], "worker_timeout=0"),
-    (["pretrain", "augment.jitter_prob=often"], "probabilities"),
-    (["pretrain", "augment.solarise_prob=0.2"], "3 numbers"),
-    (["pretrain", "augment.global_size=22.5"], "global_size=22.5"),
-    (["pretrain", "augment.jitter=[0.4,0.4,0.2,x]"], "4 numbers"),
     (["pretrain", "callbacks.metrics.max_data_wait=2"], "max_data_wait=2"),
     (["pretrain", "data=list", "data.file=none.txt"], "no such file"),
     (["pretrain", "data=list", "data.file=good.txt"], "set data.root=DIR"),
@@ -247,7 +243,12 @@ BAD = [
     (["pretrain", "data=arrays", "data.file=none.npy"], "no such file"),
     (["pretrain", "data=arrays", "data.file=good.txt"], "not a .npy file"),
     (["pretrain", "data=huggingface", "data.root=few"], "not a set of Dataset.save_to_disk"),
+    (["pretrain", "data=folder", "data.root=null"], "name at least one folder"),
+    (["pretrain", "data=folder", "data.root=~/none such (1)"], "/none such (1): no such folder"),
     (["check"], "data.root is needed"),
+    (["check", "data.root=few", "out=good.txt/x"], "no folder to write to"),
+    (["stats", "data.root=few", "out=good.txt/x.json"], "no folder to write to"),
+    (["shard", "data.root=few", "out=good.txt"], "no folder to write to"),
     (["check", "data.root=none"], "no such folder"),
     (["check", "data.root=few", "num_workers=-1"], "num_workers=-1"),
     (["stats", "data.root=broken"], "can be read"),
@@ -311,6 +312,34 @@ def test_bad_input_is_one_line_that_names_the_fix(tmp_path, capsys, words, messa
     assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
 
 
+WRONG_TYPES = [
+    (["pretrain", "preprocess.background=white"], "preprocess.background=white"),
+    (["pretrain", "augment.jitter_prob=often"], "probabilities"),
+    (["pretrain", "augment.solarise_prob=0.2"], "3 numbers"),
+    (["pretrain", "augment.global_size=22.5"], "global_size=22.5"),
+    (["pretrain", "augment.jitter=[0.4,0.4,0.2,x]"], "4 numbers"),
+    (["pretrain", "preprocess.value_range=all"], "2 numbers"),
+]
+
+
+def test_values_of_the_wrong_type_are_one_line_too():
+    """In a process of its own: the tests' type checker would be first."""
+    code = (
+        "import sys\n"
+        "from ssl_xcit import cli\n"
+        f"for words in {[words for words, _ in WRONG_TYPES]!r}:\n"
+        "    try: cli.main(words)\n"
+        "    except SystemExit as end: assert end.code == 2, words\n"
+        "    else: raise AssertionError(words)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == len(WRONG_TYPES)
+    for line, (_, message) in zip(lines, WRONG_TYPES, strict=True):
+        assert message in line
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr("ssl_xcit.pretrain.check_images", lambda *a: {}["a bug"])
     assert run("pretrain") == 1
@@ -335,6 +364,15 @@ def test_help_is_quick_and_offline():
             seconds.append(time.perf_counter() - start)
         assert min(seconds) < 3.0
         assert "ssl-xcit" in done.stdout
+
+
+def test_paths_as_people_type_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a (1)", "b=c", "d,e", "f'g", "ü $x", "[h]"):
+        images(tmp_path / name, 3)
+        assert run("check", f"data.root=~/{name}", "out=~/found", "num_workers=0") == 0, name
+        assert (tmp_path / "found/report.json").is_file()
+        shutil.rmtree(tmp_path / "found")
 
 
 def test_tab_completion():

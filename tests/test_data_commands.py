@@ -1,5 +1,6 @@
 """check, stats and shard, and what training does with other channels, bad images, dead workers."""
 
+import fcntl
 import io
 import json
 import os
@@ -211,9 +212,40 @@ def test_shards_go_on_where_they_were_stopped(monkeypatch):
     monkeypatch.setattr(shard, "write_shard", lambda j, n: calls.append(n) or write(j, n))
     assert run(*words, "out=cut") == 0
     assert calls == [2, 3]
+    # a settings line without a shard behind it, and one cut short
+    for progress in ("", '{"images": 12'):
+        Path("odd").mkdir()
+        Path("odd/.progress.jsonl").write_text(progress)
+        shutil.copy("whole/shard-000000.tar", "odd")
+        assert run(*words, "out=odd") == 0
+        assert len(list(Path("odd").glob("*.tar"))) == 4
+        shutil.rmtree("odd")
     for path in Path("whole").glob("*.tar"):
         assert path.read_bytes() == Path("cut", path.name).read_bytes()
     assert not list(Path("cut").glob(".*"))
+
+
+def test_one_writer_a_folder_and_a_killed_one(monkeypatch, capsys):
+    images(Path("data"), 12, (10, 10))
+    words = ["shard", "data.root=data", "images_per_shard=3", "out=tars"]
+    write = shard.write_shard
+
+    def killed(job, number):
+        if number == 2 and not Path("mark").exists():
+            Path("mark").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(job, number)
+
+    monkeypatch.setattr(shard, "write_shard", killed)
+    assert run(*words, "num_workers=2") == 0
+    assert "SIGKILL" in capsys.readouterr().err
+    assert len(tar_shards("tars")) == 12
+    assert not list(Path("tars").glob(".*"))
+    Path("busy").mkdir()
+    with open("busy/.progress.jsonl", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run(*words[:-1], "out=busy") == 2
+    assert "another process is writing" in capsys.readouterr().err
 
 
 def test_a_shard_that_reads_back_differently_is_an_error(monkeypatch, capsys):

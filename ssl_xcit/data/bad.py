@@ -38,21 +38,21 @@ class BadSamples:
         """Remember and write what is new.
 
         Raises:
-            RunFailed: more than `max_fraction` of all images are bad.
+            RunFailed: more than `max_fraction` of all images are bad, those that were listed before
+                included: a run that goes on decides as one that was not stopped.
         """
-        new = {r.place: r for r in found if r.place not in self.known}
-        if not new:
-            return
-        if not self.known:
+        met = {r.place: r for r in found}
+        new = {place: r for place, r in met.items() if place not in self.known}
+        if new and not self.known:
             first = next(iter(new.values()))
             log.warning(
                 "bad image: %s (%s); its neighbour stands in for it. This and others are listed "
                 "in %s", first.name, first.reason, self.path or FILE,
             )  # fmt: skip
         self.known |= new
-        if self.path is not None:
+        if new and self.path is not None:
             self.known |= append(self.path, new.values())
-        if len(self.known) > self.max_fraction * self.num_images:
+        if met and len(self.known) > self.max_fraction * self.num_images:
             raise RunFailed(self.verdict())
 
     def verdict(self) -> str:
@@ -103,8 +103,10 @@ def read(path: Path) -> list[Replaced]:
 def append(path: Path, rows: Iterable[Replaced]) -> dict[int, Replaced]:
     """Add what is not listed yet, and return what was; ranks take turns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         listed = {r.place: r for r in read(path)}
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            file.write("\n")  # behind a line that was cut short
         file.writelines(json.dumps(r._asdict()) + "\n" for r in rows if r.place not in listed)
     return listed

@@ -8,6 +8,8 @@ program), and truncated files are refused rather than filled with grey.
 import io
 import logging
 import math
+import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,17 +17,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
 from ssl_xcit.data.preprocess import Pixels, Preprocess
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+STRIP = 4_000_000  # pixels that are converted at a time
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAX_BYTES = 256 * 2**20  # of a file; no image below the limit of pixels is larger
 NPY = b"\x93NUMPY"
 RGB = Preprocess()
 EXIF_ORIENTATION = 0x0112
-SAMPLES_PER_PIXEL = 277
+BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -120,8 +125,6 @@ def open_picture(content: bytes | np.ndarray, how: Preprocess = RGB) -> Picture:
     with as_bad_image():
         if content.startswith(NPY):
             return open_npy(content, how)
-        if content.startswith(TIFF) and how.channels not in (1, 3):
-            return open_tiff(content, how)
         try:
             image = Image.open(io.BytesIO(content), formats=formats())
         except Image.DecompressionBombError as error:  # Pillow's own, higher limit
@@ -131,8 +134,10 @@ def open_picture(content: bytes | np.ndarray, how: Preprocess = RGB) -> Picture:
                 return open_tiff(content, how)
             raise
         check_size(*image.size, how)
-        if image.format == "TIFF" and samples_per_pixel(image) > 4:
+        if image.format == "TIFF" and (tag(image, SAMPLES_PER_PIXEL) > 4 or is_deep(image)):
             return open_tiff(content, how)  # Pillow would drop what it cannot show
+        if image.format == "PNG" and is_deep_png(content):
+            return open_deep_png(image, content, how)
         return open_pillow(image, how)
 
 
@@ -145,12 +150,19 @@ def read_file(path: str | Path) -> bytes:
     """A file's content.
 
     Raises:
-        BadImage: it cannot be read.
+        BadImage: it cannot be read, is a pipe or a device, or larger than MAX_BYTES.
     """
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise BadImage(f"{type(error).__name__}: {error.strerror}") from error
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe's end may never come
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImage("not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise BadImage(f"{status.st_size:,} bytes, more than {MAX_BYTES:,}")
+            return file.read()
+    except (OSError, ValueError, MemoryError) as error:
+        raise BadImage(f"{type(error).__name__}: {getattr(error, 'strerror', error)}") from error
 
 
 def read_image(path: str | Path, how: Preprocess = RGB) -> Pixels:
@@ -214,19 +226,61 @@ def to_array(image: Image.Image, how: Preprocess) -> Pixels:
         if len(image.getbands()) == how.channels and image.mode not in ("PA", "La"):
             return np.asarray(image).reshape(image.height, image.width, how.channels)
         raise BadImage(f"mode {image.mode}, and preprocess.channels={how.channels}")
+    wanted = "L" if how.channels == 1 else "RGB"
+    if image.mode == wanted and "transparency" not in image.info:
+        return np.asarray(image).reshape(image.height, image.width, how.channels)
+    pixels = np.empty((image.height, image.width, how.channels), np.uint8)
+    rows = max(1, STRIP // image.width)  # in strips: the copies of a large image stay small
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = np.asarray(flat(strip, how, wanted)).reshape(
+            -1, image.width, how.channels
+        )
+    return pixels
+
+
+def flat(image: Image.Image, how: Preprocess, mode: str) -> Image.Image:
+    """Without transparency, in the mode."""
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.new("RGB", rgba.size, how.background)
         image.paste(rgba, mask=rgba.getchannel("A"))
-    if how.channels == 1:
-        return np.asarray(image if image.mode == "L" else image.convert("L"))[..., None]
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return image if image.mode == mode else image.convert(mode)
 
 
-def samples_per_pixel(image: Image.Image) -> int:
-    """Of a TIFF by its header, where Pillow shows as many as it has a mode for."""
+def tag(image: Image.Image, number: int) -> int:
+    """A number of a TIFF's header; of several the first, where there is none 1."""
     tags: Any = getattr(image, "tag_v2", {})
-    return int(tags.get(SAMPLES_PER_PIXEL, 1))
+    value = tags.get(number, 1)
+    return int(value[0] if isinstance(value, tuple) else value)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """A TIFF of several channels of more than 8 bits, of which Pillow keeps the upper 8."""
+    return tag(image, SAMPLES_PER_PIXEL) > 1 and tag(image, BITS_PER_SAMPLE) > 8
+
+
+def is_deep_png(content: bytes) -> bool:
+    """A PNG of 16 bits with colours or transparency, of which Pillow keeps the upper 8."""
+    return content[24:25] == b"\x10" and content[25:26] in (b"\2", b"\4", b"\6")
+
+
+def open_deep_png(image: Image.Image, content: bytes, how: Preprocess) -> Picture:
+    """Pillow says whether it is whole, OpenCV reads all its bits."""
+    kind = f"PNG {image.mode};16"
+    image.load()
+    array = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if array is None or array.ndim != 3:
+        raise BadImage("corrupt")
+    order = {3: [2, 1, 0], 4: [2, 1, 0, 3]}[array.shape[-1]]
+    return open_bands(to_uint8(array[..., order], how), how, kind)
+
+
+def open_bands(array: np.ndarray, how: Preprocess, kind: str) -> Picture:
+    """8-bit pixels that may have transparency as their fourth channel."""
+    if array.shape[-1] == 4 and how.channels in (1, 3):
+        return decoded(to_array(Image.fromarray(array, "RGBA"), how), kind)
+    return decoded(from_array(array, how), kind)
 
 
 def open_npy(content: bytes, how: Preprocess) -> Picture:
@@ -260,7 +314,7 @@ def open_tiff(content: bytes, how: Preprocess) -> Picture:
         if page.dtype is None or not 2 <= len(page.shape) <= 3:
             raise BadImage(f"a TIFF page of shape {page.shape} and type {page.dtype} is no image")
         check_size(page.imagewidth, page.imagelength, how)
-        if int(np.prod(page.shape, dtype=object)) > how.max_pixels * max(how.channels, 4):
+        if int(page.nbytes) > 8 * how.max_pixels:
             raise too_large(how, f": {page.shape}")
         whole = math.prod(page.chunked) == len(page.dataoffsets) and all(
             count > 0 and offset + count <= len(content)
@@ -268,17 +322,25 @@ def open_tiff(content: bytes, how: Preprocess) -> Picture:
         )
         if not whole:  # tifffile would put zeros in its place
             raise BadImage("truncated")
-        array = page.asarray()
+        try:
+            array = page.asarray()
+        except ValueError as error:
+            if "imagecodecs" in str(error):
+                raise BadImage(
+                    f"{page.compression.name} needs imagecodecs: pip install 'ssl-xcit[tiff]'"
+                ) from error
+            raise
         kind = f"TIFF {page.dtype}"
-    pixels = from_array(array, how)
-    return decoded(pixels, kind)
+    if array.ndim == 3 and array.shape[-1] == 4:
+        return open_bands(to_uint8(array, how), how, kind)
+    return decoded(from_array(array, how), kind)
 
 
 def from_array(array: np.ndarray, how: Preprocess) -> Pixels:
-    """(H, W), (H, W, channels) or (channels, H, W) of any number type as 0..255.
+    """(H, W), (H, W, channels) or, with exactly the wanted channels, (channels, H, W) as 0..255.
 
     uint8 stays as it is; bool is 0 and 255; others are scaled from `how.value_range`, which is by
-    default 0 to 65535, and has to be given for floating point.
+    default 0 to 65535 for uint16, and has to be given for other types.
 
     Raises:
         BadImage: other channels, no range, or values that are not finite.
@@ -309,10 +371,15 @@ def to_uint8(array: np.ndarray, how: Preprocess) -> np.ndarray:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype.kind not in "uif":
         raise BadImage(f"type {array.dtype} is no image")
-    if array.dtype.kind == "f" and how.value_range is None:
-        raise BadImage("floating-point pixels: set preprocess.value_range=[low,high]")
+    if array.dtype != np.uint16 and how.value_range is None:  # what their values mean, none knows
+        raise BadImage(f"pixels of type {array.dtype}: set preprocess.value_range=[low,high]")
     low, high = how.value_range or (0, 65535)
-    values = (array.astype(np.float32) - np.float32(low)) * np.float32(255.0 / (high - low))
-    if not np.isfinite(values).all():
-        raise BadImage("pixels that are not finite")
-    return np.rint(values.clip(0.0, 255.0)).astype(np.uint8)
+    pixels = np.empty(array.shape, np.uint8)
+    rows = max(1, STRIP // max(1, array[0].size))
+    for top in range(0, len(array), rows):
+        values = array[top : top + rows].astype(np.float32)
+        values = (values - np.float32(low)) * np.float32(255.0 / (high - low))
+        if not np.isfinite(values).all():
+            raise BadImage("pixels that are not finite")
+        pixels[top : top + rows] = np.rint(values.clip(0.0, 255.0)).astype(np.uint8)
+    return pixels

@@ -1,6 +1,7 @@
 """Images in folders: any tree, or one folder a class. A large tree is listed once."""
 
 import hashlib
+import logging
 import os
 import sys
 import time
@@ -14,12 +15,13 @@ from ssl_xcit.data.names import Names
 from ssl_xcit.data.sources import Files, LabelledPair, Source, held_out
 from ssl_xcit.errors import MissingPath, UserError
 
+log = logging.getLogger(__name__)
 EXTENSIONS = tuple(b".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif .npy".split())
 WORTH_KEEPING = 10_000  # entries from which on the listing is kept
 SETTLED = 2_000_000_000  # nanoseconds after which a folder's time tells of every change
 
 
-def folder(root: str | Sequence[str], labels: bool = False) -> Files:
+def folder(root: str | Sequence[str] | None, labels: bool = False) -> Files:
     """All images below one folder or several, in any tree.
 
     Args:
@@ -30,9 +32,9 @@ def folder(root: str | Sequence[str], labels: bool = False) -> Files:
         MissingPath: a folder that is missing or has no image.
         UserError: labels of several roots, or see `class_folders`.
     """
-    roots = [root] if isinstance(root, str | Path | int) else list(root)
-    if not roots:
-        raise MissingPath("root=[]: name at least one folder of images")
+    roots = [root] if isinstance(root, str | Path | int) else list(root or [])
+    if not roots or None in roots:
+        raise MissingPath(f"root={root}: name at least one folder of images")
     if labels:
         if len(roots) > 1:
             raise UserError(f"root={roots}: labels need one root, with one folder a class")
@@ -81,37 +83,51 @@ def image_files(root: str | Path) -> Names:
 def scan(real: str) -> tuple[list[bytes], int, dict[bytes, int]]:
     """(image files, number of other files, time of change of each folder in ns), relative paths.
 
-    Links to folders are followed, into each folder once.
+    Links to folders are followed, into each folder once; what cannot be looked at is left out, and
+    said.
     """
     found: list[bytes] = []
-    others, folders, seen = 0, {}, set()
+    others, folders, seen, closed = 0, {}, set(), []
     waiting, shown = [b""], time.monotonic()
     home = os.fsencode(real)
     while waiting:
         inside = waiting.pop()
         path = os.path.join(home, inside)
-        status = os.stat(path)
-        if (status.st_dev, status.st_ino) in seen:  # a link back, or a second way in
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[inside] = status.st_mtime_ns
         below = []
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir():
-                    found.append(os.path.join(inside, entry.name))
-                elif entry.is_dir():
-                    below.append(os.path.join(inside, entry.name))
-                else:
-                    others += 1
+        try:
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in seen:  # a link back, or a second way in
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.name.startswith(b"."):
+                        continue
+                    name = os.path.join(inside, entry.name)
+                    try:
+                        is_folder = entry.is_dir()
+                    except OSError:  # a link to itself
+                        closed.append(name)
+                        continue
+                    if is_folder:
+                        below.append(name)
+                    elif entry.name.lower().endswith(EXTENSIONS):
+                        found.append(name)
+                    else:
+                        others += 1
+        except OSError:  # no permission, or gone
+            closed.append(inside)
+            continue
+        folders[inside] = status.st_mtime_ns
         waiting += sorted(below, reverse=True)
         if sys.stderr.isatty() and time.monotonic() - shown > 0.5:
             shown = time.monotonic()
             print(f"\rlisting {real}: {len(found):,} images\033[K", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
+    if closed:
+        first = os.fsdecode(os.path.join(home, closed[0]))
+        log.warning("%d folders or links cannot be looked into, such as %s", len(closed), first)
     return sorted(found), others, folders
 
 

@@ -70,7 +70,8 @@ class FusedMultiCrop(Recipe):
         shrink = (views.boxes[:, 2:].min(axis=1) / sizes).min()
         pixels = picture.pixels(max(float(shrink), 1.0))
         boxes = rescaled(views.boxes, (picture.height, picture.width), pixels.shape[:2])
-        crops = [cut(pixels, box, size) for box, size in zip(boxes.tolist(), sizes, strict=True)]
+        with torch.inference_mode():
+            crops = [cut(pixels, b, size) for b, size in zip(boxes.tolist(), sizes, strict=True)]
         for i, crop in enumerate(recolour(crops, views)):
             crops[i] = finish(crop, views, i)
         empty = np.empty((0, self.local_size, self.local_size, pixels.shape[-1]), np.uint8)
@@ -189,31 +190,24 @@ def colour_matrices(
         views: order and factors f.
         means: the crops' mean colours.
     """
-    rows = np.arange(len(means))
-    brightness, contrast, saturation, _ = factors = views.factors.T[..., None, None]  # (4, V, 1, 1)
-    identity = np.eye(3)
-    steps = np.stack(
-        (
-            brightness * identity,
-            contrast * identity,
-            saturation * identity + (1.0 - saturation) * LUMA,  # LUMA is every row
-            hue_matrices(views.factors[:, HUE]),
-        )
-    )  # (4, V, 3, 3)
-    a = np.tile(identity, (len(means), 1, 1))
-    b = np.zeros((len(means), 3, 1))
-    mean = means[:, :, None]
-    for step in views.order.T:
-        turn = steps[step, rows]
-        shift = np.where(step == CONTRAST, 1.0 - factors[CONTRAST, :, 0, 0], 0.0) * (
-            LUMA @ mean[:, :, 0].T
-        )
-        shift = shift[:, None, None]
-        a, b, mean = turn @ a, turn @ b + shift, turn @ mean + shift
-    off = ~views.jitter
-    a[off], b[off] = identity, 0.0
-    a[views.grey], b[views.grey] = LUMA @ a[views.grey][:, None], LUMA @ b[views.grey][:, None]
-    return np.concatenate((a, b), axis=2)
+    V = len(means)
+    factors = views.factors.T[..., None, None]  # (4, V, 1, 1)
+    steps = factors * np.eye(3)  # (4, V, 3, 3)
+    steps[SATURATION] += (1.0 - factors[SATURATION]) * LUMA  # LUMA is every row
+    steps[HUE] = hue_matrices(views.factors[:, HUE])
+    steps = steps[views.order.T, np.arange(V)]  # in the drawn order
+    fade = np.where(
+        views.order == CONTRAST, 1.0 - views.factors[:, CONTRAST, None], 0.0
+    ).T  # (4, V)
+    state = np.zeros((V, 3, 5))  # A, b and the mean colour so far
+    state[:, :, :3], state[:, :, 4] = np.eye(3), means
+    for step, share in zip(steps, fade, strict=True):
+        shift = share * (state[:, :, 4] @ LUMA)
+        state = step @ state
+        state[:, :, 3:] += shift[:, None, None]
+    state[~views.jitter, :, :4] = np.eye(3, 4)
+    state[views.grey] = (LUMA @ state[views.grey])[:, None]
+    return state[:, :, :4]
 
 
 def hue_matrices(turns: Float64[np.ndarray, " V"]) -> Float64[np.ndarray, "V 3 3"]:

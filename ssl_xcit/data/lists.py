@@ -59,10 +59,15 @@ def natural(label: str) -> tuple[int, int, str]:
 def read_text(path: Path) -> tuple[list[str], list[str] | None]:
     """Paths, and labels if there are any."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.file={path}: not a text file in UTF-8, nor .parquet") from error
-    rows = [line.rstrip().split("\t") for line in lines if line.strip()]
+        text = path.read_text(
+            encoding="utf-8-sig", errors="surrogateescape"
+        )  # names may be no text
+    except OSError as error:
+        raise UserError(f"data.file={path}: {error.strerror}") from error
+    if "\0" in text:
+        raise UserError(f"data.file={path}: not a text file, nor .parquet")
+    lines = text.split("\n")  # and hold what Python calls the end of a line
+    rows = [line.rstrip("\r").split("\t") for line in lines if line.strip()]
     widths = {len(row) for row in rows}
     if len(widths) > 1 or not widths <= {1, 2}:
         raise UserError(
@@ -76,18 +81,19 @@ def read_parquet(path: Path) -> tuple[list[str], list[str] | None]:
     """Columns `path` and, if there is one, `label`."""
     try:
         from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
+        from pyarrow.parquet import read_schema, read_table
     except ImportError as error:
         raise UserError(
             f"data.file={path}: parquet needs pyarrow: pip install 'ssl-xcit[tables]'"
         ) from error
     try:
-        table = read_table(path)
+        columns = [name for name in ("path", "label") if name in read_schema(path).names]
+        table = read_table(path, columns=columns)
     except (ArrowException, OSError) as error:
         raise UserError(f"data.file={path}: {str(error).splitlines()[0]}") from error
     if "path" not in table.column_names:
         raise UserError(
-            f"data.file={path}: columns {', '.join(table.column_names)}; `path` is needed"
+            f"data.file={path}: columns {', '.join(read_schema(path).names)}; `path` is needed"
         )
     labels = table["label"].to_pylist() if "label" in table.column_names else None
     if labels is not None and None in labels:
@@ -109,5 +115,5 @@ def labelled_lists(
 ) -> LabelledPair | None:
     """`path_list` of labelled images, and of others to be tested on (None: a share is held out)."""
     train = path_list(file, root)
-    test = path_list(test_file, root, train.class_names) if train is not None else None
+    test = path_list(test_file, root, train.class_names if train is not None else None)
     return held_out(train, test, str(file), test_fraction, resize, size, seed)

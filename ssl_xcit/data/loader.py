@@ -1,8 +1,10 @@
 """Loader processes that may die or hang: batches by number, made again from where it happened."""
 
+import contextlib
 import logging
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
@@ -20,7 +22,7 @@ from ssl_xcit.errors import RunFailed
 
 log = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
-POLL = 5.0  # seconds between two looks at the workers while nothing comes
+POLL = 1.0  # seconds between two looks at the workers while nothing comes
 MAX_RESTARTS, AMONG = 3, 100  # so many within so many batches end the run
 HINTS = {
     -signal.SIGKILL: "out of memory? Lower num_workers or batch_size",
@@ -110,44 +112,20 @@ class Restarting(Generic[Batch]):
         self.done = self.start
         self.restarts.clear()
         while self.done < self.num_batches:
-            batches, workers = start_workers(self.make(self.done))
+            fetched = Fetched(self.make(self.done))
             try:
                 trouble = None
                 while self.done < self.num_batches and trouble is None:
                     began = time.perf_counter()
-                    batch, trouble = self.wait_for(batches, workers)
+                    batch, trouble = fetched.next(self.timeout)
                     self.waited += time.perf_counter() - began
                     if trouble is None:
                         self.done += 1
                         yield batch
             finally:
-                for worker in workers:  # one that hangs would outlive a polite request
-                    worker.kill()
-                del batches
+                fetched.close()
             if trouble is not None:
                 self.restart(trouble)
-
-    def wait_for(
-        self, batches: Iterator[Any], workers: list[BaseProcess]
-    ) -> tuple[Any, str | None]:
-        """(the next batch, None), or (None, what happened)."""
-        deadline = time.monotonic() + self.timeout
-        while True:
-            try:
-                return next(batches), None
-            except Exception as error:  # of a dead worker also EOFError, ConnectionError, ...
-                if not isinstance(error, RuntimeError):
-                    wait([w.sentinel for w in workers], timeout=1.0)
-                dead = [w for w in workers if not w.is_alive()]
-                if dead:
-                    return None, obituary(dead)
-                if "DataLoader timed out" not in str(error):
-                    raise
-            if time.monotonic() >= deadline:
-                return None, (
-                    f"no batch came from {len(workers)} loader processes within "
-                    f"{self.timeout:g} s (worker_timeout): a file system that hangs?"
-                )
 
     def restart(self, trouble: str) -> None:
         """Say it, and give up when it happens too often."""
@@ -160,18 +138,71 @@ class Restarting(Generic[Batch]):
         log.warning("%s; started again at batch %s, nothing is lost", trouble, self.done)
 
 
-def start_workers(loader: DataLoader) -> tuple[Iterator[Any], list[BaseProcess]]:
-    """The loader's iterator and its processes."""
-    if loader.num_workers == 0:
-        one_thread()
-        return iter(loader), []
-    before = set(multiprocessing.active_children())
-    batches = iter(loader)
-    workers = [p for p in multiprocessing.active_children() if p not in before]
-    if threading.current_thread() is threading.main_thread():
-        # torch's handler raises wherever the main thread happens to be, in the middle of a step
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return batches, workers
+class Fetched:
+    """A loader's batches, taken by a thread of their own: a worker that dies in the middle of a
+    message leaves whoever reads it waiting for ever, and that must not be the training.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self.workers: list[BaseProcess] = []
+        self.closed = threading.Event()
+        self.ready: queue.Queue[tuple[Any, Exception | None]] = queue.Queue(maxsize=1)
+        if loader.num_workers == 0:
+            one_thread()
+            self.batches = iter(loader)
+            return
+        before = set(multiprocessing.active_children())
+        self.batches = iter(loader)
+        self.workers = [p for p in multiprocessing.active_children() if p not in before]
+        if threading.current_thread() is threading.main_thread():
+            # torch's handler raises wherever the main thread happens to be, in the middle of a step
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        threading.Thread(target=self.fetch, daemon=True).start()
+
+    def fetch(self) -> None:
+        """Until the loader ends, fails, or nobody asks any more."""
+        while not self.closed.is_set():
+            try:
+                item: tuple[Any, Exception | None] = next(self.batches), None
+            except Exception as error:
+                item = None, error
+            while not self.closed.is_set():
+                with contextlib.suppress(queue.Full):
+                    self.ready.put(item, timeout=POLL)
+                    break
+            if item[1] is not None:
+                return
+
+    def next(self, timeout: float) -> tuple[Any, str | None]:
+        """(the next batch, None), or (None, what happened to the workers)."""
+        if not self.workers:
+            return next(self.batches), None
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                batch, error = self.ready.get(timeout=min(POLL, timeout))
+            except queue.Empty:
+                batch, error = None, None
+            else:
+                if error is None:
+                    return batch, None
+                wait([w.sentinel for w in self.workers], timeout=1.0)
+            dead = [w for w in self.workers if not w.is_alive()]
+            if dead:
+                return None, obituary(dead)
+            if error is not None:
+                raise error
+            if time.monotonic() >= deadline:
+                return None, (
+                    f"nothing came from {len(self.workers)} loader processes within {timeout:g} s "
+                    "(worker_timeout): a file system that hangs?"
+                )
+
+    def close(self) -> None:
+        """End the processes; one that hangs would outlive a polite request."""
+        self.closed.set()
+        for worker in self.workers:
+            worker.kill()
 
 
 def obituary(dead: list[BaseProcess]) -> str:
@@ -193,7 +224,6 @@ def loader_options(num_workers: int) -> dict[str, Any]:
     return {
         "num_workers": num_workers,
         "worker_init_fn": start_worker,
-        "timeout": POLL if num_workers else 0,
     }
 
 

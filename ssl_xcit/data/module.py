@@ -16,19 +16,19 @@ from ssl_xcit.data.bad import FILE, BadSamples
 from ssl_xcit.data.decode import BadImage, decode, open_picture
 from ssl_xcit.data.loader import Restarting, default_workers, loader_options
 from ssl_xcit.data.multicrop import Crops, MultiCrop, Replaced
-from ssl_xcit.data.order import Positions, crop_seed, image_at
+from ssl_xcit.data.order import Positions, crop_seed, image_at, instead_of
 from ssl_xcit.data.preprocess import Preprocess, resize_center_crop, to_views
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import RunFailed, UserError
 
 log = logging.getLogger(__name__)
-MAX_REPLACEMENTS = 16  # neighbours tried in place of a bad image
+MAX_REPLACEMENTS = 32  # others tried in place of a bad image
 
 
 class CropDataset(Dataset[Crops]):
     """Crops by position of the run (see `order.py`).
 
-    In place of a bad image stands the next good one in the source's order.
+    In place of a bad image stands the next good one, see `order.instead_of`.
     """
 
     def __init__(self, source: Source, augment: MultiCrop, seed: int, how: Preprocess):
@@ -43,7 +43,7 @@ class CropDataset(Dataset[Crops]):
         seed = crop_seed(self.seed, position, num_images)
         replaced: list[Replaced] = []
         for step in range(MAX_REPLACEMENTS):
-            index = (wanted + step) % num_images
+            index = instead_of(self.seed, position, wanted, step, num_images)
             try:
                 large, small = self.augment(open_picture(self.source.read(index), self.how), seed)
             except BadImage as error:
@@ -201,8 +201,8 @@ class MultiCropData(lightning.LightningDataModule):
         if isinstance(batch.indices, int):
             bad = batch.replaced[-1]
             raise RunFailed(
-                f"{MAX_REPLACEMENTS} images in a row cannot be read, up to {bad.name} "
-                f"({bad.reason}): is the disk still there?"
+                f"none of {MAX_REPLACEMENTS} images tried one after another can be read, the last "
+                f"{bad.name} ({bad.reason}): is the disk still there?"
             )
         return batch
 

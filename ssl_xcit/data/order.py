@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Int64
 from torch.utils.data import Sampler
 
-_ORDER, _CROPS, _STEP, _WINDOW = range(4)  # what the random bits are for
+_ORDER, _CROPS, _STEP, _WINDOW, _INSTEAD = range(5)  # what the random bits are for
+NEIGHBOURS = 4  # tried in place of a bad image before any other
 
 
 def _bits(seed: int, purpose: int, *place: int) -> np.random.Philox:
@@ -85,6 +86,16 @@ def crop_seed(seed: int, position: int, num_images: int) -> int:
     """Seed of the crops at a position, in [0, 2^63)."""
     bits = _bits(seed, _CROPS, position // num_images, position % num_images)
     return int(bits.random_raw()) >> 1
+
+
+def instead_of(seed: int, position: int, wanted: int, attempt: int, num_images: int) -> int:
+    """Index of the image to try in place of a bad one: its neighbours first, then any, for bad
+    images may lie together.
+    """
+    if attempt < NEIGHBOURS:
+        return (wanted + attempt) % num_images
+    bits = _bits(seed, _INSTEAD, position // num_images, position % num_images, attempt)
+    return int(bits.random_raw() % num_images)
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:

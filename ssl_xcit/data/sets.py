@@ -39,6 +39,16 @@ class Arrays:
         self.labels = labels
         self.class_names: Sequence[str] = tuple(class_names)
 
+    def __getstate__(self) -> dict[str, Any]:
+        if not isinstance(self.images, np.memmap):
+            return self.__dict__
+        return {**self.__dict__, "images": Path(str(self.images.filename))}  # not its content
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.images, Path):
+            self.images = np.load(self.images, mmap_mode="r", allow_pickle=False)
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -63,7 +73,13 @@ class HuggingFace:
         self.labels: Labels | None = None
         self.class_names: Sequence[str] = ()
         if label is not None:
-            self.labels = np.asarray(dataset[label], dtype=np.int64)
+            ids = np.asarray(dataset[label])
+            if ids.dtype.kind not in "ui" or (len(ids) and ids.min() < 0):
+                raise UserError(
+                    f"data.label={label}: class ids, whole numbers from 0, are needed "
+                    f"({name} has {dataset.features[label]})"
+                )
+            self.labels = ids.astype(np.int64)
             feature = dataset.features[label]
             count = int(self.labels.max()) + 1 if len(self.labels) else 0
             self.class_names = tuple(
@@ -190,7 +206,12 @@ def huggingface(
             raise UserError(
                 f"data.{key}={column}: {root} has columns {', '.join(loaded.column_names)}"
             )
-    undecoded = loaded.cast_column(image, datasets.Image(decode=False))
+    try:
+        undecoded = loaded.cast_column(image, datasets.Image(decode=False))
+    except Exception as error:  # whatever the column's type makes arrow raise
+        raise UserError(
+            f"data.image={image}: a column of {loaded.features[image]}, not of images"
+        ) from error
     return HuggingFace(undecoded, image, path.name, label)
 
 
@@ -206,6 +227,8 @@ def labelled_huggingface(
     seed: int = 0,
 ) -> LabelledPair | None:
     """`huggingface` with labels, and another split to be tested on (None: a share is held out)."""
+    if root is None and test_split is not None:
+        raise UserError("eval_data.test_split is given without eval_data.root; give both")
     train = huggingface(root, split, image, label)
     test = None if test_split is None else huggingface(root, test_split, image, label)
     return held_out(train, test, str(root), test_fraction, resize, size, seed)

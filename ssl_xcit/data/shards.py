@@ -20,7 +20,7 @@ import numpy as np
 from rich.progress import track
 
 from ssl_xcit.data.cache import default_cache, load_arrays, save_arrays
-from ssl_xcit.data.decode import BadImage
+from ssl_xcit.data.decode import MAX_BYTES, BadImage
 from ssl_xcit.data.folders import EXTENSIONS
 from ssl_xcit.data.names import Names
 from ssl_xcit.data.order import Shards
@@ -28,10 +28,12 @@ from ssl_xcit.data.sources import LabelledPair, Labels, held_out
 from ssl_xcit.errors import MissingPath, UserError
 
 log = logging.getLogger(__name__)
-MAX_MEMBER = 256 * 2**20  # bytes; no image below the limit of pixels is larger
 MAX_HEADER = 2**20  # bytes of one tar header with its extensions
 MAX_OPEN = 64  # tars open at once in a process
 NO_LABEL = -1
+LISTED = {
+    "keys", "key_ends", "offsets", "lengths", "labels", "counts", "trouble", "trouble_ends",
+}  # fmt: skip
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
@@ -42,6 +44,7 @@ class Listing(NamedTuple):
     offsets: list[int]
     sizes: list[int]
     labels: list[int]  # NO_LABEL where there is none
+    trouble: list[str]  # what is wrong with it, for the log
 
 
 class TarShards:
@@ -138,12 +141,12 @@ class Capped:
 def list_tar(path: str) -> Listing:
     """Its images: regular members that end as images do and lie wholly inside. One image a key.
 
-    What follows a damaged header is left out, which is said.
+    What follows a damaged header is left out, and is in the listing's `trouble`.
 
     Raises:
         UserError: compressed, or no tar.
     """
-    found = Listing([], [], [], [])
+    found = Listing([], [], [], [], [])
     labels: dict[str, int] = {}
     odd = 0
     with open(path, "rb") as file:
@@ -155,40 +158,57 @@ def list_tar(path: str) -> Listing:
             )
         end = file.seek(0, os.SEEK_END)
         file.seek(0)
-        if end == 0:
-            log.warning("%s: an empty file", path)
-            return found
+        last, field = -1, ""
         try:
             with tarfile.open(fileobj=Capped(file), mode="r:") as tar:  # type: ignore[call-overload]
                 for member in tar:
                     tar.members = []  # else it keeps them all
-                    key, _, extension = member.name.rpartition("/")[2].partition(".")
-                    key = f"{member.name.rpartition('/')[0]}/{key}".lstrip("/")
-                    if not member.isreg() or member.issparse() or member.size > MAX_MEMBER:
+                    if member.size < 0 or member.offset <= last:
+                        raise tarfile.ReadError("a member that ends before it begins")
+                    last = member.offset
+                    folder, _, name = member.name.rpartition("/")
+                    base, _, extension = name.partition(".")
+                    key = f"{folder}/{base}".lstrip("/")
+                    if not member.isreg() or member.issparse() or member.size > MAX_BYTES:
                         odd += not member.isdir()
                         continue
                     if member.offset_data + member.size > end:
                         raise tarfile.ReadError("unexpected end of data")
+                    place = (member.offset_data, member.size)
                     if extension == "cls" and member.size < 20:
-                        labels[key] = class_id(os.pread(file.fileno(), 20, member.offset_data)[
-                            : member.size
-                        ])  # fmt: skip
-                    elif f".{extension.lower()}".encode().endswith(EXTENSIONS) and (
-                        not found.keys or found.keys[-1] != key
-                    ):
+                        labels[key] = class_id(os.pread(file.fileno(), *place[::-1]))
+                    elif f".{extension.lower()}".encode().endswith(EXTENSIONS):
+                        again = bool(found.keys) and found.keys[-1] == key
+                        if again and ("." in extension or "." not in field):
+                            continue  # one image a key: KEY.jpg rather than KEY.depth.jpg
+                        if again:
+                            del found.keys[-1], found.offsets[-1], found.sizes[-1]
                         found.keys.append(key)
-                        found.offsets.append(member.offset_data)
-                        found.sizes.append(member.size)
-        except (tarfile.TarError, ValueError, OverflowError) as error:
-            if not found.keys:
+                        found.offsets.append(place[0])
+                        found.sizes.append(place[1])
+                        field = extension
+                unread = after_the_end(file, tar.offset)
+                if unread:
+                    raise tarfile.ReadError(unread)
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+            if not found.keys and end:
                 raise UserError(f"{path}: not a tar ({error})") from error
-            log.warning(
-                "%s: damaged after %s images, which are kept (%s)", path, len(found.keys), error
+            found.trouble.append(
+                f"{path}: damaged after {len(found.keys)} images, which are kept ({error})"
             )
     if odd:
-        log.warning("%s: %s members are links, devices or too large; left out", path, odd)
+        found.trouble.append(f"{path}: {odd} members are links, devices or too large; left out")
     found.labels.extend(labels.get(key, NO_LABEL) for key in found.keys)
     return found
+
+
+def after_the_end(file: BinaryIO, offset: int) -> str:
+    """What is wrong where tarfile stopped, which it does at a damaged header as at the end."""
+    file.seek(offset)
+    rest = file.read(2**20)
+    if len(rest) < tarfile.BLOCKSIZE:
+        return "it has no end"
+    return "a damaged header" if rest.strip(b"\0") else ""
 
 
 def class_id(text: bytes) -> int:
@@ -207,7 +227,8 @@ def tar_files(root: str | Sequence[str]) -> list[str]:
     for each in map(str, roots):
         path = str(Path(each).expanduser())
         inside = os.path.join(glob.escape(path), "*.tar") if os.path.isdir(path) else path
-        found = sorted(f for f in glob.glob(inside) if os.path.isfile(f))
+        named = [path] if os.path.isfile(path) else glob.glob(inside)
+        found = sorted(f for f in named if os.path.isfile(f))
         if not found:
             raise MissingPath(f"data.root={each}: no tar shards (*.tar) there")
         files += found
@@ -256,14 +277,23 @@ def listing_of(files: Sequence[str]) -> dict[str, np.ndarray]:
     key = hashlib.sha256(os.fsencode(state)).hexdigest()[:16]
     file = default_cache() / "shards" / f"{key}.npz"
     kept = load_arrays(file)
-    if kept is not None and {"keys", "key_ends", "offsets", "lengths", "labels", "counts"} <= set(
-        kept
-    ):
-        return kept
+    if kept is None or not set(kept) >= LISTED:
+        kept = list_all(files)
+        save_arrays(file, kept)
+    for trouble in Names(kept["trouble"], kept["trouble_ends"]):
+        log.warning("%s", trouble)
+    return kept
+
+
+def list_all(files: Sequence[str]) -> dict[str, np.ndarray]:
+    """Every tar listed, as arrays."""
     shown = sys.stdout.isatty() and len(files) > 1
     each = [list_tar(f) for f in track(files, "listing shards", transient=True, disable=not shown)]
     keys = Names.of(key for listing in each for key in listing.keys)
-    made = {
+    trouble = Names.of(text for listing in each for text in listing.trouble)
+    return {
+        "trouble": trouble.content,
+        "trouble_ends": trouble.ends,
         "keys": keys.content,
         "key_ends": keys.ends,
         "offsets": joined(each, "offsets"),
@@ -271,8 +301,6 @@ def listing_of(files: Sequence[str]) -> dict[str, np.ndarray]:
         "labels": joined(each, "labels"),
         "counts": np.array([len(listing.keys) for listing in each], np.int64),
     }
-    save_arrays(file, made)
-    return made
 
 
 def joined(each: Sequence[Listing], field: str) -> np.ndarray:

@@ -162,6 +162,8 @@ def held_out(
         UserError: no labels.
     """
     if train is None:
+        if test is not None:
+            raise UserError("eval_data: test images are given without images to learn from")
         return None
     if train.labels is None:
         raise UserError(f"eval_data: {name} has no labels, which k-NN and linear probe need")

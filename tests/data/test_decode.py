@@ -1,12 +1,14 @@
 """What images become, and what is refused."""
 
 import io
+import os
 import struct
 import subprocess
 import sys
 import tempfile
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -63,8 +65,15 @@ def test_golden_pixels(content, expected):
 
 def tiff(array, **options):
     out = io.BytesIO()
-    tifffile.imwrite(out, array, photometric="minisblack", planarconfig="contig", **options)
+    options = {"photometric": "minisblack", "planarconfig": "contig", **options}
+    tifffile.imwrite(out, array, **options)
     return out.getvalue()
+
+
+def deep_png(array):
+    """16 bits a channel, as OpenCV writes it."""
+    order = [2, 1, 0, 3][: array.shape[-1]]
+    return cv2.imencode(".png", array[..., order])[1].tobytes()
 
 
 def npy(array):
@@ -101,13 +110,27 @@ SCALED = [[[0, 3, 128, 255, 255], [255, 255, 64, 191, 1]]]
         (half_transparent(), Preprocess(background=(5, 6, 7)), [[[5, 6, 7], [10, 20, 30]]]),
         (half_transparent(), channels(4), [[[0, 0, 0, 0], [10, 20, 30, 255]]]),
         (RAMP[..., :3], RGB, RAMP[..., :3].tolist()),
+        (
+            deep_png(DEEP[..., :3]),
+            Preprocess(value_range=(0, 10000)),
+            [[[0, 3, 128], [255, 255, 64]]],
+        ),
+        (deep_png(DEEP[..., :3]), RGB, [[[0, 0, 19], [39, 255, 10]]]),
+        (tiff(DEEP[..., :3], photometric="rgb"), RGB, [[[0, 0, 19], [39, 255, 10]]]),
+        (
+            deep_png(np.array([[[9, 9, 9, 0], [0, 10000, 0, 65535]]], np.uint16)),
+            Preprocess(value_range=(0, 65535)),
+            [[[255] * 3, [0, 39, 0]]],
+        ),
+        (encoded(Image.new("RGBA", (1, 1), (1, 2, 3, 4)), "TIFF"), channels(4), [[[1, 2, 3, 4]]]),
         (DEEP[..., 0], channels(1, value_range=(0, 10000)), [[[0], [255]]]),
     ],
     ids=[
         "5-channel tiff", "compressed", "16-bit tiff", "float tiff", "npy", "npy planes",
         "grey npy", "bool npy", "rgb npy as grey", "grey16 as grey", "grey16 with range",
         "grey16 tiff", "rgb as grey", "alpha on a colour", "alpha as a channel", "array",
-        "16-bit array",
+        "16-bit rgb png", "16-bit rgb png by default", "16-bit rgb tiff", "16-bit rgba png",
+        "rgba tiff as four", "16-bit array",
     ],
 )  # fmt: skip
 def test_golden_pixels_of_other_channels_and_depths(content, how, expected):
@@ -224,6 +247,37 @@ def test_preprocessing_comes_back_from_weights():
             of_weights(hostile)
     with pytest.raises(ValueError, match=r"ssl-xcit stats preprocess\.channels=5"):
         Preprocess(5).statistics()
+
+
+def test_what_is_no_file_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    with open(tmp_path / "sparse.jpg", "wb") as file:
+        file.truncate(10**12)
+    for name, reason in (
+        ("pipe.jpg", "not a regular file"), ("zero.png", "not a regular file"),
+        ("sparse.jpg", "1,000,000,000,000 bytes, more than"), ("nul\0.png", "null"),
+        (".", "not a regular file|Is a directory"),
+    ):  # fmt: skip
+        with pytest.raises(BadImage, match=reason):
+            read_image(tmp_path / name)
+
+
+def test_the_largest_image_takes_little_more_than_itself():
+    """8,000 x 7,900 pixels with transparency: under the limit, 253 MB as Pillow holds it."""
+    code = (
+        "import io, resource\n"
+        "from PIL import Image\n"
+        "from ssl_xcit.data.decode import decode\n"
+        "out = io.BytesIO()\n"
+        "Image.new('LA', (8000, 7900), (0, 0)).save(out, 'PNG')\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert decode(out.getvalue()).mean() == 255\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(said) < 500_000  # KiB
 
 
 def test_missing_file(tmp_path):

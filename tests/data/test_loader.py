@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+import re
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,12 +122,29 @@ def test_too_many_bad_images_end_the_run(tmp_path):
         "2 in /x/a, 1 in /x/b", "/x/a/1.jpg", "ssl-xcit check",
     ):  # fmt: skip
         assert word in str(failed.value)
+    again = BadSamples(tmp_path / "bad_samples.jsonl", 100, 0.02)  # the same command once more
+    with pytest.raises(RunFailed, match="3 of 100"):
+        again.add([Replaced(1, "/x/a/1.jpg", "empty file")])
+    BadSamples(tmp_path / "bad_samples.jsonl", 100, 0.03).add([Replaced(1, "a", "b")])
 
 
 def test_a_line_cut_short_is_passed_over(tmp_path):
     path = tmp_path / "bad_samples.jsonl"
     path.write_text('{"place": 3, "name": "a", "reason": "b"}\n{"place": 4, "na')
-    assert len(BadSamples(path, 10, 1.0)) == 1
+    report = BadSamples(path, 10, 1.0)
+    assert len(report) == 1
+    report.add([Replaced(9, "x", "y")])
+    assert set(BadSamples(path, 10, 1.0).known) == {3, 9}
+
+
+def test_bad_images_in_a_row_do_not_end_a_run(tmp_path):
+    """An interrupted copy: the last 60 of 400; others than neighbours stand in."""
+    Image.fromarray(gradient_image()).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"")
+    paths = [str(tmp_path / ("bad.png" if i >= 340 else "good.png")) for i in range(400)]
+    seen = batches(Files(paths), 0, steps=60)
+    assert all(isinstance(b.indices, torch.Tensor) for b in seen)
+    assert len({int(i) for b in seen for i in b.indices}) > 200
 
 
 def test_nothing_readable(tmp_path):
@@ -136,9 +155,9 @@ def test_nothing_readable(tmp_path):
         check_images(source, 32, RGB)
     dataset = CropDataset(source, FusedMultiCrop(**SMALL), 0, RGB)
     batch = stack([dataset[0], dataset[1]])
-    assert len(batch.replaced) == 32
+    assert len(batch.replaced) == 64
     data = MultiCropData(source, FusedMultiCrop(**SMALL), 2, 1, 0, RGB, 0, max_bad_fraction=1.0)
-    with pytest.raises(RunFailed, match="16 images in a row cannot be read"):
+    with pytest.raises(RunFailed, match="none of 32 images tried"):
         data.on_before_batch_transfer(batch, 0)
 
 
@@ -202,15 +221,31 @@ def test_a_worker_that_dies_or_hangs_changes_nothing(tmp_path, quick, caplog, ho
         assert ("out of memory?" in caplog.text) == (how == signal.SIGKILL)
     else:
         assert "within 1.5 s (worker_timeout)" in caplog.text
-    assert "started again at batch 4" in caplog.text
+    assert re.search(r"started again at batch [0-4],", caplog.text)
 
 
 def test_the_third_accident_ends_it(tmp_path, quick):
-    loader = numbers(Accident(tmp_path, {8, 17, 30}, signal.SIGKILL))
-    with pytest.raises(RunFailed, match="3rd time within 100 batches, at batch 7"):
+    loader = numbers(Accident(tmp_path, {8, 60, 110}, signal.SIGKILL), count=200)
+    with pytest.raises(RunFailed, match=r"3rd time within 100 batches, at batch 2\d"):
         list(loader)
-    again = numbers(Accident(tmp_path, {8, 17, 30}, signal.SIGKILL), start=7)
-    assert [n for chunk in again for n in chunk] == list(range(28, 40))
+    again = numbers(Accident(tmp_path, {8, 60, 110}, signal.SIGKILL), count=200, start=20)
+    assert [n for chunk in again for n in chunk] == list(range(80, 200))
+
+
+def test_a_worker_killed_within_a_message_does_not_hang_the_reader(tmp_path, quick):
+    """A megabyte through a pipe of 64 KB, nobody reads, the writer dies."""
+    look = Accident(tmp_path, set(), 0)
+    loader = look_at_all(lambda i: bytes(2**20) + bytes([look(i)]), 12, 1, chunk=1)
+    found = []
+    for chunk in loader:
+        found += [item[-1] for item in chunk]
+        if len(found) in (3, 6):
+            time.sleep(0.3)
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            for child in children:
+                if b"pytest" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(int(child), signal.SIGKILL)
+    assert found == list(range(12))
 
 
 def test_errors_of_the_program_are_not_accidents(quick):

@@ -73,8 +73,9 @@ def test_the_webdataset_layout_in_its_corners(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         add(tar, "a/", type=tarfile.DIRTYPE)
         add(tar, "a/1.cls", b"7\n")
-        add(tar, "a/1.left.JPG", png(1))
-        add(tar, "a/1.right.jpg", png(2))  # one image a key
+        add(tar, "a/1.depth.JPG", png(8))
+        add(tar, "a/1.jpg", png(1))  # one image a key, and not the depth
+        add(tar, "a/1.right.jpg", png(2))
         add(tar, "a/1.json", b"{}")
         add(tar, "b/1.png", png(3))  # the same key in another folder
         add(tar, "c.txt", b"no image")
@@ -119,6 +120,42 @@ def test_a_header_that_claims_gigabytes(tmp_path, caplog):
     assert "damaged after 2 images" in caplog.text
 
 
+@pytest.mark.parametrize("how", ["overwritten", "zeroed", "cut at", "cut in"])
+def test_a_damaged_header_is_said_each_time(tmp_path, caplog, how):
+    write(tmp_path / "x.tar", 0, 30, labels=False)
+    content = bytearray((tmp_path / "x.tar").read_bytes())
+    start = 10 * 1024  # a header and an image take 512 bytes each
+    if how == "overwritten":
+        content[start : start + 512] = b"\xa5" * 512
+    elif how == "zeroed":
+        content[start : start + 512] = bytes(512)
+    else:
+        del content[start + (100 if how == "cut in" else 0) :]
+    (tmp_path / "x.tar").write_bytes(content)
+    for _ in range(2):  # the second time from the kept listing
+        caplog.clear()
+        assert len(tar_shards(str(tmp_path))) == 10
+        assert "damaged after 10 images" in caplog.text
+
+
+def test_sizes_below_zero_and_endless_headers(tmp_path, caplog):
+    write(tmp_path / "x.tar", 0, 2, labels=False)
+    content = bytearray((tmp_path / "x.tar").read_bytes())
+    header = tarfile.TarInfo("evil.png")
+    for size in (-512, -1024, -(10**9)):
+        header.size = size
+        block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+        content[2048:2560] = block
+        (tmp_path / "x.tar").write_bytes(content)
+        assert len(tar_shards(str(tmp_path))) == 2
+        assert "damaged after 2 images" in caplog.text
+    long = tarfile.TarInfo("x")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 512
+    chain = (long.tobuf(tarfile.GNU_FORMAT) + b"a" * 512) * 3000
+    (tmp_path / "x.tar").write_bytes(bytes(content[:2048]) + chain)
+    assert len(tar_shards(str(tmp_path))) == 2
+
+
 def test_truncated_tars_keep_their_whole_images(folder, caplog):
     path = folder / "s-1.tar"
     content = path.read_bytes()
@@ -142,6 +179,7 @@ def test_truncated_tars_keep_their_whole_images(folder, caplog):
         (b"\x1f\x8b\x08\x00rest", r"compressed \(gzip\).*unpack it once"),
         (b"<html>" * 200, "not a tar"),
         (b"", "no images in 1 tars"),
+        (bytes(10_240), "no images in 1 tars"),
     ],
 )
 def test_what_is_no_tar_is_said(tmp_path, content, message):

@@ -214,6 +214,9 @@ def test_links_are_followed_once(tmp_path):
     (tmp_path / "b").symlink_to(tmp_path / "a")
     (tmp_path / "2.png").symlink_to(tmp_path / "a/1.png")
     assert list(image_files(tmp_path)) == ["2.png", "a/1.png"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    assert set(image_files(tmp_path)) >= {"2.png", "a/1.png"}
 
 
 def test_lists_of_paths(tmp_path):
@@ -234,6 +237,14 @@ def test_lists_of_paths(tmp_path):
     assert source.labels.tolist() == [1, 0, 1]
     pq.write_table(table.select(["path"]), tmp_path / "bare.parquet")
     assert path_list(str(tmp_path / "bare.parquet")).labels is None
+    odd = "x/\udce9\u2028\x0c.png"  # Latin-1 and other ends of lines, legal in names
+    write(tmp_path / odd)
+    content = b"\xef\xbb\xbfx/1.png\n" + os.fsencode(odd) + b"\n"
+    (tmp_path / "odd.txt").write_bytes(content)
+    source = path_list(str(tmp_path / "odd.txt"))
+    assert [decode(source.read(i)).shape for i in range(2)] == [(8, 8, 3)] * 2
+    with pytest.raises(ValueError, match="without images to learn from"):
+        labelled_lists(None, str(tmp_path / "list.parquet"))
     pair = labelled_lists(str(tmp_path / "list.parquet"), test_fraction=0.5)
     assert pair.test.labels.tolist() == [1]
     assert labelled_lists(None) is None
@@ -275,6 +286,9 @@ def test_arrays_are_mapped(tmp_path):
     np.save(tmp_path / "labels.npy", np.array([0, 2, 1, 0, 2, 1]))
     source = arrays(str(tmp_path / "images.npy"), str(tmp_path / "labels.npy"))
     assert isinstance(source.images, np.memmap)
+    pickled = pickle.dumps(source)
+    assert len(pickled) < 1000
+    assert np.array_equal(pickle.loads(pickled).read(3), images[3])  # noqa: S301
     assert np.array_equal(decode(source.read(3)), images[3])
     assert source.labels.tolist() == [0, 2, 1, 0, 2, 1]
     assert source.name(3) == "images.npy[3]"
@@ -326,6 +340,8 @@ def test_a_set_of_hugging_face(tmp_path):
         ({"root": "two", "image": "picture"}, "has train, test"),
         ({"root": "one"}, "columns picture, kind"),
         ({"root": "one", "image": "picture", "label": "class"}, "data.label=class"),
+        ({"root": "one", "image": "kind"}, "not of images"),
+        ({"root": "one", "image": "picture", "label": "picture"}, "class ids"),
         ({"root": "none"}, "no such folder"),
         ({"root": "."}, "not a set of"),
     ):
