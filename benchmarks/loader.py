@@ -235,8 +235,8 @@ def index() -> dict[str, Any]:
     found = {}
     content = jpegs(1)[0]
     for count in map(int, ARGS.entries.split(",")):
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["XDG_CACHE_HOME"] = f"{folder}/.cache"
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
+            os.environ["XDG_CACHE_HOME"] = cache
             for start in range(0, count, 1000):
                 inside = Path(folder) / f"n{start:08d}"
                 inside.mkdir()

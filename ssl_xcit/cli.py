@@ -139,7 +139,8 @@ def quoted(argument: str, sweep: bool) -> str:
             found = OverridesParser.create().parse_override(attempt)
         except HydraException:
             continue
-        if sweep or not found.is_sweep_override():  # else a comma in a name
+        # a path may have commas; elsewhere they mean a sweep, and Hydra says that -m is missing
+        if sweep or "/" not in value or not found.is_sweep_override():
             return attempt
     return argument
 

@@ -5,6 +5,7 @@ numbers.
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from ssl_xcit.data.loader import default_workers
 from ssl_xcit.data.module import MultiCropData, check_images, check_labelled
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import LabelledPair, Source
-from ssl_xcit.errors import UserError
+from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.models.weights import checkpoints_of, load_backbone, model_name, read_checkpoint
 from ssl_xcit.plan import Plan, check_numbers, make_plan
 from ssl_xcit.run_folder import (
@@ -216,6 +217,10 @@ def main(cfg: DictConfig) -> None:
         if trainer.is_global_zero:
             print(f"{stop}; saved in {run_dir}, the same command goes on from there")
         sys.exit(stop.exit_code)
+    except RuntimeError as error:
+        if trainer.world_size > 1 and re.search("gloo|nccl", str(error), re.I):
+            raise RunFailed(f"rank {trainer.global_rank}: another rank has ended") from error
+        raise
     finally:
         for logger in trainer.loggers:
             experiment: Any = getattr(logger, "experiment", None)
