@@ -1,26 +1,41 @@
 """What both kinds of blocks are made of: MLP, stochastic depth, initial values."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-6
 
 
+def scaled(layer: nn.Linear | nn.Conv2d, gain: Float[Tensor, " C"] | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer whose output is times `gain` by channel.
+
+    So layer scale costs as much as there are weights, and not a pass over all tokens each way.
+    """
+    assert layer.bias is not None
+    if gain is None:
+        return layer.weight, layer.bias
+    return layer.weight * gain.view(-1, *[1] * (layer.weight.ndim - 1)), layer.bias * gain
+
+
 class DropPath(nn.Module):
-    """Stochastic depth: a sample keeps its branch with probability 1 - rate, scaled by 1 / (1 -
-    rate).
+    """A residual connection with stochastic depth: a sample keeps its branch with probability
+    1 - rate, scaled by 1 / (1 - rate).
     """
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        """In eval mode, or at rate 0, x itself."""
+    def forward(
+        self, x: Float[Tensor, "B N C"], branch: Float[Tensor, "B N C"]
+    ) -> Float[Tensor, "B N C"]:
+        """x + branch in eval mode, or at rate 0."""
         if not self.training or self.rate == 0.0:
-            return x
+            return x + branch
         keep = 1.0 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+        kept = branch.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+        return x + branch * kept if x.dtype != branch.dtype else torch.addcmul(x, branch, kept)
 
 
 class MLP(nn.Module):
@@ -32,9 +47,11 @@ class MLP(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(ratio * dim, dim)
 
-    def forward(self, x: Float[Tensor, "*any C"]) -> Float[Tensor, "*any C"]:
-        """Each token by itself."""
-        return self.fc2(self.act(self.fc1(x)))
+    def forward(
+        self, x: Float[Tensor, "*any C"], gain: Float[Tensor, " C"] | None = None
+    ) -> Float[Tensor, "*any C"]:
+        """Each token by itself; the output is times `gain`."""
+        return nn.functional.linear(self.act(self.fc1(x)), *scaled(self.fc2, gain))
 
 
 def init_linear_(module: nn.Module) -> None:

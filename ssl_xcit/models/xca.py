@@ -1,18 +1,39 @@
-"""Cross-covariance attention (XCiT, arXiv:2106.09681, section 3.2).
+"""Cross-covariance attention (XCiT, arXiv:2106.09681, section 3.2), in two equal forms.
 
-Differs from the paper's formulas in the place of one division: q and k are not rewritten as unit
-vectors; the d x d product is divided by their norms, which is the same number and touches d x d
-values instead of N x d.
+Direct: q, k and v of every token. Differs from the paper's formulas in the place of one division: q
+and k are not rewritten as unit vectors; the d x d product is divided by their norms, which is the
+same number and touches d x d values instead of N x d.
+
+From the Gram matrix: with S = x^T x all that attention needs of q and k follows, and the output is
+x times one C x C matrix an image,
+
+    q k^T = W_q S W_k^T,   |q_i|^2 = (W_q S W_q^T)_ii,   y = x (W_proj blockdiag(A) W_v)^T,
+
+the biases belonging to a column of ones beside x. That is 2 N C^2 + 3 C^3 multiplications an image
+instead of 4 N C^2 + 2 N C d, backwards 3 N C^2 instead of about 8, and of what is N long x alone is
+kept. It wins when N is some times C; `gram_is_faster` decides.
 """
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.linalg import vector_norm
+from torch.nn.functional import linear
 
 from ssl_xcit.errors import UserError
+from ssl_xcit.models.layers import scaled
 
 EPS = 1e-12  # the smallest norm divided by, as in torch.nn.functional.normalize
+# From N = factor * C + offset tokens the Gram form is faster on a CPU, by (with gradients, in
+# bfloat16); fitted by benchmarks/xca.py.
+GRAM_FROM = {
+    (True, False): (1.40, -11),
+    (False, False): (1.93, -87),
+    (True, True): (0.89, 18),
+    (False, True): (1.35, -65),
+}
 
 
 def channel_attention(
@@ -27,6 +48,78 @@ def channel_attention(
     q_norm = vector_norm(q, dim=-1).clamp_min(EPS).unsqueeze(-1)  # (B, H, d, 1)
     k_norm = vector_norm(k, dim=-1).clamp_min(EPS).unsqueeze(-2)  # (B, H, 1, d)
     return (gram / (q_norm * k_norm) * temperature).softmax(dim=-1)
+
+
+def gram_is_faster(
+    num_tokens: int, dim: int, gradients: bool, low: bool, device: torch.device
+) -> bool:
+    """Whether the form from the Gram matrix takes less time; never on a GPU, where nobody has
+    measured it yet.
+    """
+    factor, offset = GRAM_FROM[gradients, low]
+    return device.type == "cpu" and num_tokens >= factor * dim + offset
+
+
+def in_low_precision(x: Tensor) -> bool:
+    """Whether products with x are rounded to 16 bits."""
+    autocast = x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+    return autocast or x.dtype in (torch.bfloat16, torch.float16)
+
+
+class Gram(torch.autograd.Function):
+    """S = x^T x; its gradient is x (G + G^T), one product where autograd takes two."""
+
+    @staticmethod
+    def forward(x: Float[Tensor, "B N C"]) -> Float[Tensor, "B C C"]:
+        """Sums over the tokens."""
+        return x.mT @ x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Keep x."""
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, "B C C"]) -> Float[Tensor, "B N C"]:
+        """To the tokens."""
+        (x,) = ctx.saved_tensors
+        return x @ (grad + grad.mT)
+
+
+def from_gram(
+    x: Float[Tensor, "B N C"],
+    qkv: nn.Linear,
+    temperature: Float[Tensor, "H 1 1"],
+    proj_weight: Float[Tensor, "C C"],
+    proj_bias: Float[Tensor, " C"],
+) -> Float[Tensor, "B N C"]:
+    """Cross-covariance attention without q, k and v: see the formulas above.
+
+    Under autocast x times the C x C matrix is of low precision; S and all that is C x C stay in
+    float32.
+    """
+    B, N, C = x.shape
+    H = temperature.shape[0]
+    low = torch.get_autocast_dtype(x.device.type) if in_low_precision(x) else x.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        exact = x if x.dtype == torch.float64 else x.float()
+        weight, bias = qkv.weight.to(exact.dtype), qkv.bias.to(exact.dtype)
+        wqk, bqk = weight[: 2 * C], bias[: 2 * C]
+        sums = exact.sum(dim=1)  # (B, C)
+        qk_sums = sums @ wqk.mT + N * bqk  # (B, 2C), of q and k over the tokens
+        qk_x = wqk @ Gram.apply(exact) + bqk[:, None] * sums[:, None]  # (B, 2C, C), (q k)^T x
+        squares = (qk_x * wqk).sum(dim=-1) + qk_sums * bqk  # (B, 2C)
+        q_norm, k_norm = squares.clamp_min(EPS**2).sqrt().view(B, 2, H, -1).unbind(1)  # (B, H, d)
+        gram = qk_x[:, :C].reshape(B, H, -1, C) @ wqk[C:].view(H, -1, C).mT
+        gram = gram + qk_sums[:, :C].view(B, H, -1, 1) * bqk[C:].view(H, 1, -1)  # (B, H, d, d)
+        # no cosine is beyond 1, but a difference of large sums may come out so
+        cosine = (gram / (q_norm.unsqueeze(-1) * k_norm.unsqueeze(-2))).clamp(-1.0, 1.0)
+        attention = (cosine * temperature.to(exact.dtype)).softmax(dim=-1)
+        mix = proj_weight.to(exact.dtype).view(C, H, -1).transpose(0, 1) @ attention  # (B, H, C, d)
+        mix = mix.transpose(1, 2).reshape(B, C, C)
+        matrix = mix @ weight[2 * C :]  # (B, C, C)
+        offset = mix @ bias[2 * C :] + proj_bias.to(exact.dtype)  # (B, C)
+        return torch.baddbmm(offset[:, None].to(low), x.to(low), matrix.mT.to(low))
 
 
 class CrossCovarianceAttention(nn.Module):
@@ -47,11 +140,23 @@ class CrossCovarianceAttention(nn.Module):
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        """Mix channels; tokens meet only inside the d x d statistics."""
+    def forward(
+        self, x: Float[Tensor, "B N C"], gain: Float[Tensor, " C"] | None = None
+    ) -> Float[Tensor, "B N C"]:
+        """Mix channels; tokens meet only inside the d x d statistics. Output is times `gain`."""
+        _, N, C = x.shape
+        weight, bias = scaled(self.proj, gain)
+        if gram_is_faster(N, C, torch.is_grad_enabled(), in_low_precision(x), x.device):
+            return from_gram(x, self.qkv, self.temperature, weight, bias)
+        return self.direct(x, weight, bias)
+
+    def direct(
+        self, x: Float[Tensor, "B N C"], weight: Float[Tensor, "C C"], bias: Float[Tensor, " C"]
+    ) -> Float[Tensor, "B N C"]:
+        """Through q, k and v; weight and bias are the output projection's."""
         B, N, C = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 4, 1)  # each (B, H, d, N), a view
         attention = channel_attention(q, k, self.temperature)  # (B, H, d, d)
         mixed = v.mT @ attention.mT  # (B, H, N, d)
-        return self.proj(mixed.transpose(1, 2).reshape(B, N, C))
+        return linear(mixed.transpose(1, 2).reshape(B, N, C), weight, bias)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.class_attention import ClassAttentionBlock
-from ssl_xcit.models.layers import LAYER_NORM_EPS, MLP, DropPath, init_linear_
+from ssl_xcit.models.layers import LAYER_NORM_EPS, MLP, DropPath, init_linear_, scaled
 from ssl_xcit.models.xca import CrossCovarianceAttention
 
 # name: width C, depth, heads, layer scale's initial value, norm over all tokens in class attention
@@ -117,9 +117,13 @@ class LocalPatchInteraction(nn.Module):
         self.bn = nn.BatchNorm2d(dim)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
-    def forward(self, x: Float[Tensor, "B N C"], grid: tuple[int, int]) -> Float[Tensor, "B N C"]:
-        """Convolve the tokens in their grid."""
-        return as_tokens(self.conv2(self.bn(self.act(self.conv1(as_image(x, grid))))))
+    def forward(
+        self, x: Float[Tensor, "B N C"], grid: tuple[int, int], gain: Float[Tensor, " C"]
+    ) -> Float[Tensor, "B N C"]:
+        """Convolve the tokens in their grid; the output is times `gain`."""
+        inside = self.bn(self.act(self.conv1(as_image(x, grid))))
+        weight, bias = scaled(self.conv2, gain)
+        return as_tokens(nn.functional.conv2d(inside, weight, bias, padding=1, groups=len(bias)))
 
 
 class XCABlock(nn.Module):
@@ -142,9 +146,9 @@ class XCABlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N C"], grid: tuple[int, int]) -> Float[Tensor, "B N C"]:
         """Three residual branches in the paper's order."""
-        x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.gamma3 * self.local_mp(self.norm3(x), grid))
-        return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
+        x = self.drop_path(x, self.attn(self.norm1(x), self.gamma1))
+        x = self.drop_path(x, self.local_mp(self.norm3(x), grid, self.gamma3))
+        return self.drop_path(x, self.mlp(self.norm2(x), self.gamma2))
 
 
 class XCiT(nn.Module):

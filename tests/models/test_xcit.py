@@ -127,12 +127,34 @@ def test_patch_4_of_each_size(size):
 def test_drop_path_keeps_the_expectation_and_is_off_in_eval():
     torch.manual_seed(0)
     model = XCiT(32, 1, 2, patch_size=4, drop_path=0.5)
-    branch = model.blocks[0].drop_path
-    x = torch.ones(20_000, 1, 1)
-    kept = branch(x)
-    assert set(kept.unique().tolist()) == {0.0, 2.0}
-    assert abs(kept.mean().item() - 1) < 0.03
-    assert branch.eval()(x) is x
+    drop_path = model.blocks[0].drop_path
+    x, branch = torch.full((20_000, 1, 1), 5.0), torch.ones(20_000, 1, 1)
+    kept = drop_path(x, branch)
+    assert set(kept.unique().tolist()) == {5.0, 7.0}
+    assert abs(kept.mean().item() - 6) < 0.03
+    assert torch.equal(drop_path.eval()(x, branch), x + branch)
+
+
+def test_gains_in_the_weights_are_gains_of_the_output():
+    """Layer scale multiplies the last layer of a branch, not its output: the same, and so are the
+    gradients.
+    """
+    torch.manual_seed(0)
+    model = XCiT(32, 1, 2, patch_size=4, layer_scale=0.3).double()
+    block, x = model.blocks[0], torch.randn(2, 12, 32, dtype=torch.float64, requires_grad=True)
+
+    def written_out(x):
+        grid = (3, 4)
+        x = x + block.gamma1 * block.attn(block.norm1(x))
+        local = block.local_mp(block.norm3(x), grid, torch.ones_like(block.gamma3))
+        x = x + block.gamma3 * local
+        return x + block.gamma2 * block.mlp(block.norm2(x))
+
+    parameters = [x, *block.parameters()]
+    ours = torch.autograd.grad(block(x, (3, 4)).sin().sum(), parameters)
+    theirs = torch.autograd.grad(written_out(x).sin().sum(), parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
