@@ -2,11 +2,11 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +184,12 @@ def test_workers_share_the_cores_of_the_machine():
     assert default_workers(10_000) == 0
 
 
+def kill_children():
+    """The loader processes, which are copies of this one."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 class Accident:
     """Numbers; at some of them the process comes to harm, once each."""
 
@@ -213,14 +219,14 @@ def quick(monkeypatch):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP, "hang"])
 def test_a_worker_that_dies_or_hangs_changes_nothing(tmp_path, quick, caplog, how):
     with caplog.at_level(logging.WARNING):
-        loader = numbers(Accident(tmp_path, {17}, how), timeout=1.5)
+        loader = numbers(Accident(tmp_path, {17}, how), timeout=5.0)
         found = [n for chunk in loader for n in chunk]
     assert found == list(range(40))
     if how in (signal.SIGKILL, signal.SIGSEGV):
         assert how.name in caplog.text
         assert ("out of memory?" in caplog.text) == (how == signal.SIGKILL)
     else:
-        assert "within 1.5 s (worker_timeout)" in caplog.text
+        assert "within 5 s (worker_timeout)" in caplog.text
     assert re.search(r"started again at batch [0-4],", caplog.text)
 
 
@@ -241,10 +247,7 @@ def test_a_worker_killed_within_a_message_does_not_hang_the_reader(tmp_path, qui
         found += [item[-1] for item in chunk]
         if len(found) in (3, 6):
             time.sleep(0.3)
-            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-            for child in children:
-                if b"pytest" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    os.kill(int(child), signal.SIGKILL)
+            kill_children()
     assert found == list(range(12))
 
 
@@ -278,11 +281,7 @@ def test_killed_while_training_the_crops_stay_the_same(photos_pair, quick, caplo
         for step, batch in enumerate(data.train_dataloader()):
             seen.append(batch)
             if step == 3:
-                children = os.popen(f"pgrep -P {os.getpid()}").read().split()
-                for pid in children:
-                    command = os.popen(f"cat /proc/{pid}/cmdline 2>/dev/null").read()
-                    if "pytest" in command:
-                        os.kill(int(pid), signal.SIGKILL)
+                kill_children()
     assert "SIGKILL" in caplog.text
     assert len(seen) == 12
     for a, b in zip(expected, seen, strict=True):
