@@ -3,9 +3,9 @@
     python benchmarks/loader.py [--rounds 15] [--entries 1000,10000,100000] [--only crops,...]
 
 Parts: `crops` (our fused multi-crop against Pillow and torchvision, the same JPEGs, interleaved in
-one process on one thread), `small` (CIFAR-size arrays), `memory` (private memory of one loader
-process), `reading` (files and tar shards), `index` (folders of links, by size). Prints medians and
-ratios and writes benchmarks/results/loader.json.
+one process on one thread), `resize` (one box, three ways), `small` (CIFAR-size arrays), `memory`
+(private memory of one loader process), `reading` (files and tar shards), `index` (folders of links,
+by size). Prints medians and ratios and writes benchmarks/results/loader.json.
 """
 
 import argparse
@@ -147,6 +147,24 @@ def shares(images: list[bytes]) -> dict[str, float]:
     return found
 
 
+def resize() -> dict[str, float]:
+    """Milliseconds from a box of 300 x 400 to 224 x 224, three ways, interleaved."""
+    image = decode(jpegs(1)[0])
+    box = np.ascontiguousarray(image[:300, :400])
+    ways: dict[str, Callable[[], Any]] = {
+        "ours": lambda: fused.cut(image, (0, 0, 300, 400), 224),
+        "OpenCV by area": lambda: cv2.resize(box, (224, 224), interpolation=cv2.INTER_AREA),
+        "Pillow": lambda: Image.fromarray(box).resize((224, 224), Image.Resampling.BICUBIC),
+    }
+    times = {name: [seconds(way) for _ in range(20)] for name, way in ways.items()}  # warm
+    for _ in range(20 * ARGS.rounds):
+        for name, way in ways.items():
+            times[name].append(seconds(way))
+    found = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    print("300 x 400 to 224: " + ", ".join(f"{n} {v:.2f} ms" for n, v in found.items()))
+    return found
+
+
 def small() -> dict[str, Any]:
     """CIFAR-size arrays: 2 x 32 + 8 x 16 of 32 x 32 pixels."""
     rng = np.random.default_rng(0)
@@ -268,7 +286,10 @@ def index() -> dict[str, Any]:
     return found
 
 
-PARTS = {"crops": crops, "small": small, "memory": memory, "reading": reading, "index": index}
+PARTS = {
+    "crops": crops, "resize": resize, "small": small, "memory": memory, "reading": reading,
+    "index": index,
+}  # fmt: skip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

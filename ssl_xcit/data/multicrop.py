@@ -8,7 +8,7 @@ is the reference: Pillow and torchvision, in the published order.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -94,7 +94,7 @@ class Recipe:
     grey_prob: float = 0.2
     blur_prob: Sequence[float] = (1.0, 0.1, 0.5)
     blur_radius: Sequence[float] = (0.1, 2.0)
-    solarise_prob: Sequence[float] = field(default=(0.0, 0.2, 0.0))
+    solarise_prob: Sequence[float] = (0.0, 0.2, 0.0)
 
     def __post_init__(self) -> None:
         """Check what Hydra does not.

@@ -1,0 +1,159 @@
+"""Bad input of every command: one line that names the fix, exit 2, nothing left behind."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from commands import images, run
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+BAD = [
+    (["pretrain", "optim.lrr=1"], "optim.lrr: no such setting; did you mean optim.lr?"),
+    (["pretrain", "epoch=1"], "did you mean epochs?"),
+    (["pretrain", "augment.global_sizes=1"], "did you mean augment.global_size?"),
+    (["pretrain", "nonsense"], "nonsense"),
+    (["pretrain", "model=xcit_smal_12_p16"], "did you mean xcit_small_12_p16?"),
+    (["pretrain", "data=imagnet"], "did you mean imagenet?"),
+    (["pretrian"], "did you mean pretrain?"),
+    (["pretrain", "data=folder"], "data.root is needed"),
+    (["pretrain", "data=folder", "data.root=none"], "no such folder"),
+    (["pretrain", "data=folder", "data.root=empty"], "no images in it or below"),
+    (["pretrain", "data=folder", "data.root=broken", "batch_size=8"], "can be read"),
+    (["pretrain", "data=folder", "data.root=few"], "set batch_size=3 or less"),
+    (["pretrain", "data=cifar10"], "data.download=true"),
+    (["pretrain", "data=cifar10", "data.download=true"], "no network?"),
+    (["pretrain", "eval_data=folder", "eval_data.root=few"], "outside class folders"),
+    (["pretrain", "trainer.devices=99", "trainer.accelerator=cpu"], "set trainer.devices=1"),
+    (["pretrain", "trainer.precision=16-mixed"], "bf16-mixed"),
+    (["pretrain", "trainer.accelerator=abacus"], "abacus"),
+    *([] if torch.cuda.is_available() else [(["pretrain", "trainer=ddp"], "trainer: ")]),
+    (["pretrain", "epochs=0"], "epochs=0"),
+    (["pretrain", "batch_size=0"], "batch_size=0"),
+    (["pretrain", "model.patch_size=7"], "4, 8 and 16"),
+    (["pretrain", "objective.teacher_temp=0"], "above 0"),
+    (["pretrain", "augment.num_local=-1"], "num_local"),
+    (["pretrain", "seed=-1"], "seed=-1"),
+    (["pretrain", "epochs=abc"], "epochs=abc"),
+    (["pretrain", "optim.lr=-1"], "optim.lr=-1"),
+    (["pretrain", "batch_size=4.5"], "batch_size=4.5"),
+    (["pretrain", "num_workers=-1"], "num_workers=-1"),
+    (["pretrain", "optim.min_lr=null"], "optim.min_lr=None"),
+    (["pretrain", "objective.clip_norm=0"], "objective.clip_norm=0"),
+    (["pretrain", "optim.optimizer.betas=[2,3]"], "optim.optimizer"),
+    (["pretrain", "model.in_chans=5"], "ssl-xcit stats preprocess.channels=5"),
+    (["pretrain", "model.in_chans=1", "augment=torchvision"], "augment=fused"),
+    (["pretrain", "preprocess.channels=1"], "set model.in_chans alone"),
+    (["pretrain", "preprocess.stats=none.json"], "make it with ssl-xcit stats"),
+    (["pretrain", "preprocess.stats=good.txt"], "not a file of ssl-xcit stats"),
+    (["pretrain", "preprocess.value_range=[9,1]"], "[low, high]"),
+    (["pretrain", "data.max_bad_fraction=-1"], "data.max_bad_fraction=-1"),
+    (["pretrain", "worker_timeout=0"], "worker_timeout=0"),
+    (["pretrain", "callbacks.metrics.max_data_wait=2"], "max_data_wait=2"),
+    (["pretrain", "data=list", "data.file=none.txt"], "no such file"),
+    (["pretrain", "data=list", "data.file=good.txt"], "set data.root=DIR"),
+    (["pretrain", "data=shards", "data.root=few"], "no tar shards"),
+    (["pretrain", "data=shards", "data.root=few", "data.window=0"], "data.window=0"),
+    (["pretrain", "data=arrays", "data.file=none.npy"], "no such file"),
+    (["pretrain", "data=arrays", "data.file=good.txt"], "not a .npy file"),
+    (["pretrain", "data=huggingface", "data.root=few"], "not a set of Dataset.save_to_disk"),
+    (["pretrain", "data=folder", "data.root=null"], "name at least one folder"),
+    (["pretrain", "data=folder", "data.root=~/none such (1)"], "/none such (1): no such folder"),
+    (["check"], "data.root is needed"),
+    (["check", "data.root=few", "out=good.txt/x"], "no folder to write to"),
+    (["stats", "data.root=few", "out=good.txt/x.json"], "no folder to write to"),
+    (["shard", "data.root=few", "out=good.txt"], "no folder to write to"),
+    (["check", "data.root=none"], "no such folder"),
+    (["check", "data.root=few", "num_workers=-1"], "num_workers=-1"),
+    (["stats", "data.root=broken"], "can be read"),
+    (["stats", "data.root=few", "preprocess.channels=5"], "preprocess.channels=5"),
+    (["stats", "data.root=few", "max_images=0"], "max_images=0"),
+    (["shard", "data.root=few"], "out is needed"),
+    (["shard", "data.root=few", "out=tars"], "holds other tars"),
+    (["shard", "data.root=few", "out=o", "images_per_shard=0"], "images_per_shard=0"),
+    (["shard", "data.root=few", "out=o", "data.labels=true"], "outside class folders"),
+    (["pretrain", "+trainer.gradient_clip_val=1"], "objective.clip_norm"),
+    (["pretrain", "objective.by_images=[]"], "from: 0"),
+    (["pretrain", "augment.blur_prob=[1.0]"], "3 numbers"),
+    (["pretrain", "~callbacks.metrics"], "callbacks.metrics"),
+    (["pretrain", "eval_data=folder", "eval_data.root=broken_labels"], "can be read"),
+    (["pretrain", "eval_data=folder", "eval_data.root=singles"], "no test images are left"),
+    (["eval"], "ckpt is needed"),
+    (["eval", "ckpt=good.pth", "which=techer", "eval_data=photos"], "teacher or student"),
+    (["eval", "ckpt=good.pth", "batch_size=0", "eval_data=photos"], "batch_size=0"),
+    (["eval", "ckpt=5", "eval_data=photos"], "no such file"),
+    *([] if torch.cuda.is_available() else [
+        (["eval", "ckpt=good.pth", "device=cuda", "eval_data=photos"], "device=cuda"),
+    ]),
+    (["eval", "ckpt=none.ckpt"], "no such file"),
+    (["eval", "ckpt=empty"], "without checkpoints"),
+    (["eval", "ckpt=cut.pth", "eval_data=photos"], "truncated"),
+    (["eval", "ckpt=good.pth", "model=xcit_small_12_p8", "eval_data=photos"],
+     "xcit_nano_12_p16, not xcit_small_12_p8"),
+    (["eval", "ckpt=good.pth"], "add eval_data=photos"),
+    (["eval", "ckpt=good.pth", "eval_data=none"], "no labelled images"),
+    (["eval", "ckpt=good.pth", "eval_data=folder", "eval_data.root=few"], "outside class folders"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
+def test_bad_input_is_one_line_that_names_the_fix(tmp_path, capsys, words, message):
+    from ssl_xcit import create_model
+
+    (tmp_path / "empty").mkdir()
+    images(tmp_path / "few", 3)
+    (tmp_path / "good.txt").write_text("a.png\n")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/stranger.tar").write_bytes(b"")
+    (tmp_path / "broken").mkdir()
+    for i in range(40):
+        (tmp_path / f"broken/{i}.jpg").write_bytes(b"<html>not found</html>")
+    for name in ("a", "b"):
+        images(tmp_path / "singles" / name, 1)
+        images(tmp_path / "broken_labels" / name, 3)
+        for file in (tmp_path / "broken_labels" / name).iterdir():
+            file.write_bytes(b"")
+    if words[0] == "eval":
+        torch.save(create_model("xcit_nano_12_p16").state_dict(), tmp_path / "good.pth")
+        (tmp_path / "cut.pth").write_bytes((tmp_path / "good.pth").read_bytes()[:1000])
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*words) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert message in lines[0]
+    assert "Traceback" not in captured.err
+    assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
+
+
+WRONG_TYPES = [
+    (["pretrain", "preprocess.background=white"], "preprocess.background=white"),
+    (["pretrain", "augment.jitter_prob=often"], "probabilities"),
+    (["pretrain", "augment.solarise_prob=0.2"], "3 numbers"),
+    (["pretrain", "augment.global_size=22.5"], "global_size=22.5"),
+    (["pretrain", "augment.jitter=[0.4,0.4,0.2,x]"], "4 numbers"),
+    (["pretrain", "preprocess.value_range=all"], "2 numbers"),
+]
+
+
+def test_values_of_the_wrong_type_are_one_line_too():
+    """In a process of its own: the tests' type checker would be first."""
+    code = (
+        "import sys\n"
+        "from ssl_xcit import cli\n"
+        f"for words in {[words for words, _ in WRONG_TYPES]!r}:\n"
+        "    try: cli.main(words)\n"
+        "    except SystemExit as end: assert end.code == 2, words\n"
+        "    else: raise AssertionError(words)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == len(WRONG_TYPES)
+    for line, (_, message) in zip(lines, WRONG_TYPES, strict=True):
+        assert message in line
