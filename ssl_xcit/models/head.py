@@ -1,7 +1,5 @@
 """DINO's projection head (arXiv:2104.14294, section 3.1 and appendix C)."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,44 +8,6 @@ from torch.nn.functional import linear, normalize
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.layers import init_linear_
-
-
-class NormalisedLinear(torch.autograd.Function):
-    """out = gain * (x v^T) / |v|, rows of v divided by their norms without being written again.
-
-    Gradient: with G' = G * gain / |v| and c_k = sum_b G_bk out_bk / |v_k|^2, dv = G'^T x - c v: one
-    pass over K x D beside the product, where autograd takes three.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Float[Tensor, "B D"],
-        v: Float[Tensor, "K D"],
-        gain: Float[Tensor, "K 1"],
-    ) -> Float[Tensor, "B K"]:
-        """Logits, in the precision of `gain`; the product is autocast."""
-        norm = vector_norm(v, dim=-1).clamp_min(1e-12)
-        product = linear(x, v)
-        out = product * (gain[:, 0] / norm)
-        ctx.save_for_backward(x, v, gain, norm, out)
-        ctx.dtype = product.dtype  # of the products in the backward pass too
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Float[Tensor, "B K"]) -> tuple[Tensor | None, ...]:
-        """Of x, v and, where it is trained, the gain."""
-        x, v, gain, norm, out = ctx.saved_tensors
-        radial = (gradients[0] * out).sum(dim=0)  # (K,)
-        scaled = (gradients[0] * (gain[:, 0] / norm)).to(ctx.dtype)
-        dx = (scaled @ v.to(ctx.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dv = dgain = None
-        if ctx.needs_input_grad[1]:
-            dv = (scaled.T @ x.to(ctx.dtype)).to(v.dtype)
-            dv.addcmul_(v, (radial / norm.square())[:, None], value=-1)
-        if ctx.needs_input_grad[2]:
-            dgain = (radial / gain[:, 0])[:, None]
-        return dx, dv, dgain
 
 
 class Prototypes(nn.Module):
@@ -64,9 +24,11 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(gain, requires_grad=trainable_gain)
 
     def forward(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any K"]:
-        """Logits, K prototypes."""
-        flat = NormalisedLinear.apply(x.flatten(0, -2), self.weight_v, self.weight_g)
-        return flat.unflatten(0, x.shape[:-1])
+        """Logits, K prototypes: the product is divided by the norms, not the weights. Training has
+        them with the loss in one, see `objectives.dino.prototype_loss`.
+        """
+        norm = vector_norm(self.weight_v, dim=-1).clamp_min(1e-12)
+        return linear(x, self.weight_v) * (self.weight_g[:, 0] / norm)
 
 
 class DINOHead(nn.Module):
@@ -101,6 +63,10 @@ class DINOHead(nn.Module):
         self.last_layer = Prototypes(bottleneck_dim, num_prototypes, not norm_last_layer)
         self.apply(init_linear_)
 
+    def embed(self, x: Float[Tensor, "*any C"]) -> Float[Tensor, "*any D"]:
+        """The bottleneck, of length 1: what the prototypes are compared with."""
+        return normalize(self.mlp(x), dim=-1)
+
     def forward(self, x: Float[Tensor, "*any C"]) -> Float[Tensor, "*any K"]:
         """Logits before centering and temperature."""
-        return self.last_layer(normalize(self.mlp(x), dim=-1))
+        return self.last_layer(self.embed(x))

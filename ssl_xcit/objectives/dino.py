@@ -1,42 +1,217 @@
 """Self-distillation with no labels: loss, centering, sharpening (DINO, arXiv:2104.14294, section
 3.1, algorithm 1).
+
+Rows of the teacher sum to 1, so a pair of views costs logsumexp(s_v) - q_g . s_v, and a view's cost
+against all others needs only the sum of their q: no log-softmax is built. The gradient, softmax(s_v)
+minus the mean of those q, is made in the logits' own memory while they are at hand.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.linalg import vecdot, vector_norm
+from torch.nn.functional import linear
 
 from ssl_xcit.errors import UserError
 
+EPS = 1e-12  # the smallest norm divided by
+CHUNK = 1 << 23  # logits that exist at a time: 32 MB in float32
+
 
 def dino_loss(
-    student: Float[Tensor, "V B K"], teacher: Float[Tensor, "G B K"], student_temp: float
+    student: Float[Tensor, "V B K"],
+    teacher: Float[Tensor, "G B K"],
+    student_temp: float,
+    overwrite: bool = False,
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy H(teacher_g, softmax(student_v / student_temp)) over the pairs of
     different views.
-
-    Rows of the teacher sum to 1, so a pair costs logsumexp(s_v) - q_g . s_v, and its sum over g
-    needs only the sum of the q_g: no log-softmax is built.
 
     Args:
         student: logits of V views; the first G are the teacher's views, in the same order.
         teacher: probabilities of the G global views; not differentiated.
         student_temp: temperature, above 0.
+        overwrite: build the gradient in the logits' memory, whose values are then lost. float32
+            logits only; torch raises if another backward pass still needs them.
 
     Returns:
-        A scalar in nats; ln K when both are uniform. Pairs: G (V - 1).
+        A scalar in nats, float32 at least; ln K when both are uniform. Pairs: G (V - 1).
     """
-    V, B, _ = student.shape
-    G = teacher.shape[0]
     with torch.autocast(student.device.type, enabled=False):  # a difference of large sums
-        logits, teacher = student.float() / student_temp, teacher.float()
-        lse = logits.logsumexp(dim=-1)  # (V, B)
-        every = teacher.sum(dim=0)  # (B, K), the targets of a local view
-        total = G * lse.sum() - torch.einsum("vbk,bk->", logits[G:], every)
-        total = total - lse[:G].sum()
-        total = total - torch.einsum("gbk,gbk->", logits[:G], every - teacher)
+        if student.dtype != torch.float64:
+            student = student.float()
+        return LogitsLoss.apply(student, teacher.to(student.dtype), student_temp, overwrite)
+
+
+def prototype_loss(
+    x: Float[Tensor, "V B D"],
+    weight: Float[Tensor, "K D"],
+    gain: Float[Tensor, "K 1"],
+    teacher: Float[Tensor, "G B K"],
+    student_temp: float,
+) -> Float[Tensor, ""]:
+    """`dino_loss` of the logits gain_k (x . w_k) / |w_k|, which exist only `CHUNK` at a time.
+
+    Gradients are made on the way forward and kept: D values a view and K x D in all, instead of K a
+    view. Under autocast the products are of low precision, all else is float32.
+
+    Args:
+        x: embeddings of V views before the prototypes; the first G are the teacher's.
+        weight: directions of the prototypes, of any length.
+        gain: their gains.
+        teacher: probabilities of the G global views; not differentiated.
+        student_temp: temperature, above 0.
+    """
+    return PrototypeLoss.apply(x, weight, gain, teacher, student_temp)
+
+
+def cross_entropy_(
+    z: Float[Tensor, "*rows K"], target: Float[Tensor, "*views K"]
+) -> Float[Tensor, ""]:
+    """Sum over rows of the cross-entropy of softmax(z) with `target`, which is broadcast; z becomes
+    the gradient, softmax(z) - target.
+    """
+    lse = z.amax(dim=-1)
+    dots = vecdot(z, target)
+    torch.softmax(z, dim=-1, out=z)
+    lse -= z.amax(dim=-1).log()  # the largest probability is exp(largest logit - lse)
+    z.sub_(target)
+    return (lse - dots).sum()
+
+
+def targets_by_view(teacher: Float[Tensor, "G n K"]) -> tuple[Tensor, Tensor]:
+    """The mean teacher that each global view is compared with, (G, n, K): all but its own; and
+    that of the local views, (n, K).
+    """
+    G, every = len(teacher), teacher.sum(dim=0)
+    return (every - teacher) / max(G - 1, 1), every / G
+
+
+def chunks(num_images: int, values_an_image: int) -> Iterator[slice]:
+    """Equal parts of the images, each with about `CHUNK` logits."""
+    count = min(num_images, -(-num_images * values_an_image // CHUNK))
+    size = -(-num_images // count)
+    for start in range(0, num_images, size):
+        yield slice(start, min(start + size, num_images))
+
+
+def once(kept: Any) -> Any:
+    """What a forward pass kept for its only backward pass."""
+    if kept is None:
+        raise RuntimeError("the loss keeps its gradient for one backward pass; compute it again")
+    return kept
+
+
+class LogitsLoss(torch.autograd.Function):
+    """See `dino_loss`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Float[Tensor, "V B K"],
+        teacher: Float[Tensor, "G B K"],
+        student_temp: float,
+        overwrite: bool,
+    ) -> Float[Tensor, ""]:
+        """The loss; the gradient, but for its factors, is built beside it."""
+        V, B, K = student.shape
+        G = len(teacher)
+        keep = ctx.needs_input_grad[0]
+        gradient = student if overwrite else torch.empty_like(student) if keep else None
+        total = student.new_zeros(())
+        for images in chunks(B, K):
+            of_global, of_local = targets_by_view(teacher[:, images])
+            for v in range(V):
+                z = student[v, images] / student_temp if gradient is None else gradient[v, images]
+                if gradient is not None:
+                    torch.div(student[v, images], student_temp, out=z)
+                cost = cross_entropy_(z, of_global[v] if v < G else of_local)
+                total += cost * (G - 1 if v < G else G)
+        if keep:
+            ctx.gradient = gradient
+            ctx.scale, ctx.num_global = 1.0 / (G * (V - 1) * B * student_temp), G
         return total / (G * (V - 1) * B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
+        """The kept gradient times its factors."""
+        gradient, ctx.gradient = once(ctx.gradient), None
+        gradient[: ctx.num_global].mul_(grad * (ctx.scale * (ctx.num_global - 1)))
+        gradient[ctx.num_global :].mul_(grad * (ctx.scale * ctx.num_global))
+        return gradient, None, None, None
+
+
+class PrototypeLoss(torch.autograd.Function):
+    """See `prototype_loss`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, "V B D"],
+        weight: Float[Tensor, "K D"],
+        gain: Float[Tensor, "K 1"],
+        teacher: Float[Tensor, "G B K"],
+        student_temp: float,
+    ) -> Float[Tensor, ""]:
+        """The loss; with dz the gradient of a logit of unit gain and norm, dx = dz w and dw = dz^T
+        x are summed up beside it.
+        """
+        V, B, _ = x.shape
+        K, G = len(weight), len(teacher)
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        autocast = torch.is_autocast_enabled(x.device.type)
+        low = torch.get_autocast_dtype(x.device.type) if autocast else exact
+        pairs = torch.full((V, 1, 1), float(G), dtype=exact, device=x.device)
+        pairs[:G] = G - 1
+        pairs /= G * (V - 1) * B
+        norm = vector_norm(weight, dim=-1).clamp_min(EPS)
+        scale = gain[:, 0] / norm / student_temp  # (K,)
+        keep = any(ctx.needs_input_grad)
+        with torch.autocast(x.device.type, enabled=False):
+            w, total = weight.to(low), torch.zeros((), dtype=exact, device=x.device)
+            dx = torch.empty_like(x, dtype=exact) if keep else None
+            dw = torch.zeros_like(weight) if keep else None
+            for images in chunks(B, V * K):
+                rows = x[:, images].to(low)
+                z = linear(rows.flatten(0, 1), w).to(exact).mul_(scale).unflatten(0, (V, -1))
+                of_global, of_local = targets_by_view(teacher[:, images].to(exact))
+                total += cross_entropy_(z[:G], of_global) * pairs[0, 0, 0]
+                total += cross_entropy_(z[G:], of_local) * pairs[-1, 0, 0]
+                if dx is not None and dw is not None:
+                    weighted = (rows * pairs).flatten(0, 1).to(low)
+                    low_z = z.flatten(0, 1).to(low)
+                    if low == exact:
+                        dw.addmm_(low_z.T, weighted)
+                    else:
+                        dw += low_z.T @ weighted
+                    # z's buffer is free from here on
+                    low_z = z.mul_(scale).flatten(0, 1).to(low)
+                    torch.mul((low_z @ w).unflatten(0, (V, -1)), pairs, out=dx[:, images])
+        if keep:
+            ctx.save_for_backward(weight, gain, norm)
+            ctx.gradients, ctx.temp, ctx.dtype = (dx, dw), student_temp, x.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
+        """Of x, weight and, where it is trained, the gain."""
+        weight, gain, norm = ctx.saved_tensors
+        (dx, dw), ctx.gradients = once(ctx.gradients), None  # no second owner: no copy is made
+        dgain = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            radial = vecdot(dw, weight)  # (K,)
+            dw.addcmul_(weight, (radial / norm.square())[:, None], value=-1)
+            dw *= grad * gain / (norm[:, None] * ctx.temp)
+            if ctx.needs_input_grad[2]:
+                dgain = (grad * radial / (norm * ctx.temp))[:, None]
+        return dx.mul_(grad).to(ctx.dtype), dw, dgain, None, None
 
 
 class Center(nn.Module):

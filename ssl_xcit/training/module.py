@@ -15,7 +15,7 @@ from ssl_xcit.data.order import step_seed
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.head import DINOHead
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.objectives.dino import Center, dino_loss
+from ssl_xcit.objectives.dino import Center, prototype_loss
 from ssl_xcit.training.ema import ema_update_
 from ssl_xcit.training.optim import clip_each_, parameter_groups
 
@@ -33,17 +33,21 @@ class Schedules:
 
 
 class Network(nn.Module):
-    """A backbone (B, in_chans, H, W) -> (B, C) and a projection head (..., C) -> (..., K)."""
+    """A backbone (B, in_chans, H, W) -> (B, C) and a projection head (..., C) -> (..., D), whose
+    prototypes take D to K logits.
+    """
 
     def __init__(self, backbone: XCiT, head: DINOHead):
         super().__init__()
         self.backbone = backbone
         self.head = head
 
-    def forward(self, views: list[Float[Tensor, "_ B ..."]]) -> Float[Tensor, "V B K"]:
-        """Logits of all views: one pass of the backbone a resolution, one of the head over all."""
+    def forward(self, views: list[Float[Tensor, "_ B ..."]]) -> Float[Tensor, "V B D"]:
+        """What the prototypes are compared with, for all views: one pass of the backbone a
+        resolution, one of the head over all.
+        """
         embeddings = [self.backbone(v.flatten(0, 1)).unflatten(0, v.shape[:2]) for v in views]
-        return self.head(torch.cat(embeddings))
+        return self.head.embed(torch.cat(embeddings))
 
 
 class DINO(lightning.LightningModule):
@@ -104,9 +108,16 @@ class DINO(lightning.LightningModule):
         seed_stochastic_depth(step_seed(self.seed, self.global_rank, step), self.device)
 
         with torch.no_grad():
-            teacher_logits = self.teacher(views[:1])  # (2, B, K)
+            teacher_logits = self.teacher.head.last_layer(self.teacher(views[:1]))  # (2, B, K)
         targets = self.center.targets(teacher_logits, self.schedules.teacher_temp(step))
-        loss = dino_loss(self.student(views), targets, self.student_temp)
+        prototypes = self.student.head.last_layer
+        loss = prototype_loss(
+            self.student(views),
+            prototypes.weight_v,
+            prototypes.weight_g,
+            targets,
+            self.student_temp,
+        )
         bad = not torch.isfinite(loss)
         if self.trainer.world_size > 1:  # one rank alone must not leave the others waiting
             bad = self.trainer.strategy.reduce_boolean_decision(bad, all=False)
@@ -121,7 +132,7 @@ class DINO(lightning.LightningModule):
         self.manual_backward(loss)
         grad_norm = clip_each_(self.student.parameters(), self.clip_norm)
         if step < self.freeze_steps:
-            self.student.head.last_layer.zero_grad(set_to_none=True)
+            prototypes.zero_grad(set_to_none=True)
         optimizer.step()
         self.center.update_(teacher_logits)
         ema_update_(self.teacher, self.student, self.schedules.ema(step))

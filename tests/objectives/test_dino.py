@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ssl_xcit.objectives.dino import Center, dino_loss
+from ssl_xcit.objectives import dino
+from ssl_xcit.objectives.dino import Center, dino_loss, prototype_loss
 
 
 def paper_loss(student, teacher, student_temp):
@@ -34,6 +35,80 @@ def test_loss_and_gradient_equal_the_double_loop(V):
     (expected,) = torch.autograd.grad(theirs, student)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     assert torch.allclose(gradient, expected.float(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 20])
+def test_overwriting_the_logits_changes_nothing_else(chunk, monkeypatch):
+    monkeypatch.setattr(dino, "CHUNK", chunk)
+    torch.manual_seed(0)
+    leaf = torch.randn(4, 5, 33, requires_grad=True)
+    teacher = torch.randn(2, 5, 33).mul(4).softmax(-1)
+    (expected,) = torch.autograd.grad(3 * dino_loss(leaf, teacher, 0.1), leaf)
+    logits = leaf * 1
+    loss = dino_loss(logits, teacher, 0.1, overwrite=True)
+    assert loss.item() == pytest.approx(dino_loss(leaf.detach(), teacher, 0.1).item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(3 * loss, leaf, retain_graph=True)
+    assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-8)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
+def test_overwriting_what_another_needs_is_an_error():
+    leaf = torch.randn(3, 2, 7, requires_grad=True)
+    loss = dino_loss(leaf.sigmoid(), torch.full((2, 2, 7), 1 / 7), 0.1, overwrite=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("views", [(1, 3), (2, 2), (2, 6)])
+@pytest.mark.parametrize("chunk", [1, 200, 1 << 20])
+def test_loss_fused_with_the_prototypes(views, chunk, monkeypatch):
+    """Value and gradients of embeddings, directions and gains, against the double loop over logits
+    of torch's own weight normalisation.
+    """
+    monkeypatch.setattr(dino, "CHUNK", chunk)
+    torch.manual_seed(0)
+    G, V, B, K, D = *views, 5, 11, 4
+    x, weight = torch.randn(V, B, D).double(), torch.randn(K, D).double()
+    inputs = [t.requires_grad_() for t in (x, weight, torch.rand(K, 1).double() + 0.5)]
+    teacher = torch.randn(G, B, K).double().mul(4).softmax(-1)
+    ours = prototype_loss(*inputs, teacher, 0.3)
+    theirs = paper_loss(x @ torch._weight_norm(weight, inputs[2]).T, teacher, 0.3)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    found = torch.autograd.grad(ours * 1.7, inputs)
+    expected = torch.autograd.grad(theirs * 1.7, inputs)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_fused_loss_rounds_no_worse_than_the_logits_under_autocast():
+    torch.manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(10, 4, 64), dim=-1).requires_grad_()
+    weight = torch.randn(500, 64, requires_grad=True)
+    gain, teacher = torch.ones(500, 1), torch.randn(2, 4, 500).mul(4).softmax(-1)
+
+    def both(loss):
+        return torch.autograd.grad(loss, [x, weight])
+
+    exact = both(paper_loss(x @ torch._weight_norm(weight, gain).T, teacher, 0.1))
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = both(prototype_loss(x, weight, gain, teacher, 0.1))
+        plain = both(dino_loss(x @ torch._weight_norm(weight, gain).T, teacher, 0.1))
+    for a, b, c in zip(fused, plain, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - c).norm() < 1.2 * (b - c).norm() + 1e-3 * c.norm()
+
+
+def test_a_frozen_backbone_or_no_gradient_at_all():
+    x, weight, gain = torch.randn(3, 2, 4), torch.randn(6, 4), torch.ones(6, 1)
+    teacher = torch.full((2, 2, 6), 1 / 6)
+    plain = prototype_loss(x, weight, gain, teacher, 0.1)
+    weight.requires_grad_()
+    loss = prototype_loss(x, weight, gain, teacher, 0.1)
+    assert not plain.requires_grad
+    assert loss.item() == plain.item()
+    loss.backward()
+    assert weight.grad.isfinite().all()
 
 
 def test_autocast_leaves_the_loss_in_float32():
