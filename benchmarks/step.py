@@ -1,49 +1,59 @@
 """A whole DINO training step: ours against timm's XCiT with the usual loss loop, interleaved.
 
     python benchmarks/step.py [--model nano_12_p16] [--batch 16] [--prototypes 4096] [--rounds 7]
+    python benchmarks/step.py --model small_12_p16 --batch 8 --prototypes 65536
+    python benchmarks/step.py --precision fp32,bf16       all four in one run
+    python benchmarks/step.py --compile                   ours with compile=true
 
-Both sides have the same sizes, precision, optimizer and views (2 x 224 + 8 x 96, random pixels);
-each round times one step of either. Prints the medians, the ratio of each round's pair and its
-spread, and writes benchmarks/results/step.json.
+Both sides have the same sizes, precision, optimizer and views (2 x 224 + 8 x 96, random pixels), no
+stochastic depth; each round times one step of either. Prints the medians, the ratio of each round's
+pair and its spread, and the peak memory of each side in a process of its own above what the imports
+take. Writes benchmarks/results/step.json.
 """
 
 import argparse
-import json
-import statistics
-import time
+import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 
 import timm
 import torch
+from measure import compared, interleaved, line, save, status
 from torch import Tensor, nn
 
 from ssl_xcit import create_model
 from ssl_xcit.models.head import DINOHead
-from ssl_xcit.objectives.dino import Center, dino_loss
+from ssl_xcit.objectives.dino import Center, prototype_loss
 from ssl_xcit.training.ema import ema_update_
 from ssl_xcit.training.module import make_networks
 from ssl_xcit.training.optim import clip_each_, parameter_groups
 
 
-def our_step(name: str, prototypes: int, views: list[Tensor]) -> Callable[[], float]:
-    backbone = create_model(f"xcit_{name}")
+def our_step(views: list[Tensor], precision: str) -> Callable[[], object]:
+    """What `DINO.training_step` does, without the trainer around it."""
+    backbone = create_model(f"xcit_{ARGS.model}")
     student, teacher = make_networks(
-        backbone, DINOHead(backbone.embed_dim, prototypes), create_model(f"xcit_{name}")
+        backbone,
+        DINOHead(backbone.embed_dim, ARGS.prototypes),
+        create_model(f"xcit_{ARGS.model}"),
     )
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
-    center = Center(prototypes)
+    if ARGS.compile:
+        student.backbone.compile(dynamic=False)
+        teacher.backbone.compile(dynamic=False)
+    center = Center(ARGS.prototypes)
     optimizer = torch.optim.AdamW(parameter_groups(student), 1e-4, fused=True)  # as conf has it
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=ARGS.precision == "bf16")
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    last = student.head.last_layer
 
     def step() -> float:
         with autocast:
             with torch.no_grad():
-                logits = teacher(views[:1])
+                logits = teacher.head.last_layer(teacher(views[:1]))
             targets = center.targets(logits, 0.04)
-            loss = dino_loss(student(views), targets, 0.1)
+            loss = prototype_loss(student(views), last.weight_v, last.weight_g, targets, 0.1)
         optimizer.zero_grad()
         loss.backward()
         clip_each_(student.parameters(), 3.0)
@@ -55,20 +65,20 @@ def our_step(name: str, prototypes: int, views: list[Tensor]) -> Callable[[], fl
     return step
 
 
-def usual_step(name: str, prototypes: int, views: list[Tensor]) -> Callable[[], float]:
+def usual_step(views: list[Tensor], precision: str) -> Callable[[], object]:
     """timm's backbone, a plain head, log-softmaxes pair by pair, gradients and EMA by loops."""
 
     class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.backbone = timm.create_model(f"xcit_{name}_224", num_classes=0)
+            self.backbone = timm.create_model(f"xcit_{ARGS.model}_224", num_classes=0)
             width = self.backbone.num_features
             self.mlp = nn.Sequential(
                 nn.Linear(width, 2048), nn.GELU(),
                 nn.Linear(2048, 2048), nn.GELU(),
                 nn.Linear(2048, 256),
             )  # fmt: skip
-            last = nn.Linear(256, prototypes, bias=False)
+            last = nn.Linear(256, ARGS.prototypes, bias=False)
             self.last = torch.nn.utils.parametrizations.weight_norm(last)
             self.last.parametrizations.weight.original0.data.fill_(1)
             self.last.parametrizations.weight.original0.requires_grad = False
@@ -79,10 +89,11 @@ def usual_step(name: str, prototypes: int, views: list[Tensor]) -> Callable[[], 
 
     student = Plain()
     teacher = deepcopy(student).requires_grad_(False)
-    center = torch.zeros(1, prototypes)
+    center = torch.zeros(1, ARGS.prototypes)
     optimizer = torch.optim.AdamW(parameter_groups(student), 1e-4, fused=True)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=ARGS.precision == "bf16")
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     V = sum(len(part) for part in views)
+    views = [part.contiguous() for part in views]  # channels first, as loaders usually give them
 
     def step() -> float:
         nonlocal center
@@ -115,53 +126,69 @@ def usual_step(name: str, prototypes: int, views: list[Tensor]) -> Callable[[], 
     return step
 
 
-def main() -> None:
+MAKE = {"ours": our_step, "timm": usual_step}
+
+
+def random_views() -> list[Tensor]:
+    """Channels-last, as our batches come."""
     torch.manual_seed(0)
-    views = [
-        torch.randn(2, ARGS.batch, ARGS.large, ARGS.large, 3).permute(0, 1, 4, 2, 3),
-        torch.randn(8, ARGS.batch, ARGS.small, ARGS.small, 3).permute(0, 1, 4, 2, 3),
+    return [
+        torch.randn(count, ARGS.batch, size, size, 3).permute(0, 1, 4, 2, 3)
+        for count, size in ((2, ARGS.large), (8, ARGS.small))
     ]
-    plain = [part.contiguous() for part in views]  # channels first, as loaders usually give them
-    sides = {
-        "ours": our_step(ARGS.model, ARGS.prototypes, views),
-        "timm": usual_step(ARGS.model, ARGS.prototypes, plain),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_number in range(ARGS.rounds + 1):
-        for name, step in sides.items():
-            start = time.perf_counter()
-            step()
-            if round_number:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = [b / a for a, b in zip(seconds["ours"], seconds["timm"], strict=True)]
-    result = {
-        "settings": vars(ARGS),
-        "threads": torch.get_num_threads(),
-        "seconds": seconds,
-        "median_seconds": medians,
-        "median_ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-    }
-    print(
-        f"{ARGS.model} {ARGS.precision} batch {ARGS.batch}: ours {medians['ours']:.3f} s, "
-        f"timm and loop {medians['timm']:.3f} s, ratio {result['median_ratio']:.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f} over {ARGS.rounds} pairs)"
-    )
-    out = Path(__file__).parent / "results" / "step.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-parser = argparse.ArgumentParser()
+def peak_memory(side: str) -> None:
+    """Printed: bytes at the peak of three steps, above those of a process that has imported all."""
+    before = status("VmRSS")
+    who, precision = side.split()
+    step = MAKE[who](random_views(), precision)
+    for _ in range(3):
+        step()
+    print(status("VmHWM") - before)
+
+
+def main() -> None:
+    views, precisions = random_views(), ARGS.precision.split(",")
+    sides = {f"{who} {p}": MAKE[who](views, p) for p in precisions for who in MAKE}
+    seconds = interleaved(sides, ARGS.rounds)
+    memory = {}
+    for side in sides if not ARGS.no_memory else ():
+        command = [sys.executable, *sys.argv, "--peak-of", side]
+        memory[side] = int(subprocess.run(command, stdout=-1, check=True).stdout) / 2**30
+    pairs = [(f"ours {p}", f"timm {p}") for p in precisions]
+    if len(precisions) > 1:
+        pairs.append((f"ours {precisions[-1]}", f"timm {precisions[0]}"))
+    results = {}
+    for ours, peer in pairs:
+        found = compared({name: seconds[name] for name in (ours, peer)}, ours, peer)
+        title = f"{ARGS.model}, batch {ARGS.batch}, K {ARGS.prototypes}, {ours} against {peer}"
+        if ARGS.compile:
+            title += ", ours compiled"
+        if memory:
+            found["gb"] = {name: round(memory[name], 2) for name in (ours, peer)}
+            found["memory_ratio"] = round(memory[ours] / memory[peer], 3)
+        results[title] = found
+        print(f"{title}: {line(found)}", end="")
+        print(f"; peak {found['gb']} GB, {found['memory_ratio']:.2f}" if memory else "", flush=True)
+    save("step", results)
+
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="nano_12_p16")
 parser.add_argument("--batch", type=int, default=16)
 parser.add_argument("--prototypes", type=int, default=4096)
 parser.add_argument("--large", type=int, default=224)
 parser.add_argument("--small", type=int, default=96)
-parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp32,bf16")
+parser.add_argument("--compile", action="store_true")
+parser.add_argument("--no-memory", action="store_true")
 parser.add_argument("--rounds", type=int, default=7)
+parser.add_argument("--peak-of", help=argparse.SUPPRESS)
 
 if __name__ == "__main__":
     ARGS = parser.parse_args()
-    main()
+    if ARGS.peak_of:
+        peak_memory(ARGS.peak_of)
+    else:
+        main()

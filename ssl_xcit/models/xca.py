@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.linalg import vector_norm
 from torch.nn.functional import linear
 
@@ -64,6 +65,85 @@ def in_low_precision(x: Tensor) -> bool:
     """Whether products with x are rounded to 16 bits."""
     autocast = x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
     return autocast or x.dtype in (torch.bfloat16, torch.float16)
+
+
+class ChannelMixing(torch.autograd.Function):
+    """(q k v) -> softmax(cosines * temperature) v, head by head on strided views of the tokens.
+
+    For CPUs. The same as `channel_attention(q, k, temperature)` times v, where torch copies q, k
+    and v once each way to batch the heads, takes norms across strides and sums up gradients padded
+    with zeros; benchmarks/xca.py compares the two.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Float[Tensor, "B N qkv"], temperature: Float[Tensor, "H 1 1"]
+    ) -> Float[Tensor, "B N C"]:
+        """Statistics of d x d values an image and head are float32 at least."""
+        B, N, C3 = qkv.shape
+        H = len(temperature)
+        q, k, v = qkv.view(B, N, 3, H, -1).unbind(2)
+        qk = qkv[..., : C3 // 3 * 2]
+        exact = qkv.dtype if qkv.dtype == torch.float64 else torch.float32
+        norms = (qk * qk).sum(dim=1, dtype=exact).sqrt_().clamp_min_(EPS)  # (B, 2C)
+        q_norm, k_norm = norms.view(B, 2, H, -1).permute(1, 2, 0, 3)  # (H, B, d)
+        d = q.shape[-1]
+        gram = qkv.new_empty(H, B, d, d)
+        for h in range(H):
+            torch.bmm(q[:, :, h].mT, k[:, :, h], out=gram[h])
+        cosine = gram.to(exact).div_(q_norm.unsqueeze(-1)).div_(k_norm.unsqueeze(-2))
+        attention = (cosine * temperature[:, None].to(exact)).softmax(dim=-1).to(qkv.dtype)
+        mixed = qkv.new_empty(H, B, N, d)
+        for h in range(H):
+            torch.bmm(v[:, :, h], attention[h].mT, out=mixed[h])
+        ctx.save_for_backward(qkv, temperature, norms, cosine, attention)
+        return mixed.permute(1, 2, 0, 3).reshape(B, N, H * d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "B N C"]) -> tuple[Tensor, Tensor]:
+        """With G the gradient of a cosine and r_i = sum_j G_ij cos_ij / |q_i|^2: dq = k (G / |q|
+        |k|)^T - q r, and dk likewise.
+        """
+        qkv, temperature, norms, cosine, attention = ctx.saved_tensors
+        B, N, _ = qkv.shape
+        H, d = len(temperature), cosine.shape[-1]
+        q, k, v = qkv.view(B, N, 3, H, d).unbind(2)
+        grad = grad.view(B, N, H, d)
+        parts = qkv.new_empty(3, H, B, N, d)
+        d_attention = torch.empty_like(attention)
+        for h in range(H):
+            torch.bmm(grad[:, :, h].mT, v[:, :, h], out=d_attention[h])
+            torch.bmm(grad[:, :, h], attention[h], out=parts[2, h])
+        probability = attention.to(cosine.dtype)
+        d_cosine = torch._softmax_backward_data(
+            d_attention.to(cosine.dtype), probability, -1, cosine.dtype
+        )
+        radial = d_cosine * cosine
+        d_temperature = radial.sum(dim=(1, 2, 3)).view_as(temperature)
+        d_cosine *= temperature[:, None]
+        radial *= temperature[:, None]
+        q_norm, k_norm = norms.view(B, 2, H, d).permute(1, 2, 0, 3)
+        d_gram = d_cosine.div_(q_norm.unsqueeze(-1)).div_(k_norm.unsqueeze(-2)).to(qkv.dtype)
+        for h in range(H):
+            torch.bmm(k[:, :, h], d_gram[h].mT, out=parts[0, h])
+            torch.bmm(q[:, :, h], d_gram[h], out=parts[1, h])
+        # a norm that was clamped is a constant
+        of_norms = torch.stack((radial.sum(dim=-1), radial.sum(dim=-2))).permute(2, 0, 1, 3)
+        factor = (of_norms / norms.square().view(B, 2, H, d)).masked_fill_(
+            norms.view(B, 2, H, d) <= EPS, 0.0
+        )
+        d_qkv = torch.empty_like(qkv)
+        by_head = d_qkv.view(B, N, 3, H, d)
+        torch.addcmul(
+            parts[:2].permute(2, 3, 0, 1, 4),
+            qkv.view(B, N, 3, H, d)[:, :, :2],
+            factor.to(qkv.dtype).unsqueeze(1),
+            value=-1,
+            out=by_head[:, :, :2],
+        )
+        by_head[:, :, 2].copy_(parts[2].permute(1, 2, 0, 3))
+        return d_qkv, d_temperature.to(temperature.dtype)
 
 
 class Gram(torch.autograd.Function):
@@ -155,7 +235,10 @@ class CrossCovarianceAttention(nn.Module):
     ) -> Float[Tensor, "B N C"]:
         """Through q, k and v; weight and bias are the output projection's."""
         B, N, C = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads)
+        qkv = self.qkv(x)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return linear(ChannelMixing.apply(qkv, self.temperature), weight, bias)
+        qkv = qkv.view(B, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 4, 1)  # each (B, H, d, N), a view
         attention = channel_attention(q, k, self.temperature)  # (B, H, d, d)
         mixed = v.mT @ attention.mT  # (B, H, N, d)

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_xcit.models.xca import CrossCovarianceAttention, Gram, from_gram, gram_is_faster
+from ssl_xcit.models.xca import (
+    ChannelMixing,
+    CrossCovarianceAttention,
+    Gram,
+    channel_attention,
+    from_gram,
+    gram_is_faster,
+)
 
 
 def layer(dim, heads, seed=0):
@@ -53,6 +60,50 @@ def test_forms_agree_over_shapes_and_scales(seed):
     plain = torch.autograd.grad((direct * weights.float()).sum(), [x, *made.parameters()])
     for a, b, c in zip(found, plain, wanted, strict=True):
         assert relative(a.double(), c) < 20 * relative(b.double(), c) + 2e-4
+
+
+def mixing(qkv, temperature):
+    """The formula as autograd has it, and as GPUs and compiled programs run it."""
+    B, N, C = qkv.shape
+    q, k, v = qkv.view(B, N, 3, len(temperature), -1).permute(2, 0, 3, 4, 1)
+    mixed = v.mT @ channel_attention(q, k, temperature).mT
+    return mixed.transpose(1, 2).reshape(B, N, C // 3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mixing_by_head_is_the_formula(seed):
+    rng = np.random.default_rng(seed)
+    H, d, N = (int(rng.integers(1, top)) for top in (5, 9, 40))
+    torch.manual_seed(seed)
+    scale = 10.0 ** rng.uniform(-3, 3)
+    qkv = (scale * torch.randn(3, N, 3 * H * d, dtype=torch.float64)).requires_grad_()
+    temperature = (torch.rand(H, 1, 1, dtype=torch.float64) + 0.5).requires_grad_()
+    weights = torch.randn(3, N, H * d, dtype=torch.float64)
+
+    def gradients(form):
+        out = form(qkv, temperature)
+        return out, *torch.autograd.grad((out * weights).sum(), [qkv, temperature])
+
+    for a, b in zip(gradients(ChannelMixing.apply), gradients(mixing), strict=True):
+        assert relative(a, b) < 1e-11
+    assert torch.autograd.gradcheck(ChannelMixing.apply, (qkv / scale, temperature))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mixing_by_head_rounds_no_worse_in_bfloat16(seed):
+    torch.manual_seed(seed)
+    qkv, weights = torch.randn(2, 50, 48), torch.randn(2, 50, 16)
+    temperature = torch.ones(2, 1, 1)
+
+    def gradient(form, x):
+        x = x.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+            return torch.autograd.grad((form(x, temperature) * weights).sum(), x)[0]
+
+    exact = gradient(mixing, qkv)
+    ours, plain = (gradient(form, qkv.bfloat16()) for form in (ChannelMixing.apply, mixing))
+    assert ours.dtype == torch.bfloat16
+    assert relative(ours.float(), exact) < 1.2 * relative(plain.float(), exact) + 1e-3
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 50])
