@@ -3,10 +3,10 @@
     python benchmarks/loss.py [--views 10] [--batch 32] [--rounds 9]
 
 Three ways from embeddings (V, B, 256) to the gradients of embeddings and prototypes: the prototype
-layer fused with the loss in chunks, as training has it; the prototype layer and `dino_loss` over its
-logits; and the prototype layer with log-softmaxes pair by pair, as the original code has it. Then
-the loss alone, from logits to their gradient. K = 4096 and 65,536. Prints medians, ratios and the
-memory each needs beyond its inputs, and writes benchmarks/results/loss.json.
+layer fused with the loss in chunks, as training has it; the prototype layer and `dino_loss` over
+its logits; and the prototype layer with log-softmaxes pair by pair, as the original code has it.
+Then the loss alone, from logits to their gradient. K = 4096 and 65,536. Prints medians, ratios and
+the memory each needs beyond its inputs, and writes benchmarks/results/loss.json.
 """
 
 import argparse

@@ -1,14 +1,21 @@
-"""Class attention (CaiT, arXiv:2103.17239) as XCiT has it, where only the class token asks."""
+"""Class attention (CaiT, arXiv:2103.17239) as XCiT has it, where only the class token asks.
+
+Keys and values of the tokens are never made. With one query a head, q . (W_k n_m + b_k) is
+(W_k^T q) . n_m and a constant, which softmax does not see; and the values' mean W_v n_m + b_v under
+the attention is W_v times the mean of n_m, plus b_v. So the heads are H queries of width C that
+share the normed tokens n as keys and values: 2 M C H multiplications an image, not 2 M C^2.
+"""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
 
-from ssl_xcit.models.layers import LAYER_NORM_EPS, MLP
+from ssl_xcit.models.layers import LAYER_NORM_EPS, MLP, scaled
 
 
 class ClassAttention(nn.Module):
-    """The class token looks at all tokens (CaiT, arXiv:2103.17239); scale d^-0.5."""
+    """The class token looks at all tokens; scale d^-0.5, d = C / H."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -17,23 +24,29 @@ class ClassAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
+    def queries(self, cls: Float[Tensor, "B C"]) -> Float[Tensor, "B H C"]:
+        """W_k^T q of each head: what is compared with the tokens themselves."""
+        C = cls.shape[-1]
+        q = linear(cls, self.qkv.weight[:C], self.qkv.bias[:C]).unflatten(-1, (self.num_heads, -1))
+        keys = self.qkv.weight[C : 2 * C].unflatten(0, (self.num_heads, -1))  # (H, d, C)
+        return torch.einsum("bhd,hdc->bhc", q, keys)
+
     def weights(self, x: Float[Tensor, "B M C"]) -> Float[Tensor, "B H M"]:
         """Attention of the class token (the first of M = 1 + N) over all tokens; each row sums to
         1.
         """
-        C = x.shape[-1]
-        q = nn.functional.linear(x[:, 0], self.qkv.weight[:C], self.qkv.bias[:C])
-        k = nn.functional.linear(x, self.qkv.weight[C : 2 * C], self.qkv.bias[C : 2 * C])
-        q = q.unflatten(-1, (self.num_heads, -1))  # (B, H, d)
-        k = k.unflatten(-1, (self.num_heads, -1))  # (B, M, H, d)
-        return (torch.einsum("bhd,bmhd->bhm", q, k) * self.scale).softmax(dim=-1)
+        return (self.queries(x[:, 0]) @ x.mT * self.scale).softmax(dim=-1)
 
-    def forward(self, x: Float[Tensor, "B M C"]) -> Float[Tensor, "B 1 C"]:
-        """The class token's new value."""
+    def forward(
+        self, x: Float[Tensor, "B M C"], gain: Float[Tensor, " C"] | None = None
+    ) -> Float[Tensor, "B 1 C"]:
+        """The class token's new value, times `gain`."""
         C = x.shape[-1]
-        v = nn.functional.linear(x, self.qkv.weight[2 * C :], self.qkv.bias[2 * C :])
-        v = v.unflatten(-1, (self.num_heads, -1))  # (B, M, H, d)
-        return self.proj(torch.einsum("bhm,bmhd->bhd", self.weights(x), v).flatten(1)[:, None])
+        queries, tokens = self.queries(x[:, 0])[:, None], x[:, None]
+        pooled = scaled_dot_product_attention(queries, tokens, tokens, scale=self.scale)[:, 0]
+        values = self.qkv.weight[2 * C :].unflatten(0, (self.num_heads, -1))
+        mean = torch.einsum("bhc,hdc->bhd", pooled, values).flatten(1) + self.qkv.bias[2 * C :]
+        return linear(mean[:, None], *scaled(self.proj, gain))
 
 
 class ClassAttentionBlock(nn.Module):
@@ -54,13 +67,25 @@ class ClassAttentionBlock(nn.Module):
         self.gamma2 = nn.Parameter(layer_scale * torch.ones(dim))
         self.tokens_norm = tokens_norm
 
-    def forward(self, x: Float[Tensor, "B M C"]) -> Float[Tensor, "B M C"]:
-        """x[:, 0] is the class token."""
-        normed = self.norm1(x)
-        x = x + self.gamma1 * torch.cat((self.attn(normed), normed[:, 1:]), dim=1)
+    def normed(
+        self, cls: Float[Tensor, "B 1 C"], patches: Float[Tensor, "B N C"]
+    ) -> Float[Tensor, "B M C"]:
+        """What class attention looks at: M = 1 + N tokens, the class token first."""
+        return self.norm1(torch.cat((cls, patches), dim=1))
+
+    def class_token(
+        self, cls: Float[Tensor, "B 1 C"], normed: Float[Tensor, "B M C"]
+    ) -> Float[Tensor, "B 1 C"]:
+        """The class token alone, which no patch token of this block changes."""
+        cls = self.norm2(cls + self.attn(normed, self.gamma1))
+        return cls + self.mlp(cls, self.gamma2)
+
+    def forward(
+        self, cls: Float[Tensor, "B 1 C"], patches: Float[Tensor, "B N C"]
+    ) -> tuple[Float[Tensor, "B 1 C"], Float[Tensor, "B N C"]]:
+        """Class token and patch tokens."""
+        normed = self.normed(cls, patches)
+        patches = torch.addcmul(patches, normed[:, 1:], self.gamma1)
         if self.tokens_norm:
-            x = self.norm2(x)
-            cls, patches = x[:, :1], x[:, 1:]
-        else:
-            cls, patches = self.norm2(x[:, :1]), x[:, 1:]
-        return torch.cat((cls + self.gamma2 * self.mlp(cls), 2 * patches), dim=1)
+            patches = self.norm2(patches)
+        return self.class_token(cls, normed), 2 * patches

@@ -1,8 +1,13 @@
 """What both kinds of blocks are made of: MLP, stochastic depth, initial values."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import gelu, layer_norm, linear
 
 LAYER_NORM_EPS = 1e-6
 
@@ -27,15 +32,37 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
+    def draw(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B 1 1"] | None:
+        """The factor of each sample's branch: 0 or 1 / (1 - rate); None for ones."""
+        if not self.training or self.rate == 0.0:
+            return None
+        keep = 1.0 - self.rate
+        return x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+
     def forward(
         self, x: Float[Tensor, "B N C"], branch: Float[Tensor, "B N C"]
     ) -> Float[Tensor, "B N C"]:
-        """x + branch in eval mode, or at rate 0."""
-        if not self.training or self.rate == 0.0:
+        """x + factor * branch."""
+        factor = self.draw(x)
+        if factor is None:
             return x + branch
-        keep = 1.0 - self.rate
-        kept = branch.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
-        return x + branch * kept if x.dtype != branch.dtype else torch.addcmul(x, branch, kept)
+        return x + branch * factor if x.dtype != branch.dtype else torch.addcmul(x, branch, factor)
+
+    def by_sample(
+        self, x: Float[Tensor, "B N C"], branch: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "B N C"]:
+        """The same for a branch in which samples do not meet: on a CPU it is not computed for those
+        that drop it. Not when all do, or its parameters would have no gradient.
+        """
+        factor = self.draw(x)
+        if factor is None:
+            return x + branch(x)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            kept = factor.flatten().nonzero().flatten()
+            if len(kept):
+                change = branch(x.index_select(0, kept)).to(x.dtype)
+                return x.index_add(0, kept, change, alpha=1.0 / (1.0 - self.rate))
+        return x + branch(x) * factor
 
 
 class MLP(nn.Module):
@@ -51,7 +78,99 @@ class MLP(nn.Module):
         self, x: Float[Tensor, "*any C"], gain: Float[Tensor, " C"] | None = None
     ) -> Float[Tensor, "*any C"]:
         """Each token by itself; the output is times `gain`."""
-        return nn.functional.linear(self.act(self.fc1(x)), *scaled(self.fc2, gain))
+        return linear(self.act(self.fc1(x)), *scaled(self.fc2, gain))
+
+    def of_norm(
+        self, x: Float[Tensor, "*any C"], norm: nn.LayerNorm, gain: Float[Tensor, " C"]
+    ) -> Float[Tensor, "*any C"]:
+        """The MLP of norm(x), times `gain`."""
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return NormMLP.apply(
+                x, norm.weight, norm.bias, self.fc1.weight, self.fc1.bias,
+                *scaled(self.fc2, gain), norm.eps,
+            )  # fmt: skip
+        return self(norm(x), gain)
+
+
+class NormMLP(torch.autograd.Function):
+    """LayerNorm, linear, GELU, linear, `ROWS` tokens at a time, for CPUs.
+
+    Of what is as long as the tokens only x and the hidden layer before its GELU are kept; the norm
+    and the GELU are computed again in the backward pass, inside the cache. As fast as the four
+    layers one after another (`benchmarks/mlp.py`), with 5 of their 10 widths of memory.
+    """
+
+    ROWS = 4096
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, "*any C"],
+        gain: Float[Tensor, " C"],
+        shift: Float[Tensor, " C"],
+        weight1: Float[Tensor, "hidden C"],
+        bias1: Float[Tensor, " hidden"],
+        weight2: Float[Tensor, "C hidden"],
+        bias2: Float[Tensor, " C"],
+        eps: float,
+    ) -> Float[Tensor, "*any C"]:
+        """Under autocast, products are of low precision and so is what they return."""
+        C = x.shape[-1]
+        autocast = torch.is_autocast_enabled(x.device.type)
+        low = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        keep = any(ctx.needs_input_grad)
+        rows = x.reshape(-1, C)
+        with torch.autocast(x.device.type, enabled=False):
+            w1, b1, w2, b2 = (t.to(low) for t in (weight1, bias1, weight2, bias2))
+            hidden = rows.new_empty(len(rows) if keep else 0, len(w1), dtype=low)
+            out = rows.new_empty(len(rows), C, dtype=low)
+            for start in range(0, len(rows), NormMLP.ROWS):
+                part = slice(start, start + NormMLP.ROWS)
+                normed = layer_norm(rows[part], (C,), gain, shift, eps).to(low)
+                if keep:
+                    inner = torch.addmm(b1, normed, w1.T, out=hidden[part])
+                else:
+                    inner = torch.addmm(b1, normed, w1.T)
+                torch.addmm(b2, gelu(inner), w2.T, out=out[part])
+        if keep:
+            ctx.save_for_backward(rows, gain, shift, w1, w2, hidden)
+            ctx.eps, ctx.dtype = eps, weight1.dtype
+        return out.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "*any C"]) -> tuple[Tensor | None, ...]:
+        """Gradients of the weights are summed up over the parts in their own precision."""
+        rows, gain, shift, w1, w2, hidden = ctx.saved_tensors
+        C, low = rows.shape[-1], w1.dtype
+        grads = grad.reshape(-1, C)
+        dx = torch.empty_like(rows)
+        dw1, dw2 = (torch.zeros_like(w, dtype=ctx.dtype) for w in (w1, w2))
+        dgain, dshift = torch.zeros_like(gain), torch.zeros_like(shift)
+        db1 = gain.new_zeros(len(w1))
+        for start in range(0, len(rows), NormMLP.ROWS):
+            part = slice(start, start + NormMLP.ROWS)
+            x, inner, g = rows[part], hidden[part], grads[part]
+            add_product_(dw2, g.T, gelu(inner))
+            d_inner = torch.ops.aten.gelu_backward(g @ w2, inner)
+            normed, mean, rstd = torch.native_layer_norm(x, (C,), gain, shift, ctx.eps)
+            add_product_(dw1, d_inner.T, normed.to(low))
+            db1 += d_inner.sum(dim=0, dtype=db1.dtype)
+            dx[part], d_gain, d_shift = torch.ops.aten.native_layer_norm_backward(
+                (d_inner @ w1).to(x.dtype), x, (C,), mean, rstd, gain, shift, (True, True, True)
+            )
+            dgain += d_gain
+            dshift += d_shift
+        db2 = grads.sum(dim=0, dtype=ctx.dtype)
+        return dx.view(grad.shape), dgain, dshift, dw1, db1, dw2, db2, None
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, where the factors may be of lower precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def init_linear_(module: nn.Module) -> None:

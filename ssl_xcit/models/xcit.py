@@ -146,9 +146,11 @@ class XCABlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N C"], grid: tuple[int, int]) -> Float[Tensor, "B N C"]:
         """Three residual branches in the paper's order."""
-        x = self.drop_path(x, self.attn(self.norm1(x), self.gamma1))
+        x = self.drop_path.by_sample(x, lambda kept: self.attn(self.norm1(kept), self.gamma1))
         x = self.drop_path(x, self.local_mp(self.norm3(x), grid, self.gamma3))
-        return self.drop_path(x, self.mlp(self.norm2(x), self.gamma2))
+        return self.drop_path.by_sample(
+            x, lambda kept: self.mlp.of_norm(kept, self.norm2, self.gamma2)
+        )
 
 
 class XCiT(nn.Module):
@@ -238,39 +240,38 @@ class XCiT(nn.Module):
             tokens = block(tokens, grid)
         return tokens, grid
 
-    def with_class_token(self, tokens: Float[Tensor, "B N C"]) -> Float[Tensor, "B M C"]:
-        """The class token first, M = 1 + N."""
-        return torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+    def before_last(
+        self, patches: Float[Tensor, "B N C"]
+    ) -> tuple[Float[Tensor, "B 1 C"], Float[Tensor, "B N C"], ClassAttentionBlock]:
+        """Class token and patches as the last class-attention block takes them, and that block."""
+        cls = self.cls_token.expand(patches.shape[0], -1, -1)
+        *earlier, last = self.cls_attn_blocks
+        assert isinstance(last, ClassAttentionBlock)
+        for block in earlier:
+            cls, patches = block(cls, patches)
+        return cls, patches, last
 
     def forward(self, x: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C"]:
         """The normalised final class token, in train and in eval mode."""
-        tokens = self.with_class_token(self.patch_tokens(x)[0])
-        for block in self.cls_attn_blocks:
-            tokens = block(tokens)
-        return self.norm(tokens[:, 0])
+        cls, patches, last = self.before_last(self.patch_tokens(x)[0])
+        return self.norm(last.class_token(cls, last.normed(cls, patches))[:, 0])
 
     def forward_features(self, x: Float[Tensor, "B in_chans H W"]) -> Features:
         """Final class token (B, C) and patch tokens (B, C, ceil(H / p), ceil(W / p)), both after
         the last norm.
         """
         tokens, grid = self.patch_tokens(x)
-        tokens = self.with_class_token(tokens)
-        for block in self.cls_attn_blocks:
-            tokens = block(tokens)
-        tokens = self.norm(tokens)
-        return Features(tokens[:, 0], as_image(tokens[:, 1:], grid))
+        cls, patches, last = self.before_last(tokens)
+        cls, patches = last(cls, patches)
+        return Features(self.norm(cls[:, 0]), as_image(self.norm(patches), grid))
 
     def attention(self, x: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B heads h w"]:
         """Class attention of the last block over the patches; what is missing to 1 is its weight on
         itself.
         """
         tokens, grid = self.patch_tokens(x)
-        tokens = self.with_class_token(tokens)
-        *earlier, last = self.cls_attn_blocks
-        assert isinstance(last, ClassAttentionBlock)
-        for block in earlier:
-            tokens = block(tokens)
-        return last.attn.weights(last.norm1(tokens))[:, :, 1:].unflatten(-1, grid)
+        cls, patches, last = self.before_last(tokens)
+        return last.attn.weights(last.normed(cls, patches))[:, :, 1:].unflatten(-1, grid)
 
 
 def create_model(

@@ -2,8 +2,8 @@
 3.1, algorithm 1).
 
 Rows of the teacher sum to 1, so a pair of views costs logsumexp(s_v) - q_g . s_v, and a view's cost
-against all others needs only the sum of their q: no log-softmax is built. The gradient, softmax(s_v)
-minus the mean of those q, is made in the logits' own memory while they are at hand.
+against all others needs only the sum of their q: no log-softmax is built. The gradient is
+softmax(s_v) minus the mean of those q, made in the logits' own memory while they are at hand.
 """
 
 from collections.abc import Iterator
