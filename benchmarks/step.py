@@ -41,8 +41,8 @@ def our_step(views: list[Tensor], precision: str) -> Callable[[], object]:
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     if ARGS.compile:
-        student.backbone.compile(dynamic=False)
-        teacher.backbone.compile(dynamic=False)
+        student.compile_backbone()
+        teacher.compile_backbone()
     center = Center(ARGS.prototypes)
     optimizer = torch.optim.AdamW(parameter_groups(student), 1e-4, fused=True)  # as conf has it
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")

@@ -44,6 +44,20 @@ MAY_BE_NULL = (
 )
 
 
+SWITCHES = ("compile", "checkpoint_blocks")
+
+
+def check_switches(cfg: DictConfig) -> None:
+    """Each is true or false.
+
+    Raises:
+        UserError: the first that is not.
+    """
+    for key in SWITCHES:
+        if not isinstance(value := OmegaConf.select(cfg, key), bool):
+            raise UserError(f"{key}={value}: true or false")
+
+
 def check_numbers(
     cfg: DictConfig, numbers: Sequence[tuple[str, bool, float | None]] = NUMBERS
 ) -> None:

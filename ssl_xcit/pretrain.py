@@ -25,8 +25,9 @@ from ssl_xcit.data.module import MultiCropData, check_images, check_labelled
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.hardware import check_compiler, precision_for
 from ssl_xcit.models.weights import checkpoints_of, load_backbone, model_name, read_checkpoint
-from ssl_xcit.plan import Plan, check_numbers, make_plan
+from ssl_xcit.plan import Plan, check_numbers, check_switches, make_plan
 from ssl_xcit.run_folder import (
     check_same_run,
     last_row,
@@ -47,6 +48,13 @@ NO_LABELS = "no labelled images, so no k-NN: name some with eval_data=folder eva
 
 def make_module(cfg: DictConfig, plan: Plan, how: Preprocess) -> DINO:
     """Student, teacher, schedules; fresh weights by `seed`."""
+    if cfg.compile and cfg.checkpoint_blocks:
+        raise UserError(
+            "compile=true and checkpoint_blocks=true: a compiled program decides by "
+            "itself what it computes again; set one of them"
+        )
+    if cfg.compile:
+        check_compiler(runs_on_cpu(cfg))
     torch.manual_seed(cfg.seed)
     backbone = instantiate(cfg.model)
     head = instantiate(cfg.objective.head)(backbone.embed_dim, plan.num_prototypes)
@@ -59,6 +67,9 @@ def make_module(cfg: DictConfig, plan: Plan, how: Preprocess) -> DINO:
     student, teacher = make_networks(backbone, head, instantiate(cfg.model, drop_path=0.0))
     for network in (student, teacher):
         network.backbone.preprocess = how.of_weights()
+        network.backbone.checkpoint_blocks = cfg.checkpoint_blocks
+        if cfg.compile:
+            network.compile_backbone()
     optim = cfg.optim
     module = DINO(
         student,
@@ -111,6 +122,11 @@ def newest_readable(run_dir: Path) -> Path | None:
     return None
 
 
+def runs_on_cpu(cfg: DictConfig) -> bool:
+    """Whether the trainer will find no GPU, or was told to leave it."""
+    return cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+
+
 def make_trainer(cfg: DictConfig, run_dir: Path) -> lightning.Trainer:
     """Lightning's Trainer with our callbacks and loggers.
 
@@ -121,12 +137,8 @@ def make_trainer(cfg: DictConfig, run_dir: Path) -> lightning.Trainer:
     for key in ("gradient_clip_val", "accumulate_grad_batches"):
         if trainer.get(key):
             raise UserError(f"trainer.{key}: the step clips by itself, see objective.clip_norm")
-    if str(trainer.precision) not in ("32-true", "32", "bf16-mixed"):
-        raise UserError(
-            f"trainer.precision={trainer.precision}: 32-true or bf16-mixed (float16 would "
-            "need a loss scale)"
-        )
-    on_cpu = trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    on_cpu = runs_on_cpu(cfg)
+    precision = precision_for(str(trainer.precision), on_cpu)
     cores = os.cpu_count() or 1
     if on_cpu and isinstance(trainer.devices, int) and trainer.devices > cores:
         raise UserError(
@@ -143,6 +155,7 @@ def make_trainer(cfg: DictConfig, run_dir: Path) -> lightning.Trainer:
     try:
         return instantiate(
             trainer,
+            precision=precision,
             callbacks=[*callbacks, StopOnSignal(checkpoints)],
             logger=[CSVMetrics(run_dir), *loggers],
             default_root_dir=str(run_dir),
@@ -164,6 +177,7 @@ def make_trainer(cfg: DictConfig, run_dir: Path) -> lightning.Trainer:
 def main(cfg: DictConfig) -> None:
     """`ssl-xcit pretrain`: whatever can be wrong is found before the run folder is made."""
     check_numbers(cfg)
+    check_switches(cfg)
     hydra = HydraConfig.get()
     name = cfg.name or run_name(hydra.runtime.choices["data"], hydra.overrides.task)
     run_dir = Path(str(cfg.out)) / str(name)
@@ -205,7 +219,7 @@ def main(cfg: DictConfig) -> None:
     )
     if trainer.is_global_zero:
         write_settings(cfg, asdict(plan), run_dir)
-        announce(cfg, plan, module, pair, run_dir)
+        announce(cfg, plan, module, pair, run_dir, trainer.precision)
 
     trainer.fit_loop.epoch_loop.max_steps = plan.total_steps
     if resume is not None and trainer.is_global_zero:
@@ -266,7 +280,12 @@ def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
 
 
 def announce(
-    cfg: DictConfig, plan: Plan, module: DINO, pair: LabelledPair | None, run_dir: Path
+    cfg: DictConfig,
+    plan: Plan,
+    module: DINO,
+    pair: LabelledPair | None,
+    run_dir: Path,
+    precision: str,
 ) -> None:
     """What is about to happen, with the numbers that were derived."""
     backbone = module.student.backbone
@@ -278,8 +297,10 @@ def announce(
     )
     print(
         f"  {model_name(backbone.architecture)}, {millions:.1f} M parameters, "
-        f"{plan.num_prototypes:,} prototypes"
+        f"{plan.num_prototypes:,} prototypes, {precision}"
     )
+    if cfg.compile:
+        print("  the first step compiles both backbones, which takes minutes")
     print(
         f"  lr {plan.lr:.2e} after {plan.warmup_steps} steps, teacher temperature "
         f"{plan.teacher_temp_start:g} to {plan.teacher_temp:g}, EMA from {plan.ema:g}"

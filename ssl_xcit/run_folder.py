@@ -24,7 +24,7 @@ from ssl_xcit.table import write_json
 # What may differ between the parts of one run: where things are and how they are shown
 FREE_KEYS = (
     "name", "out", "num_workers", "worker_timeout", "logger", "callbacks", "main", "hydra",
-    "data.max_bad_fraction",
+    "data.max_bad_fraction", "compile", "checkpoint_blocks",
 )  # fmt: skip
 FREE_KEYS_DOTTED = tuple(f"{key}." for key in FREE_KEYS)
 FREE_TRAINER_KEYS = ("trainer.accelerator", "trainer.devices")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -53,3 +54,47 @@ def test_the_demo_learns(tmp_path):
     assert ours["knn_k20"] > colour["knn_k20"]
     assert ours["knn_k10"] > colour["knn_k10"]
     assert ours["linear"] > ours["knn_k20"]
+
+
+COMPILED = """
+from copy import deepcopy
+import torch
+from ssl_xcit.models.xcit import XCiT
+
+torch.manual_seed(0)
+plain = XCiT(16, 1, 2, patch_size=4)
+other = deepcopy(plain)
+compiled = torch.compile(other.forward, dynamic=False, fullgraph=True)
+for side, count, low in ((24, 2, False), (80, 1, True)):  # the last: Gram form
+    x = torch.randn(count, 3, side, side)
+    for model, run in ((plain, plain), (other, compiled)):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            run(x).square().sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), other.parameters(), strict=True):
+        bound = (0.1 if low else 1e-3) * p.grad.norm() + 1e-3
+        assert (p.grad - q.grad).norm() < bound, (side, low, name)
+with torch.no_grad():
+    assert torch.allclose(plain(x), compiled(x), atol=1e-4), side
+assert not torch._dynamo.utils.counters["graph_break"]
+"""
+
+
+def test_compiled_backbone_is_the_same_function():
+    command([sys.executable, "-c", COMPILED])
+
+
+def test_a_compiled_run(tmp_path):
+    """`compile=true` trains, evaluates and leaves a checkpoint like any other."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    words = [*SMALL, "name=compiled", "compile=true"]
+    program = Path(sys.executable).parent / "ssl-xcit"
+    out = command([program, "pretrain", *words], env=environment, cwd=tmp_path)
+    assert "compiles both backbones" in out
+    plain = command([program, "pretrain", *SMALL, "name=plain"], env=environment, cwd=tmp_path)
+    assert "compiles" not in plain
+    last = [
+        json.loads((tmp_path / "runs" / name / "summary.json").read_text())["last"]["loss"]
+        for name in ("compiled", "plain")
+    ]
+    assert abs(last[0] - last[1]) < 0.01 * last[1]

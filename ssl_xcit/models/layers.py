@@ -1,6 +1,7 @@
 """What both kinds of blocks are made of: MLP, stochastic depth, initial values."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, layer_norm, linear
+from torch.utils.checkpoint import checkpoint
 
 LAYER_NORM_EPS = 1e-6
 
@@ -171,6 +173,32 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += a @ b
+
+
+def recomputed(block: nn.Module, *inputs: Any) -> Any:
+    """block(*inputs), of which only the inputs are kept: the rest is computed again in the backward
+    pass, with the same random numbers. BatchNorm's running statistics see the batch once.
+    """
+    return checkpoint(
+        block, *inputs, use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(block)),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def frozen_statistics(block: nn.Module) -> Iterator[None]:
+    """BatchNorm by the batch's statistics, without taking them in."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked -= 1
 
 
 def init_linear_(module: nn.Module) -> None:

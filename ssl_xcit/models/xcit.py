@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.class_attention import ClassAttentionBlock
-from ssl_xcit.models.layers import LAYER_NORM_EPS, MLP, DropPath, init_linear_, scaled
+from ssl_xcit.models.layers import LAYER_NORM_EPS, MLP, DropPath, init_linear_, recomputed, scaled
 from ssl_xcit.models.xca import CrossCovarianceAttention
 
 # name: width C, depth, heads, layer scale's initial value, norm over all tokens in class attention
@@ -37,6 +37,9 @@ STEM_WIDTHS = {
     8: (4, 2, 1),
     16: (8, 4, 2, 1),
 }  # patch: divisors of C, one per stride-2 convolution
+
+
+CACHED_SIZES = 8  # grids whose position waves are kept
 
 
 class Features(NamedTuple):
@@ -87,6 +90,7 @@ class FourierPosition(nn.Module):
         self.hidden_dim = hidden_dim
         self.temperature = temperature
         self.token_projection = nn.Conv2d(2 * hidden_dim, dim, 1)
+        self.cache: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
 
     def waves(self, length: int, device: torch.device) -> Float[Tensor, "length hidden"]:
         """For positions 1..length over 0..2 pi: sin and cos interleaved, wavelengths 2 pi to 2 pi *
@@ -98,13 +102,34 @@ class FourierPosition(nn.Module):
         angle = position[:, None] / self.temperature ** (exponent / self.hidden_dim)
         return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
-    def forward(self, grid: tuple[int, int]) -> Float[Tensor, "1 N C"]:
-        """One vector per patch of an h x w grid: rows first, then columns."""
-        device = self.token_projection.weight.device
+    def image(
+        self, grid: tuple[int, int], device: torch.device
+    ) -> Float[Tensor, "1 two_hidden h w"]:
+        """Waves of the row, then of the column; kept for the sizes seen last."""
+        if torch.compiler.is_compiling():  # a constant of the compiled program
+            return self.made(grid, device)
+        if (grid, device) not in self.cache:
+            with torch.inference_mode(False):  # or it could not take part in training later
+                made = self.made(grid, device)
+            if type(made) is not Tensor:  # shapes alone, as torch.export has them
+                return made
+            while len(self.cache) >= CACHED_SIZES:
+                self.cache.pop(next(iter(self.cache)))
+            self.cache[grid, device] = made
+        return self.cache[grid, device]
+
+    def made(
+        self, grid: tuple[int, int], device: torch.device
+    ) -> Float[Tensor, "1 two_hidden h w"]:
+        """The same, not kept."""
         rows = self.waves(grid[0], device)[:, None, :].expand(*grid, -1)
         columns = self.waves(grid[1], device)[None, :, :].expand(*grid, -1)
-        features = torch.cat((rows, columns), dim=-1).permute(2, 0, 1)[None]  # (1, 2 hidden, h, w)
-        return as_tokens(self.token_projection(features))
+        return torch.cat((rows, columns), dim=-1).permute(2, 0, 1)[None]
+
+    def forward(self, grid: tuple[int, int]) -> Float[Tensor, "1 N C"]:
+        """One vector per patch of an h x w grid."""
+        image = self.image(grid, self.token_projection.weight.device)
+        return as_tokens(self.token_projection(image))
 
 
 class LocalPatchInteraction(nn.Module):
@@ -215,6 +240,7 @@ class XCiT(nn.Module):
             "num_classes": num_classes,
         }
         self.preprocess: dict[str, Any] = {}  # how images were read in training; {}: as ImageNet's
+        self.checkpoint_blocks = False  # keep each block's input only, for large images
         self.patch_embed = Stem(patch_size, in_chans, embed_dim)
         self.pos_embeder = FourierPosition(embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -236,8 +262,9 @@ class XCiT(nn.Module):
         image = self.patch_embed(x)
         grid = (image.shape[-2], image.shape[-1])
         tokens = as_tokens(image) + self.pos_embeder(grid)
+        again = self.checkpoint_blocks and torch.is_grad_enabled()
         for block in self.blocks:
-            tokens = block(tokens, grid)
+            tokens = recomputed(block, tokens, grid) if again else block(tokens, grid)
         return tokens, grid
 
     def before_last(

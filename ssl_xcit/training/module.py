@@ -41,12 +41,20 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.compiled: Callable[[Tensor], Tensor] | None = None
+
+    def compile_backbone(self) -> None:
+        """Run the backbone's training passes as compiled programs, one a resolution; evaluation,
+        with its many batch sizes, takes the backbone as it is.
+        """
+        self.compiled = torch.compile(self.backbone.forward, dynamic=False, fullgraph=True)
 
     def forward(self, views: list[Float[Tensor, "_ B ..."]]) -> Float[Tensor, "V B D"]:
         """What the prototypes are compared with, for all views: one pass of the backbone a
         resolution, one of the head over all.
         """
-        embeddings = [self.backbone(v.flatten(0, 1)).unflatten(0, v.shape[:2]) for v in views]
+        run = self.compiled or self.backbone
+        embeddings = [run(v.flatten(0, 1)).unflatten(0, v.shape[:2]) for v in views]
         return self.head.embed(torch.cat(embeddings))
 
 

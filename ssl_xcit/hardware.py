@@ -1,0 +1,57 @@
+"""What the machine at hand can do: bfloat16, a compiler."""
+
+import logging
+import os
+import shutil
+
+import torch
+
+from ssl_xcit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def has_bfloat16(on_cpu: bool) -> bool:
+    """Whether there are instructions for products in bfloat16: a GPU from Ampere on, a CPU with
+    avx512_bf16 or amx. Without them torch computes the same many times slower.
+    """
+    if not on_cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def precision_for(setting: str, on_cpu: bool) -> str:
+    """Lightning's name of the precision; `auto` is bf16-mixed where the hardware has it.
+
+    Parameters, optimizer and loss are float32 in both.
+
+    Raises:
+        UserError: a precision that the step is not written for.
+    """
+    if setting == "auto":
+        return "bf16-mixed" if has_bfloat16(on_cpu) else "32-true"
+    if setting not in ("32-true", "32", "bf16-mixed"):
+        raise UserError(
+            f"trainer.precision={setting}: auto, 32-true or bf16-mixed (float16 would need a loss "
+            "scale)"
+        )
+    if setting == "bf16-mixed" and not has_bfloat16(on_cpu):
+        log.warning(
+            "trainer.precision=bf16-mixed: this %s has no bfloat16 instructions, and without them "
+            "a step takes many times as long; trainer.precision=auto takes float32 here",
+            "processor" if on_cpu else "GPU",
+        )
+    return setting
+
+
+def check_compiler(on_cpu: bool) -> None:
+    """That `compile=true` finds what it needs, before the data is read.
+
+    Raises:
+        UserError: no C++ compiler for a CPU.
+    """
+    if on_cpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError(
+            "compile=true needs a C++ compiler on a CPU, and there is no g++: install one (Debian: "
+            "apt install g++), name another in CXX, or leave compile=false"
+        )

@@ -1,0 +1,164 @@
+"""Layers that compute less or keep less than the formula: the same numbers."""
+
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+
+from ssl_xcit.models.layers import MLP, DropPath, NormMLP
+from ssl_xcit.models.xcit import CACHED_SIZES, FourierPosition, XCiT
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def norm_and_mlp(dim):
+    torch.manual_seed(0)
+    norm, mlp = torch.nn.LayerNorm(dim, eps=1e-6), MLP(dim)
+    for parameter in (*norm.parameters(), *mlp.parameters()):
+        torch.nn.init.normal_(parameter, std=0.4)
+    return norm, mlp, torch.nn.Parameter(torch.randn(dim))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 4096])
+def test_mlp_by_parts_is_the_layers_one_after_another(rows, monkeypatch):
+    monkeypatch.setattr(NormMLP, "ROWS", rows)
+    norm, mlp, gain = norm_and_mlp(6)
+    parameters = [*norm.parameters(), *mlp.parameters(), gain]
+    x = torch.randn(3, 5, 6, requires_grad=True)
+
+    def gradients(form):
+        out = form()
+        return out, *torch.autograd.grad(out.square().sum(), [x, *parameters])
+
+    ours = gradients(lambda: mlp.of_norm(x, norm, gain))
+    for a, b in zip(ours, gradients(lambda: mlp(norm(x), gain)), strict=True):
+        assert relative(a, b) < 1e-5
+    with torch.no_grad():
+        assert torch.allclose(mlp.of_norm(x, norm, gain), ours[0])
+    x, norm, mlp = x.detach().double().requires_grad_(), norm.double(), mlp.double()
+    weights = (norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+    assert torch.autograd.gradcheck(lambda *t: NormMLP.apply(*t, 1e-6), (x, *weights))
+
+
+def test_mlp_by_parts_rounds_no_worse_under_autocast():
+    norm, mlp, gain = norm_and_mlp(32)
+    parameters = [*norm.parameters(), *mlp.parameters(), gain]
+    x = torch.randn(2, 40, 32, requires_grad=True)
+
+    def gradients(form, low):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            out = form()
+        return out, *torch.autograd.grad(out.float().square().sum(), [x, *parameters])
+
+    plain, parts = lambda: mlp(norm(x), gain), lambda: mlp.of_norm(x, norm, gain)
+    exact = gradients(plain, False)
+    for a, b, c in zip(gradients(parts, True), gradients(plain, True), exact, strict=True):
+        assert a.dtype == b.dtype
+        assert relative(a.float(), c) < 1.3 * relative(b.float(), c) + 1e-3
+
+
+def test_dropped_samples_are_not_computed():
+    torch.manual_seed(0)
+    drop, seen = DropPath(0.5), []
+
+    def branch(x):
+        seen.append(len(x))
+        return 3.0 * x
+
+    x = torch.randn(1000, 2, 3, requires_grad=True)
+    out = drop.by_sample(x, branch)
+    kept = (out != x).flatten(1).all(1)
+    assert seen == [kept.sum().item()]
+    assert 400 < seen[0] < 600
+    assert torch.allclose(out[kept], 7.0 * x[kept])  # x + 3 x / (1 - rate)
+    assert torch.equal(out[~kept], x[~kept])
+    out.sum().backward()
+    assert set(x.grad.unique().tolist()) == {1.0, 7.0}
+    assert torch.equal(drop.eval().by_sample(x, branch), x + 3.0 * x)
+
+
+def test_parameters_have_gradients_when_every_sample_drops_the_branch():
+    drop, layer, x = DropPath(0.999999), torch.nn.Linear(3, 3), torch.randn(2, 1, 3)
+    out = drop.by_sample(x, layer)
+    assert torch.equal(out, x)
+    out.sum().backward()
+    assert (layer.weight.grad == 0).all()
+
+
+def small(**settings):
+    torch.manual_seed(0)
+    return XCiT(16, 3, 2, patch_size=4, **settings)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_recomputed_blocks_are_the_same_step(low):
+    """Output, gradients, BatchNorm's statistics and the random numbers that come next."""
+    plain = small(drop_path=0.4)
+    again = deepcopy(plain)
+    again.checkpoint_blocks = True
+    x, found = torch.randn(6, 3, 24, 24), []
+    for model in (plain, again):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            out = model(x)
+        out.square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        found.append(
+            {"out": out, "next": torch.rand(3), **gradients, **dict(model.named_buffers())}
+        )
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
+
+
+def test_recomputed_blocks_keep_less():
+    """Of what autograd saves, a block's part is its input."""
+    plain, x, kept = small(), torch.randn(2, 3, 96, 96), []
+    for plain.checkpoint_blocks in (False, True):
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out, _ = plain.patch_tokens(x)
+        kept.append(sum(sizes.values()) / out.nbytes)
+    assert kept[0] - kept[1] > 3 * 9  # three blocks, at least nine widths each
+
+
+WITHOUT_BREAKS = """
+import torch
+from ssl_xcit.models.xcit import XCiT
+
+model = XCiT(16, 1, 2, patch_size=4, drop_path=0.1)
+run = torch.compile(model.forward, dynamic=False, fullgraph=True, backend="eager")
+run(torch.randn(2, 3, 24, 24)).sum().backward()
+with torch.no_grad():
+    model.eval()
+    x = torch.randn(1, 3, 80, 80)  # attention from the Gram matrix
+    assert torch.allclose(model(x), run(x), atol=1e-4)
+"""
+
+
+def test_compiles_without_a_graph_break():
+    """In a process of its own: what checks types in tests cannot be compiled. Programs are
+    compiled and compared in test_slow.py.
+    """
+    done = subprocess.run([sys.executable, "-c", WITHOUT_BREAKS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_position_waves_are_kept_by_size():
+    position = FourierPosition(8)
+    with torch.inference_mode():
+        first = position((3, 4))
+    assert torch.equal(position((3, 4)), first)
+    position((3, 4)).sum().backward()  # what inference made can be trained with
+    for size in range(1, 2 * CACHED_SIZES):
+        position((size, 2))
+    assert len(position.cache) == CACHED_SIZES
+    assert "cache" not in str(position.state_dict().keys())
