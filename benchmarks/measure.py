@@ -18,10 +18,11 @@ RESULTS = Path(__file__).parent / "results"
 def interleaved(
     sides: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each side, one call of each in turn; the first rounds are left out."""
+    """Seconds of each side, one call of each a round, in turns; the first rounds are left out."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warm_up + rounds):
-        for name, work in sides.items():
+        order = list(sides.items())
+        for name, work in reversed(order) if number % 2 else order:
             start = time.perf_counter()
             work()
             if number >= warm_up:
@@ -80,5 +81,6 @@ def save(name: str, results: Mapping[str, Any]) -> None:
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**kept, **results, "machine": machine()}, indent=2) + "\n")
+    found = {title: {**row, "machine": machine()} for title, row in results.items()}
+    path.write_text(json.dumps({**kept, **found}, indent=2) + "\n")
     print(f"written: {path}")

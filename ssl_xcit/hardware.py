@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import shutil
 
 import torch
@@ -50,7 +51,8 @@ def check_compiler(on_cpu: bool) -> None:
     Raises:
         UserError: no C++ compiler for a CPU.
     """
-    if on_cpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if on_cpu and shutil.which(compiler[0]) is None:
         raise UserError(
             "compile=true needs a C++ compiler on a CPU, and there is no g++: install one (Debian: "
             "apt install g++), name another in CXX, or leave compile=false"

@@ -53,8 +53,6 @@ def make_module(cfg: DictConfig, plan: Plan, how: Preprocess) -> DINO:
             "compile=true and checkpoint_blocks=true: a compiled program decides by "
             "itself what it computes again; set one of them"
         )
-    if cfg.compile:
-        check_compiler(runs_on_cpu(cfg))
     torch.manual_seed(cfg.seed)
     backbone = instantiate(cfg.model)
     head = instantiate(cfg.objective.head)(backbone.embed_dim, plan.num_prototypes)
@@ -68,8 +66,6 @@ def make_module(cfg: DictConfig, plan: Plan, how: Preprocess) -> DINO:
     for network in (student, teacher):
         network.backbone.preprocess = how.of_weights()
         network.backbone.checkpoint_blocks = cfg.checkpoint_blocks
-        if cfg.compile:
-            network.compile_backbone()
     optim = cfg.optim
     module = DINO(
         student,
@@ -138,7 +134,6 @@ def make_trainer(cfg: DictConfig, run_dir: Path) -> lightning.Trainer:
         if trainer.get(key):
             raise UserError(f"trainer.{key}: the step clips by itself, see objective.clip_norm")
     on_cpu = runs_on_cpu(cfg)
-    precision = precision_for(str(trainer.precision), on_cpu)
     cores = os.cpu_count() or 1
     if on_cpu and isinstance(trainer.devices, int) and trainer.devices > cores:
         raise UserError(
@@ -155,7 +150,6 @@ def make_trainer(cfg: DictConfig, run_dir: Path) -> lightning.Trainer:
     try:
         return instantiate(
             trainer,
-            precision=precision,
             callbacks=[*callbacks, StopOnSignal(checkpoints)],
             logger=[CSVMetrics(run_dir), *loggers],
             default_root_dir=str(run_dir),
@@ -178,6 +172,9 @@ def main(cfg: DictConfig) -> None:
     """`ssl-xcit pretrain`: whatever can be wrong is found before the run folder is made."""
     check_numbers(cfg)
     check_switches(cfg)
+    cfg.trainer.precision = precision_for(str(cfg.trainer.precision), runs_on_cpu(cfg))
+    if cfg.compile:
+        check_compiler(runs_on_cpu(cfg))
     hydra = HydraConfig.get()
     name = cfg.name or run_name(hydra.runtime.choices["data"], hydra.overrides.task)
     run_dir = Path(str(cfg.out)) / str(name)
@@ -201,6 +198,9 @@ def main(cfg: DictConfig) -> None:
     if pair is not None:
         check_labelled(pair, how)
     module = make_module(cfg, plan, how)
+    if cfg.compile:  # SyncBatchNorm, which several GPUs have, breaks a program in two
+        for network in (module.student, module.teacher):
+            network.compile_backbone(fullgraph=trainer.world_size == 1)
     if note is not None and trainer.is_global_zero:
         log.warning("%s", note)
     resume = newest_readable(run_dir)
@@ -219,7 +219,7 @@ def main(cfg: DictConfig) -> None:
     )
     if trainer.is_global_zero:
         write_settings(cfg, asdict(plan), run_dir)
-        announce(cfg, plan, module, pair, run_dir, trainer.precision)
+        announce(cfg, plan, module, pair, run_dir)
 
     trainer.fit_loop.epoch_loop.max_steps = plan.total_steps
     if resume is not None and trainer.is_global_zero:
@@ -285,7 +285,6 @@ def announce(
     module: DINO,
     pair: LabelledPair | None,
     run_dir: Path,
-    precision: str,
 ) -> None:
     """What is about to happen, with the numbers that were derived."""
     backbone = module.student.backbone
@@ -297,7 +296,7 @@ def announce(
     )
     print(
         f"  {model_name(backbone.architecture)}, {millions:.1f} M parameters, "
-        f"{plan.num_prototypes:,} prototypes, {precision}"
+        f"{plan.num_prototypes:,} prototypes, {cfg.trainer.precision}"
     )
     if cfg.compile:
         print("  the first step compiles both backbones, which takes minutes")

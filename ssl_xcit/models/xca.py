@@ -11,7 +11,9 @@ x times one C x C matrix an image,
 
 the biases belonging to a column of ones beside x. That is 2 N C^2 + 3 C^3 multiplications an image
 instead of 4 N C^2 + 2 N C d, backwards 3 N C^2 instead of about 8, and of what is N long x alone is
-kept. It wins when N is some times C; `gram_is_faster` decides.
+kept. It wins when N is some times C; `gram_is_faster` decides. Its limit: norms are differences of
+sums over all tokens, so where a bias all but cancels a query (to a thousandth, say) the direct form
+keeps more digits.
 """
 
 from typing import Any
@@ -28,10 +30,10 @@ from ssl_xcit.models.layers import scaled
 
 EPS = 1e-12  # the smallest norm divided by, as in torch.nn.functional.normalize
 # From N = factor * C + offset tokens the Gram form is faster on a CPU, by (with gradients, in
-# bfloat16); fitted by benchmarks/xca.py.
+# bfloat16); fitted by benchmarks/xca.py, those for bfloat16 when the direct form was slower.
 GRAM_FROM = {
-    (True, False): (1.40, -11),
-    (False, False): (1.93, -87),
+    (True, False): (1.51, 18),
+    (False, False): (1.92, 1),
     (True, True): (0.89, 18),
     (False, True): (1.35, -65),
 }
@@ -72,7 +74,7 @@ class ChannelMixing(torch.autograd.Function):
 
     For CPUs. The same as `channel_attention(q, k, temperature)` times v, where torch copies q, k
     and v once each way to batch the heads, takes norms across strides and sums up gradients padded
-    with zeros; benchmarks/xca.py compares the two.
+    with zeros; `benchmarks/layers.py` compares the two. No second derivatives.
     """
 
     @staticmethod

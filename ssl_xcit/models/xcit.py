@@ -105,18 +105,18 @@ class FourierPosition(nn.Module):
     def image(
         self, grid: tuple[int, int], device: torch.device
     ) -> Float[Tensor, "1 two_hidden h w"]:
-        """Waves of the row, then of the column; kept for the sizes seen last."""
-        if torch.compiler.is_compiling():  # a constant of the compiled program
+        """Waves of the row, then of the column; the last few sizes that were made are kept."""
+        if torch.compiler.is_compiling():
             return self.made(grid, device)
-        if (grid, device) not in self.cache:
+        image = self.cache.get((grid, device))
+        if image is None:
             with torch.inference_mode(False):  # or it could not take part in training later
-                made = self.made(grid, device)
-            if type(made) is not Tensor:  # shapes alone, as torch.export has them
-                return made
-            while len(self.cache) >= CACHED_SIZES:
-                self.cache.pop(next(iter(self.cache)))
-            self.cache[grid, device] = made
-        return self.cache[grid, device]
+                image = self.made(grid, device)
+            if type(image) is Tensor:  # and not shapes alone, as torch.export has them
+                while len(self.cache) >= CACHED_SIZES:
+                    self.cache.pop(next(iter(self.cache)), None)
+                self.cache[grid, device] = image
+        return image
 
     def made(
         self, grid: tuple[int, int], device: torch.device
@@ -128,8 +128,8 @@ class FourierPosition(nn.Module):
 
     def forward(self, grid: tuple[int, int]) -> Float[Tensor, "1 N C"]:
         """One vector per patch of an h x w grid."""
-        image = self.image(grid, self.token_projection.weight.device)
-        return as_tokens(self.token_projection(image))
+        weight = self.token_projection.weight
+        return as_tokens(self.token_projection(self.image(grid, weight.device).to(weight.dtype)))
 
 
 class LocalPatchInteraction(nn.Module):
@@ -262,6 +262,8 @@ class XCiT(nn.Module):
         image = self.patch_embed(x)
         grid = (image.shape[-2], image.shape[-1])
         tokens = as_tokens(image) + self.pos_embeder(grid)
+        if torch.is_autocast_enabled(x.device.type):  # or small branches would be rounded away
+            tokens = tokens.float()
         again = self.checkpoint_blocks and torch.is_grad_enabled()
         for block in self.blocks:
             tokens = recomputed(block, tokens, grid) if again else block(tokens, grid)

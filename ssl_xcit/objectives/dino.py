@@ -40,12 +40,18 @@ def dino_loss(
             logits only; torch raises if another backward pass still needs them.
 
     Returns:
-        A scalar in nats, float32 at least; ln K when both are uniform. Pairs: G (V - 1).
+        A scalar in nats, float32 at least; ln K when both are uniform. Pairs: G (V - 1). No second
+        derivatives.
+
+    Raises:
+        UserError: one view, which has no other to agree with.
     """
+    check_views(len(student))
     with torch.autocast(student.device.type, enabled=False):  # a difference of large sums
         if student.dtype != torch.float64:
             student = student.float()
-        return LogitsLoss.apply(student, teacher.to(student.dtype), student_temp, overwrite)
+        teacher, grad_enabled = teacher.detach().to(student.dtype), torch.is_grad_enabled()
+        return LogitsLoss.apply(student, teacher, student_temp, overwrite, grad_enabled)
 
 
 def prototype_loss(
@@ -66,8 +72,22 @@ def prototype_loss(
         gain: their gains.
         teacher: probabilities of the G global views; not differentiated.
         student_temp: temperature, above 0.
+
+    Returns:
+        A scalar in nats, float32 at least, for one backward pass.
+
+    Raises:
+        UserError: one view, which has no other to agree with.
     """
-    return PrototypeLoss.apply(x, weight, gain, teacher, student_temp)
+    check_views(len(x))
+    enabled = torch.is_grad_enabled()
+    return PrototypeLoss.apply(x, weight, gain, teacher.detach(), student_temp, enabled)
+
+
+def check_views(count: int) -> None:
+    """The loss compares different views."""
+    if count < 2:
+        raise UserError(f"the loss needs at least 2 views, not {count}: augment.num_local from 1")
 
 
 def cross_entropy_(
@@ -103,7 +123,7 @@ def chunks(num_images: int, values_an_image: int) -> Iterator[slice]:
 def once(kept: Any) -> Any:
     """What a forward pass kept for its only backward pass."""
     if kept is None:
-        raise RuntimeError("the loss keeps its gradient for one backward pass; compute it again")
+        raise RuntimeError("this loss keeps its gradient for one backward pass; compute it again")
     return kept
 
 
@@ -117,11 +137,12 @@ class LogitsLoss(torch.autograd.Function):
         teacher: Float[Tensor, "G B K"],
         student_temp: float,
         overwrite: bool,
+        grad_enabled: bool,
     ) -> Float[Tensor, ""]:
         """The loss; the gradient, but for its factors, is built beside it."""
         V, B, K = student.shape
         G = len(teacher)
-        keep = ctx.needs_input_grad[0]
+        keep = grad_enabled and ctx.needs_input_grad[0]
         gradient = student if overwrite else torch.empty_like(student) if keep else None
         total = student.new_zeros(())
         for images in chunks(B, K):
@@ -133,7 +154,7 @@ class LogitsLoss(torch.autograd.Function):
                 cost = cross_entropy_(z, of_global[v] if v < G else of_local)
                 total += cost * (G - 1 if v < G else G)
         if keep:
-            ctx.gradient = gradient
+            ctx.gradient, ctx.overwrite = gradient, overwrite
             ctx.scale, ctx.num_global = 1.0 / (G * (V - 1) * B * student_temp), G
         return total / (G * (V - 1) * B)
 
@@ -141,10 +162,14 @@ class LogitsLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
         """The kept gradient times its factors."""
-        gradient, ctx.gradient = once(ctx.gradient), None
+        gradient = once(ctx.gradient)
+        if ctx.overwrite:
+            ctx.gradient = None
+        else:
+            gradient = gradient.clone()
         gradient[: ctx.num_global].mul_(grad * (ctx.scale * (ctx.num_global - 1)))
         gradient[ctx.num_global :].mul_(grad * (ctx.scale * ctx.num_global))
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 class PrototypeLoss(torch.autograd.Function):
@@ -158,25 +183,26 @@ class PrototypeLoss(torch.autograd.Function):
         gain: Float[Tensor, "K 1"],
         teacher: Float[Tensor, "G B K"],
         student_temp: float,
+        grad_enabled: bool,
     ) -> Float[Tensor, ""]:
         """The loss; with dz the gradient of a logit of unit gain and norm, dx = dz w and dw = dz^T
         x are summed up beside it.
         """
         V, B, _ = x.shape
         K, G = len(weight), len(teacher)
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        exact = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
         autocast = torch.is_autocast_enabled(x.device.type)
         low = torch.get_autocast_dtype(x.device.type) if autocast else exact
         pairs = torch.full((V, 1, 1), float(G), dtype=exact, device=x.device)
         pairs[:G] = G - 1
         pairs /= G * (V - 1) * B
-        norm = vector_norm(weight, dim=-1).clamp_min(EPS)
-        scale = gain[:, 0] / norm / student_temp  # (K,)
-        keep = any(ctx.needs_input_grad)
+        norm = vector_norm(weight, dim=-1, dtype=exact).clamp_min(EPS)
+        scale = gain[:, 0].to(exact) / norm / student_temp  # (K,)
+        keep = grad_enabled and any(ctx.needs_input_grad)
         with torch.autocast(x.device.type, enabled=False):
             w, total = weight.to(low), torch.zeros((), dtype=exact, device=x.device)
             dx = torch.empty_like(x, dtype=exact) if keep else None
-            dw = torch.zeros_like(weight) if keep else None
+            dw = torch.zeros_like(weight, dtype=exact) if keep else None
             for images in chunks(B, V * K):
                 rows = x[:, images].to(low)
                 z = linear(rows.flatten(0, 1), w).to(exact).mul_(scale).unflatten(0, (V, -1))
@@ -206,12 +232,15 @@ class PrototypeLoss(torch.autograd.Function):
         (dx, dw), ctx.gradients = once(ctx.gradients), None  # no second owner: no copy is made
         dgain = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            radial = vecdot(dw, weight)  # (K,)
-            dw.addcmul_(weight, (radial / norm.square())[:, None], value=-1)
+            exact = weight.to(dw.dtype)
+            radial = vecdot(dw, exact)  # (K,)
+            # a norm that was clamped is a constant
+            along = (radial / norm.square()).masked_fill_(norm <= EPS, 0.0)
+            dw.addcmul_(exact, along[:, None], value=-1)
             dw *= grad * gain / (norm[:, None] * ctx.temp)
             if ctx.needs_input_grad[2]:
-                dgain = (grad * radial / (norm * ctx.temp))[:, None]
-        return dx.mul_(grad).to(ctx.dtype), dw, dgain, None, None
+                dgain = (grad * radial / (norm * ctx.temp))[:, None].to(gain.dtype)
+        return dx.mul_(grad).to(ctx.dtype), dw.to(weight.dtype), dgain, None, None, None
 
 
 class Center(nn.Module):

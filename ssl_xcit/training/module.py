@@ -43,11 +43,15 @@ class Network(nn.Module):
         self.head = head
         self.compiled: Callable[[Tensor], Tensor] | None = None
 
-    def compile_backbone(self) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy runs its own backbone, not compiled."""
+        return {**self.__dict__, "compiled": None}
+
+    def compile_backbone(self, fullgraph: bool = True) -> None:
         """Run the backbone's training passes as compiled programs, one a resolution; evaluation,
         with its many batch sizes, takes the backbone as it is.
         """
-        self.compiled = torch.compile(self.backbone.forward, dynamic=False, fullgraph=True)
+        self.compiled = torch.compile(self.backbone.forward, dynamic=False, fullgraph=fullgraph)
 
     def forward(self, views: list[Float[Tensor, "_ B ..."]]) -> Float[Tensor, "V B D"]:
         """What the prototypes are compared with, for all views: one pass of the backbone a

@@ -39,9 +39,17 @@ def test_mlp_by_parts_is_the_layers_one_after_another(rows, monkeypatch):
         assert relative(a, b) < 1e-5
     with torch.no_grad():
         assert torch.allclose(mlp.of_norm(x, norm, gain), ours[0])
+    plain_weights = [p.detach() for p in parameters[:-1]]
+    made = []
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda t, *a, **k: made.append(a) or empty(t, *a, **k)
+    )
+    NormMLP.apply(x, *plain_weights, 1e-6, False)
+    assert made[0][0] == 0  # without gradients no hidden layer is kept
     x, norm, mlp = x.detach().double().requires_grad_(), norm.double(), mlp.double()
     weights = (norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
-    assert torch.autograd.gradcheck(lambda *t: NormMLP.apply(*t, 1e-6), (x, *weights))
+    assert torch.autograd.gradcheck(lambda *t: NormMLP.apply(*t, 1e-6, True), (x, *weights))
 
 
 def test_mlp_by_parts_rounds_no_worse_under_autocast():
@@ -94,6 +102,25 @@ def small(**settings):
     return XCiT(16, 3, 2, patch_size=4, **settings)
 
 
+def test_small_branches_are_not_rounded_away_in_bfloat16():
+    """The residual stream is float32 under autocast, as the published layer scale of 1e-5 needs."""
+    model = small(layer_scale=1e-3).eval()
+    x = torch.randn(2, 3, 24, 24)
+
+    def change(low):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+            seen = []
+            hook = model.blocks[0].register_forward_pre_hook(
+                lambda block, inputs: seen.append(inputs[0])
+            )
+            after, _ = model.patch_tokens(x)
+            hook.remove()
+        assert after.dtype == torch.float32
+        return after - seen[0]
+
+    assert relative(change(True), change(False)) < 0.05
+
+
 @pytest.mark.parametrize("low", [False, True])
 def test_recomputed_blocks_are_the_same_step(low):
     """Output, gradients, BatchNorm's statistics and the random numbers that come next."""
@@ -112,6 +139,19 @@ def test_recomputed_blocks_are_the_same_step(low):
         )
     for name, value in found[0].items():
         assert torch.equal(found[1][name], value), name
+
+
+def test_recomputed_blocks_twice():
+    model, x = small(drop_path=0.4), torch.randn(2, 3, 24, 24)
+    model.checkpoint_blocks = True
+    loss = model(x).square().sum()
+    first = torch.autograd.grad(
+        loss, [model.cls_token, *model.blocks.parameters()], retain_graph=True
+    )
+    second = torch.autograd.grad(loss, [model.cls_token, *model.blocks.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert model.blocks[0].local_mp.bn.num_batches_tracked == 1
+    assert model.blocks[0].local_mp.bn.momentum == 0.1
 
 
 def test_recomputed_blocks_keep_less():

@@ -53,6 +53,29 @@ def test_overwriting_the_logits_changes_nothing_else(chunk, monkeypatch):
         loss.backward()
 
 
+def test_gradients_by_finite_differences_and_again():
+    torch.manual_seed(0)
+    student = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 2, 5).softmax(-1).requires_grad_()  # is not differentiated
+    assert torch.autograd.gradcheck(lambda s: dino_loss(s, teacher, 0.3), (student,))
+    loss = dino_loss(student, teacher, 0.3)
+    first, second = (torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    x, weight = torch.randn(3, 2, 4).double(), torch.randn(5, 4)
+    mixed = prototype_loss(x, weight.requires_grad_(), torch.ones(5, 1), teacher, 0.3)
+    mixed.backward()
+    assert mixed.dtype == torch.float64
+    assert weight.grad.dtype == torch.float32
+
+
+def test_one_view_has_nothing_to_agree_with():
+    one = torch.randn(1, 2, 5)
+    with pytest.raises(ValueError, match="at least 2 views"):
+        dino_loss(one, one.softmax(-1), 0.1)
+    with pytest.raises(ValueError, match="at least 2 views"):
+        prototype_loss(one, torch.randn(6, 5), torch.ones(6, 1), torch.ones(1, 2, 6) / 6, 0.1)
+
+
 def test_overwriting_what_another_needs_is_an_error():
     leaf = torch.randn(3, 2, 7, requires_grad=True)
     loss = dino_loss(leaf.sigmoid(), torch.full((2, 2, 7), 1 / 7), 0.1, overwrite=True)

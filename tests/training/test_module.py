@@ -182,3 +182,10 @@ def test_student_temperature_out_of_range():
     schedules = make().schedules
     with pytest.raises(ValueError, match="student_temp=0"):
         DINO(student, teacher, 4, schedules, torch.optim.AdamW, student_temp=0.0)
+
+
+def test_a_copy_of_a_compiled_network_runs_its_own_backbone():
+    network, _ = make_networks(XCiT(32, 1, 2, 4), DINOHead(32, 4), XCiT(32, 1, 2, 4))
+    network.compile_backbone()
+    assert deepcopy(network).compiled is None
+    assert network.compiled is not None
