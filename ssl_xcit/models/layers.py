@@ -14,6 +14,11 @@ from torch.utils.checkpoint import checkpoint
 LAYER_NORM_EPS = 1e-6
 
 
+def autocasting(device: torch.device) -> bool:
+    """Whether products on this device are rounded to 16 bits just now; never of shapes alone."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def scaled(layer: nn.Linear | nn.Conv2d, gain: Float[Tensor, " C"] | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer whose output is times `gain` by channel.
 
@@ -120,8 +125,7 @@ class NormMLP(torch.autograd.Function):
     ) -> Float[Tensor, "*any C"]:
         """Under autocast, products are of low precision and so is what they return."""
         C = x.shape[-1]
-        autocast = torch.is_autocast_enabled(x.device.type)
-        low = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        low = torch.get_autocast_dtype(x.device.type) if autocasting(x.device) else x.dtype
         keep = grad_enabled and any(ctx.needs_input_grad)
         rows = x.reshape(-1, C)
         with torch.autocast(x.device.type, enabled=False):

@@ -26,7 +26,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import linear
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.models.layers import scaled
+from ssl_xcit.models.layers import autocasting, scaled
 
 EPS = 1e-12  # the smallest norm divided by, as in torch.nn.functional.normalize
 # From N = factor * C + offset tokens the Gram form is faster on a CPU, by (with gradients, in
@@ -65,8 +65,7 @@ def gram_is_faster(
 
 def in_low_precision(x: Tensor) -> bool:
     """Whether products with x are rounded to 16 bits."""
-    autocast = x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
-    return autocast or x.dtype in (torch.bfloat16, torch.float16)
+    return autocasting(x.device) or x.dtype in (torch.bfloat16, torch.float16)
 
 
 class ChannelMixing(torch.autograd.Function):

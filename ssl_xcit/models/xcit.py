@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.class_attention import ClassAttentionBlock
-from ssl_xcit.models.layers import LAYER_NORM_EPS, MLP, DropPath, init_linear_, recomputed, scaled
+from ssl_xcit.models.layers import (
+    LAYER_NORM_EPS,
+    MLP,
+    DropPath,
+    autocasting,
+    init_linear_,
+    recomputed,
+    scaled,
+)
 from ssl_xcit.models.xca import CrossCovarianceAttention
 
 # name: width C, depth, heads, layer scale's initial value, norm over all tokens in class attention
@@ -262,7 +270,7 @@ class XCiT(nn.Module):
         image = self.patch_embed(x)
         grid = (image.shape[-2], image.shape[-1])
         tokens = as_tokens(image) + self.pos_embeder(grid)
-        if torch.is_autocast_enabled(x.device.type):  # or small branches would be rounded away
+        if autocasting(x.device):  # or small branches would be rounded away
             tokens = tokens.float()
         again = self.checkpoint_blocks and torch.is_grad_enabled()
         for block in self.blocks:
