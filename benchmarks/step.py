@@ -19,6 +19,7 @@ from copy import deepcopy
 
 import timm
 import torch
+from loss import double_loop
 from measure import compared, interleaved, line, save, status
 from torch import Tensor, nn
 
@@ -100,15 +101,8 @@ def usual_step(views: list[Tensor], precision: str) -> Callable[[], object]:
         with autocast:
             with torch.no_grad():
                 logits = teacher(views[:1])
-            out = (student(views).float() / 0.1).chunk(V)
-            targets = ((logits.float() - center) / 0.04).softmax(-1).chunk(2)
-            loss, pairs = torch.zeros(()), 0
-            for g, q in enumerate(targets):
-                for v, s in enumerate(out):
-                    if v != g:
-                        loss = loss + (-q * s.log_softmax(-1)).sum(-1).mean()
-                        pairs += 1
-            loss = loss / pairs
+            targets = ((logits.float() - center) / 0.04).softmax(-1).unflatten(0, (2, -1))
+            loss = double_loop(student(views).float().unflatten(0, (V, -1)), targets)
         optimizer.zero_grad()
         loss.backward()
         for p in student.parameters():

@@ -48,14 +48,19 @@ SWITCHES = ("compile", "checkpoint_blocks")
 
 
 def check_switches(cfg: DictConfig) -> None:
-    """Each is true or false.
+    """Each is true or false, and they go together.
 
     Raises:
-        UserError: the first that is not.
+        UserError: the first that is not, or two that exclude each other.
     """
     for key in SWITCHES:
         if not isinstance(value := OmegaConf.select(cfg, key), bool):
             raise UserError(f"{key}={value}: true or false")
+    if cfg.compile and cfg.checkpoint_blocks:
+        raise UserError(
+            "compile=true and checkpoint_blocks=true: a compiled program decides by itself what it "
+            "computes again; set one of them"
+        )
 
 
 def check_numbers(

@@ -48,11 +48,6 @@ NO_LABELS = "no labelled images, so no k-NN: name some with eval_data=folder eva
 
 def make_module(cfg: DictConfig, plan: Plan, how: Preprocess) -> DINO:
     """Student, teacher, schedules; fresh weights by `seed`."""
-    if cfg.compile and cfg.checkpoint_blocks:
-        raise UserError(
-            "compile=true and checkpoint_blocks=true: a compiled program decides by "
-            "itself what it computes again; set one of them"
-        )
     torch.manual_seed(cfg.seed)
     backbone = instantiate(cfg.model)
     head = instantiate(cfg.objective.head)(backbone.embed_dim, plan.num_prototypes)

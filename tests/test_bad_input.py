@@ -31,6 +31,8 @@ BAD = [
     (["pretrain", "eval_data=folder", "eval_data.root=few"], "outside class folders"),
     (["pretrain", "trainer.devices=99", "trainer.accelerator=cpu"], "set trainer.devices=1"),
     (["pretrain", "trainer.precision=16-mixed"], "bf16-mixed"),
+    (["pretrain", "compile=maybe"], "true or false"),
+    (["pretrain", "compile=true", "checkpoint_blocks=true"], "set one of them"),
     (["pretrain", "trainer.accelerator=abacus"], "abacus"),
     *([] if torch.cuda.is_available() else [(["pretrain", "trainer=ddp"], "trainer: ")]),
     (["pretrain", "epochs=0"], "epochs=0"),
