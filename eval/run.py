@@ -15,9 +15,10 @@ from ssl_xcit.data.module import check_labelled
 from ssl_xcit.data.preprocess import MAX_PIXELS, of_weights
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import UserError
+from ssl_xcit.files import write_json
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.table import Results, print_table, write_json
+from ssl_xcit.table import Results, print_table
 
 from .features import Evaluator, FeatureSet, extract_pair
 

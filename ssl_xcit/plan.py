@@ -15,6 +15,9 @@ NUMBERS: tuple[tuple[str, bool, float | None], ...] = (
     ("epochs", False, None),
     ("num_workers", True, 0),
     ("worker_timeout", False, None),
+    ("collective_timeout", False, None),
+    ("max_skipped", True, 1),
+    ("trainer.accumulate", True, 1),
     ("data.max_bad_fraction", False, 0),
     ("optim.lr", False, None),
     ("optim.min_lr", False, 0),
@@ -116,6 +119,11 @@ def make_plan(cfg: DictConfig, num_images: int, world_size: int) -> Plan:
         raise UserError(
             f"batch_size={batch_size} does not divide among {world_size} devices: "
             f"set batch_size={max(1, batch_size // world_size) * world_size}"
+        )
+    if cfg.trainer.accumulate > batch_size // world_size:
+        raise UserError(
+            f"trainer.accumulate={cfg.trainer.accumulate}: a device has {batch_size // world_size} "
+            "images a step, which cannot be taken in more parts"
         )
     objective, optim = cfg.objective, cfg.optim
     rows = [row for row in objective.by_images if row["from"] <= num_images]

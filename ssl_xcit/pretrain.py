@@ -6,10 +6,13 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +20,34 @@ import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ssl_xcit.data.loader import default_workers
 from ssl_xcit.data.module import MultiCropData, check_images, check_labelled
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.files import write_json
 from ssl_xcit.hardware import check_compiler, precision_for
-from ssl_xcit.models.weights import checkpoints_of, load_backbone, model_name, read_checkpoint
+from ssl_xcit.models.weights import checkpoints_of, load_backbone, model_name
 from ssl_xcit.plan import Plan, check_numbers, check_switches, make_plan
 from ssl_xcit.run_folder import (
     check_same_run,
     last_row,
+    locked,
+    run_id_of,
     run_name,
     versions,
     write_settings,
 )
-from ssl_xcit.table import print_table, write_json
-from ssl_xcit.training.checkpoint import SaveCheckpoints
+from ssl_xcit.table import print_table
+from ssl_xcit.training.checkpoint import CheckpointFiles, SaveCheckpoints, newest_valid
+from ssl_xcit.training.health import HEALTHY, Health
+from ssl_xcit.training.loggers import Tolerant
 from ssl_xcit.training.metrics import CSVMetrics, LogMetrics
 from ssl_xcit.training.module import DINO, Schedules, make_networks
 from ssl_xcit.training.preemption import StopOnSignal, Stopped
@@ -85,6 +96,8 @@ def make_module(cfg: DictConfig, plan: Plan, how: Preprocess) -> DINO:
         clip_norm=cfg.objective.clip_norm,
         freeze_steps=plan.freeze_steps,
         seed=cfg.seed,
+        accumulate=cfg.trainer.accumulate,
+        max_skipped=cfg.max_skipped,
     )
     try:
         module.configure_optimizers()
@@ -93,41 +106,24 @@ def make_module(cfg: DictConfig, plan: Plan, how: Preprocess) -> DINO:
     return module
 
 
-def newest_readable(run_dir: Path) -> Path | None:
-    """The checkpoint to go on from; a damaged one is put aside as `.corrupt` for the one before.
-
-    Raises:
-        UserError: there are checkpoints, and none can be read.
-    """
-    found = checkpoints_of(run_dir)
-    for path in reversed(found):
-        try:
-            read_checkpoint(path)
-        except UserError as error:
-            log.warning("%s; put aside", error)
-            path.rename(path.with_suffix(".corrupt"))
-        else:
-            return path
-    if found:
-        raise UserError(f"no checkpoint of {run_dir} can be read: remove the folder to start again")
-    return None
-
-
 def runs_on_cpu(cfg: DictConfig) -> bool:
     """Whether the trainer will find no GPU, or was told to leave it."""
     return cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
 
 
-def make_trainer(cfg: DictConfig, run_dir: Path) -> lightning.Trainer:
-    """Lightning's Trainer with our callbacks and loggers.
+def make_trainer(cfg: DictConfig, run_dir: Path) -> tuple[lightning.Trainer, StopOnSignal]:
+    """Lightning's Trainer with our callbacks and loggers, and what listens to signals.
 
     Raises:
         UserError: more devices than there are, or a precision that the step is not written for.
     """
     trainer = cfg.trainer
-    for key in ("gradient_clip_val", "accumulate_grad_batches"):
+    for key, ours in (
+        ("gradient_clip_val", "objective.clip_norm"),
+        ("accumulate_grad_batches", "trainer.accumulate"),
+    ):
         if trainer.get(key):
-            raise UserError(f"trainer.{key}: the step clips by itself, see objective.clip_norm")
+            raise UserError(f"trainer.{key}: the step does that by itself, see {ours}")
     on_cpu = runs_on_cpu(cfg)
     cores = os.cpu_count() or 1
     if on_cpu and isinstance(trainer.devices, int) and trainer.devices > cores:
@@ -141,11 +137,17 @@ def make_trainer(cfg: DictConfig, run_dir: Path) -> lightning.Trainer:
         raise UserError(
             "callbacks.checkpoints and callbacks.metrics are what a run is for: keep them"
         )
-    loggers = [instantiate(one, save_dir=str(run_dir)) for one in (cfg.logger or {}).values()]
+    stop = StopOnSignal(checkpoints)
+    settings = OmegaConf.masked_copy(trainer, [str(k) for k in trainer if k != "accumulate"])
+    plugins: list[Any] = [CheckpointFiles()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    loggers = [make_logger(str(name), one, run_dir) for name, one in (cfg.logger or {}).items()]
     try:
-        return instantiate(
-            trainer,
-            callbacks=[*callbacks, StopOnSignal(checkpoints)],
+        made = instantiate(
+            settings,
+            callbacks=[*callbacks, stop],
+            plugins=plugins,
             logger=[CSVMetrics(run_dir), *loggers],
             default_root_dir=str(run_dir),
             max_epochs=-1,
@@ -161,6 +163,19 @@ def make_trainer(cfg: DictConfig, run_dir: Path) -> lightning.Trainer:
         if isinstance(cause, MisconfigurationException | ValueError):
             raise UserError(f"trainer: {str(cause).strip().splitlines()[0]}") from error
         raise
+    if isinstance(made.strategy, DDPStrategy):
+        made.strategy._timeout = timedelta(seconds=cfg.collective_timeout)
+    return made, stop
+
+
+def make_logger(name: str, cfg: DictConfig, run_dir: Path) -> Tolerant:
+    """A logger of the settings; one that knows `offline` goes there when it reaches nobody."""
+    ways = [partial(instantiate, cfg, save_dir=str(run_dir))]
+    if cfg.get("offline") is False:
+        # wandb remembers the first mode and is still trying the first id
+        off = {"offline": True, "mode": "offline", "id": f"{cfg.id}-offline"}
+        ways.append(partial(instantiate, cfg, save_dir=str(run_dir), **off))
+    return Tolerant(name, ways)
 
 
 def main(cfg: DictConfig) -> None:
@@ -180,14 +195,14 @@ def main(cfg: DictConfig) -> None:
         )
         finish(run_dir, json.loads((run_dir / "summary.json").read_text()))
         return
+    cfg.run_id = cfg.run_id or run_id_of(run_dir)
     source: Source = instantiate(cfg.data.source)
     pair: LabelledPair | None = instantiate(cfg.eval_data) if cfg.get("eval_data") else None
-    evaluate = instantiate(cfg.evaluation)
     augment = instantiate(cfg.augment)
     how = instantiate(cfg.preprocess)
     how.statistics()
     note = augment.check(how.channels)
-    trainer = make_trainer(cfg, run_dir)
+    trainer, stop = make_trainer(cfg, run_dir)
     plan = make_plan(cfg, len(source), trainer.world_size)
     check_images(source, augment.global_size, how)
     if pair is not None:
@@ -196,74 +211,136 @@ def main(cfg: DictConfig) -> None:
     if cfg.compile:  # SyncBatchNorm, which several GPUs have, breaks a program in two
         for network in (module.student, module.teacher):
             network.compile_backbone(fullgraph=trainer.world_size == 1)
+    evaluate = instantiate(cfg.evaluation)
     if note is not None and trainer.is_global_zero:
         log.warning("%s", note)
-    resume = newest_readable(run_dir)
-    data = MultiCropData(
-        source,
-        augment,
-        plan.per_device_batch,
-        plan.total_steps,
-        cfg.seed,
-        how,
-        default_workers(trainer.num_devices) if cfg.num_workers is None else cfg.num_workers,
-        pair,
-        run_dir,
-        cfg.data.max_bad_fraction,
-        cfg.worker_timeout,
-    )
+    with locked(run_dir, wanted=trainer.is_global_zero):
+        data = MultiCropData(
+            source,
+            augment,
+            plan.per_device_batch,
+            plan.total_steps,
+            cfg.seed,
+            how,
+            default_workers(trainer.num_devices) if cfg.num_workers is None else cfg.num_workers,
+            pair,
+            run_dir,
+            cfg.data.max_bad_fraction,
+            cfg.worker_timeout,
+        )
+        try:
+            stop.install()
+            seconds = train(cfg, trainer, module, data, plan, run_dir)
+            if trainer.is_global_zero:
+                conclude(cfg, trainer, module, data, plan, evaluate, run_dir, seconds)
+        except Stopped as stopped:
+            if trainer.is_global_zero:
+                say_stopped(stopped, run_dir)
+            sys.exit(stopped.exit_code)
+        finally:
+            if not stop.stopping:  # else they stay: a scheduler may ask twice
+                stop.restore()
+
+
+def train(
+    cfg: DictConfig,
+    trainer: lightning.Trainer,
+    module: DINO,
+    data: MultiCropData,
+    plan: Plan,
+    run_dir: Path,
+) -> float:
+    """From the newest valid checkpoint, or the start, to the last step; seconds that it took."""
+    resume = newest_valid(run_dir, may_rename=trainer.is_global_zero)
     if trainer.is_global_zero:
         write_settings(cfg, asdict(plan), run_dir)
-        announce(cfg, plan, module, pair, run_dir)
-
+        announce(cfg, plan, module, data.eval_data, run_dir)
+        if resume is not None:
+            print(f"going on from {resume}")
     trainer.fit_loop.epoch_loop.max_steps = plan.total_steps
-    if resume is not None and trainer.is_global_zero:
-        print(f"going on from {resume}")
     started = time.perf_counter()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    except Stopped as stop:
-        if trainer.is_global_zero:
-            print(f"{stop}; saved in {run_dir}, the same command goes on from there")
-        sys.exit(stop.exit_code)
     except RuntimeError as error:
+        kill_children(trainer)
         if trainer.world_size > 1 and re.search("gloo|nccl", str(error), re.I):
-            raise RunFailed(f"rank {trainer.global_rank}: another rank has ended") from error
+            raise RunFailed(
+                f"rank {trainer.global_rank}: another rank has ended, or has not answered for "
+                f"{cfg.collective_timeout:g} s (collective_timeout); the same command goes on from "
+                "the newest checkpoint"
+            ) from error
+        raise
+    except Stopped as stopped:
+        if stopped.step is None:  # asked before the ranks could agree
+            kill_children(trainer)
+        raise
+    except BaseException:
+        kill_children(trainer)
         raise
     finally:
         for logger in trainer.loggers:
-            experiment: Any = getattr(logger, "experiment", None)
-            if hasattr(experiment, "finish"):  # wandb's run ends here, not with the process
-                experiment.finish()
-    seconds = time.perf_counter() - started
+            if isinstance(logger, Tolerant):
+                logger.finish()
+    return time.perf_counter() - started
 
-    def measure() -> Mapping[str, Any]:
-        return evaluate(
+
+def kill_children(trainer: lightning.Trainer) -> None:
+    """Ranks that this process has started must not wait for it."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.kill(signal.SIGKILL)
+
+
+def conclude(
+    cfg: DictConfig,
+    trainer: lightning.Trainer,
+    module: DINO,
+    data: MultiCropData,
+    plan: Plan,
+    evaluate: Callable[..., Mapping[str, Any]],
+    run_dir: Path,
+    seconds: float,
+) -> None:
+    """Measure the frozen features, and write `summary.json`: with it the run is finished."""
+    pair = data.eval_data
+    results: Mapping[str, Any] = {}
+    if pair is not None:
+        results = evaluate(
             load_backbone(run_dir),
             pair,
             num_workers=cfg.num_workers,
             device=str(module.device),
-            max_pixels=how.max_pixels,
+            max_pixels=data.dataset.how.max_pixels,
         )
+    health = [c.verdict for c in trainer.callbacks if isinstance(c, Health)]  # type: ignore[attr-defined]
+    summary = {
+        "results": results,
+        "data": pair.name if pair else None,
+        "model": model_name(module.student.backbone.architecture),
+        "last": last_row(run_dir),
+        "health": health[0] if health else None,
+        "seconds": round(seconds, 1),
+        "plan": asdict(plan),
+        "versions": versions(),
+    }
+    write_json(summary, run_dir / "summary.json")
+    finish(run_dir, summary)
 
-    if trainer.is_global_zero:
-        summary = {
-            "results": measure() if pair else {},
-            "data": pair.name if pair else None,
-            "model": model_name(module.student.backbone.architecture),
-            "last": last_row(run_dir),
-            "seconds": round(seconds, 1),
-            "plan": asdict(plan),
-            "versions": versions(),
-        }
-        write_json(summary, run_dir / "summary.json")
-        finish(run_dir, summary)
+
+def say_stopped(stopped: Stopped, run_dir: Path) -> None:
+    """Where the same command goes on."""
+    found = checkpoints_of(run_dir)
+    where = f"goes on from {found[-1].stem}" if found else "starts again"
+    unsaved = "" if stopped.saved or stopped.step is None else "; this step could not be saved"
+    print(f"{stopped}{unsaved}; {run_dir}: the same command {where}")
 
 
 def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """The final numbers, where things are, and what to type next."""
     last = summary["last"]
     print(f"{last['step']:.0f} steps, {last['epoch']:.1f} epochs, loss {last['loss']:.3f}")
+    if summary["health"] not in (None, HEALTHY):
+        print(f"not healthy: {summary['health']}; see metrics.csv")
     if summary["results"]:
         print_table(summary["results"], f"{summary['model']} on {summary['data']}")
         follow_up = f"ssl-xcit eval ckpt={run_dir}"

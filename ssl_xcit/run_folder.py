@@ -3,10 +3,18 @@ it.
 """
 
 import csv
+import fcntl
+import json
+import logging
+import os
 import platform
 import re
+import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,13 +26,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_xcit import __version__
 from ssl_xcit.errors import UserError
+from ssl_xcit.files import replacing, sweep, write_json
 from ssl_xcit.models.weights import checkpoints_of
-from ssl_xcit.table import write_json
 
+log = logging.getLogger(__name__)
 # What may differ between the parts of one run: where things are and how they are shown
 FREE_KEYS = (
     "name", "out", "num_workers", "worker_timeout", "logger", "callbacks", "main", "hydra",
-    "data.max_bad_fraction", "compile", "checkpoint_blocks",
+    "data.max_bad_fraction", "compile", "checkpoint_blocks", "max_skipped", "collective_timeout",
+    "run_id",
 )  # fmt: skip
 FREE_KEYS_DOTTED = tuple(f"{key}." for key in FREE_KEYS)
 FREE_TRAINER_KEYS = ("trainer.accelerator", "trainer.devices")
@@ -40,6 +50,11 @@ def check_same_run(cfg: DictConfig, run_dir: Path) -> None:
     if not path.is_file() or not (checkpoints_of(run_dir) or (run_dir / "summary.json").exists()):
         return  # nothing to go on with
     before, now = settings(OmegaConf.load(path)), settings(cfg)
+    recorded = about_run(run_dir).get("fingerprint")
+    if recorded is not None and recorded != fingerprint(before):
+        raise UserError(
+            f"{path} has been changed since the run was made: undo that, or take another name=..."
+        )
     differs = [
         f"{key}={before.get(key)} (now {now.get(key)})"
         for key in sorted(before.keys() | now.keys())
@@ -81,9 +96,75 @@ def write_settings(cfg: DictConfig, plan: Mapping[str, Any], run_dir: Path) -> N
         "choices": OmegaConf.to_container(hydra.runtime.choices),
         "plan": dict(plan),
         "versions": versions(),
+        "run_id": cfg.run_id,
+        "fingerprint": fingerprint(settings(cfg)),
     }
+    with replacing(run_dir / "config.yaml") as part:
+        OmegaConf.save(cfg, part, resolve=True)
     write_json(run, run_dir / "run.json")
-    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+
+
+def fingerprint(flat: Mapping[str, Any]) -> str:
+    """Of settings that change results."""
+    return sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def about_run(run_dir: Path) -> dict[str, Any]:
+    """What `run.json` says; nothing when it cannot be read."""
+    try:
+        content = json.loads((run_dir / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def run_id_of(run_dir: Path) -> str:
+    """The same for all parts of a run, for loggers that continue one."""
+    return str(about_run(run_dir).get("run_id") or uuid.uuid4().hex[:8])
+
+
+@contextmanager
+def locked(run_dir: Path, wanted: bool = True) -> Iterator[None]:
+    """Nobody else trains in this folder meanwhile; what a killed process left half-written is
+    removed.
+
+    The lock is the system's and ends with the process, however that ends; children do not inherit
+    it.
+
+    Args:
+        run_dir: made if need be.
+        wanted: only one rank holds it.
+
+    Raises:
+        UserError: another process holds it; says which.
+    """
+    if not wanted:
+        yield
+        return
+    path = run_dir / ".lock"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise UserError(
+            f"{run_dir} is in use by {holder}: wait for it, or take another name=..."
+        ) from error
+    except OSError as error:
+        log.warning("%s: no locks on this file system (%s)", run_dir, error)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
+    file.flush()
+    for folder in (run_dir, run_dir / "checkpoints"):
+        sweep(folder)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def writable_folder(path: Path) -> None:

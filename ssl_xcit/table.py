@@ -1,10 +1,6 @@
 """Results as a table for people and as a file for programs."""
 
-import json
 import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -42,10 +38,3 @@ def format_value(metric: str, value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:g}" if metric.endswith("_lr") else f"{value:.1f}"
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)

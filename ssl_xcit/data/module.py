@@ -160,6 +160,7 @@ class MultiCropData(lightning.LightningDataModule):
         self.start_step = 0
         self.timeout = timeout
         self.loader: Restarting[Crops] | None = None
+        self.indices: Tensor | int = -1  # of the batch at hand
         file = None if run_dir is None else run_dir / FILE
         self.bad = BadSamples(file, len(source), max_bad_fraction)
 
@@ -197,6 +198,7 @@ class MultiCropData(lightning.LightningDataModule):
         Raises:
             RunFailed: too much was.
         """
+        self.indices = batch.indices
         self.bad.add(batch.replaced)
         if isinstance(batch.indices, int):
             bad = batch.replaced[-1]
@@ -205,6 +207,12 @@ class MultiCropData(lightning.LightningDataModule):
                 f"{bad.name} ({bad.reason}): is the disk still there?"
             )
         return batch
+
+    def batch_names(self) -> list[str]:
+        """Of the images in the batch at hand."""
+        if not isinstance(self.indices, Tensor):
+            return []
+        return [self.dataset.source.name(i) for i in self.indices.tolist()]
 
     def on_after_batch_transfer(self, batch: Crops, dataloader_idx: int) -> list[Tensor]:
         """One (V, B, channels, h, w) tensor a resolution, normalised: global views, then local ones

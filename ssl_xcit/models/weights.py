@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.models.manifest import verify
 from ssl_xcit.models.xcit import SIZES, XCiT
 
 StateDict = dict[str, Tensor]
@@ -78,7 +79,12 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The file's dictionary, on the CPU; tensors and plain containers only."""
+    """The file's dictionary, on the CPU; tensors and plain containers only.
+
+    Raises:
+        UserError: it cannot be read, or is not what the manifest beside it says was written.
+    """
+    verify(path)
     try:
         # Published training files carry their command line as a Namespace, which only holds values.
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -1,30 +1,165 @@
-"""Checkpoints: written beside their final name and renamed, so that a name stands for a whole
-file.
+"""Checkpoints: flushed to the disk, verified, then renamed, so that a name stands for a whole file;
+the newest by step is what a run goes on from.
 """
 
+import logging
+import os
+import re
 from pathlib import Path
+from typing import Any
 
 import lightning
+import torch
+from lightning.fabric.plugins import CheckpointIO
 
-from ssl_xcit.errors import UserError
-from ssl_xcit.models.weights import checkpoints_of
+from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.files import Hashing, replacing, sha256_of
+from ssl_xcit.models.manifest import Entry, enter, forget_lost, verify
+from ssl_xcit.models.weights import checkpoints_of, read_checkpoint
+
+log = logging.getLogger(__name__)
+MAX_FAILURES = 3  # in a row end the run
+
+
+class CheckpointFiles(CheckpointIO):
+    """How Lightning writes and reads checkpoints: tensors and plain containers only, in files with
+    a checksum.
+
+    Attributes:
+        error: why the last file could not be written; None when it was.
+    """
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write and verify; a disk that fails is remembered in `error` and raises nothing, for the
+        other ranks are waiting.
+        """
+        try:
+            write_checkpoint(checkpoint, Path(path))
+            self.error = None
+        except OSError as error:
+            self.error = error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """On the CPU, verified."""
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Gone."""
+        Path(path).unlink(missing_ok=True)
+
+
+def write_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """The file and its entry in the manifest, which comes first: a file with a name has one.
+
+    Raises:
+        OSError: the disk is full, or gives back something else than was written.
+        RunFailed: a callback's state is not plain data, and could not be loaded safely.
+    """
+    with replacing(path) as part:
+        with part.open("wb") as file:
+            hashing = Hashing(file)
+            stream: Any = hashing
+            try:
+                torch.save(content, stream)
+                file.flush()
+                os.fsync(file.fileno())
+            except Exception as error:
+                if hashing.error is not None:
+                    raise hashing.error from error
+                raise
+            size, digest = file.tell(), hashing.sha256.hexdigest()
+        if sha256_of(part) != digest:
+            raise OSError(f"{path} reads back differently from what was written: a failing disk?")
+        if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(part):
+            raise RunFailed(
+                f"checkpoints hold tensors and plain containers only, and some callback's state has"
+                f" {', '.join(unsafe)}"
+            )
+        match = re.search(r"\d+", path.stem)
+        enter(path, Entry(int(match[0]) if match else 0, size, digest))
+
+
+def newest_valid(run_dir: Path, may_rename: bool = True) -> Path | None:
+    """The checkpoint to go on from; a damaged one is put aside as `.corrupt` for the one before.
+
+    Args:
+        run_dir: the run folder.
+        may_rename: one rank does it, all come to the same answer.
+
+    Raises:
+        RunFailed: there are checkpoints, and none is valid: never silently from the start.
+    """
+    found = checkpoints_of(run_dir)
+    for path in reversed(found):
+        try:
+            if not verify(path):
+                read_checkpoint(path)
+        except FileNotFoundError:  # another rank has put it aside
+            continue
+        except UserError as error:
+            log.warning("%s; put aside as .corrupt, going on from the one before", error)
+            if may_rename:
+                path.replace(path.with_suffix(".corrupt"))
+        else:
+            return path
+    damaged = sorted((run_dir / "checkpoints").glob("step-*.corrupt"))
+    if damaged:
+        raise RunFailed(
+            f"no checkpoint of {run_dir} is valid ({', '.join(p.name for p in damaged)}): to start "
+            "again from nothing, remove the folder or choose another name=..."
+        )
+    return None
 
 
 class SaveCheckpoints(lightning.Callback):
     """`RUN/checkpoints/step-000100.ckpt` every so many steps and at the end; the newest few are
-    kept.
+    kept, and milestones for good.
+
+    A disk that fails ends training at the third time in a row only; what was saved before stays.
 
     Args:
         every_steps: steps between two checkpoints.
         keep_last: how many stay.
+        milestone_every: steps between those that stay for good; None: none do.
     """
 
-    def __init__(self, every_steps: int = 100, keep_last: int = 2):
+    def __init__(
+        self, every_steps: int = 100, keep_last: int = 2, milestone_every: int | None = None
+    ):
         if every_steps < 1 or keep_last < 1:
             raise UserError(f"every_steps={every_steps}, keep_last={keep_last}: both start at 1")
+        if milestone_every is not None and (milestone_every < 1 or milestone_every % every_steps):
+            raise UserError(
+                f"callbacks.checkpoints.milestone_every={milestone_every}: a multiple of "
+                f"every_steps={every_steps}"
+            )
         self.every_steps = every_steps
         self.keep_last = keep_last
-        self.saved_step = -1
+        self.milestone_every = milestone_every
+        self.last_tried = -1
+        self.last_saved: int | None = None
+        self.failures = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, *_: object) -> None:
+        """What a run goes on from is saved already.
+
+        Raises:
+            RunFailed: ranks go on from different steps.
+        """
+        if trainer.strategy.broadcast(trainer.global_step) != trainer.global_step:
+            raise RunFailed(
+                f"rank {trainer.global_rank} would go on from step {trainer.global_step}, and rank "
+                "0 from another: do all nodes see the same files?"
+            )
+        if trainer.global_step:
+            self.last_tried = self.last_saved = trainer.global_step
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
         """Save on the grid."""
@@ -32,23 +167,58 @@ class SaveCheckpoints(lightning.Callback):
             self.save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, *_: object) -> None:
-        """Save what the run ends with."""
-        self.save(trainer)
+        """Save what the run ends with.
 
-    def save(self, trainer: lightning.Trainer) -> None:
+        Raises:
+            RunFailed: that cannot be written.
+        """
+        if not self.save(trainer):
+            raise RunFailed(
+                "the last checkpoint could not be written: make room, and the same command goes on "
+                f"from step {self.last_saved or 0}"
+            )
+
+    def save(self, trainer: lightning.Trainer) -> bool:
         """Write this step's checkpoint, unless it is written, and drop the oldest ones.
 
         All ranks call it at the same step.
+
+        Returns:
+            Whether this step is saved.
+
+        Raises:
+            RunFailed: the third failure in a row.
         """
-        if self.saved_step == trainer.global_step:
-            return
-        self.saved_step = trainer.global_step  # the same on every rank, which the disk need not be
+        step = trainer.global_step
+        if self.last_tried == step:  # the same on every rank, which the disk need not be
+            return self.last_saved == step
+        self.last_tried = step
         run_dir = Path(trainer.default_root_dir)
-        path = run_dir / "checkpoints" / f"step-{trainer.global_step:06d}.ckpt"
-        part = path.with_name(f".{path.name}.part")
-        trainer.save_checkpoint(part)
+        files: Any = trainer.strategy.checkpoint_io
+        trainer.save_checkpoint(run_dir / "checkpoints" / f"step-{step:06d}.ckpt")
+        failed = files.error is not None
+        if trainer.world_size > 1:
+            failed = trainer.strategy.reduce_boolean_decision(failed, all=False)
+        if failed:
+            self.failures += 1
+            since = "nothing is saved yet" if self.last_saved is None else f"step {self.last_saved}"
+            trouble = f"the checkpoint of step {step} could not be written ({files.error})"
+            if self.failures >= MAX_FAILURES:
+                raise RunFailed(
+                    f"{trouble}, the {MAX_FAILURES}rd failure in a row; newest checkpoint: {since}"
+                )
+            if trainer.is_global_zero:
+                log.error("%s; training goes on; newest checkpoint: %s", trouble, since)
+            return False
+        self.failures, self.last_saved = 0, step
         if trainer.is_global_zero:
-            part.replace(path)
-            for old in checkpoints_of(run_dir)[: -self.keep_last]:
-                old.unlink()
+            self.drop(run_dir)
         trainer.strategy.barrier("checkpoint")
+        return True
+
+    def drop(self, run_dir: Path) -> None:
+        """All but the newest few and the milestones; the new one has been verified."""
+        for path in checkpoints_of(run_dir)[: -self.keep_last]:
+            if not self.milestone_every or int(path.stem.partition("-")[2]) % self.milestone_every:
+                path.unlink(missing_ok=True)
+        forget_lost(run_dir / "checkpoints")

@@ -5,7 +5,6 @@ on.
 import csv
 import io
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ssl_xcit.data.loader import default_workers
 from ssl_xcit.errors import UserError
+from ssl_xcit.files import replacing
+from ssl_xcit.training.health import Health
 from ssl_xcit.training.module import DINO
 
 log = logging.getLogger(__name__)
@@ -39,12 +40,15 @@ class CSVMetrics(Logger):
         self.path = Path(folder) / "metrics.csv"
         self.columns: list[str] = ["step"]
         self.rows: list[dict[str, str]] = []
+        self.failed = False
         self.resumed = self.path.is_file()
         if self.resumed:
             with self.path.open(newline="") as file:
                 reader = csv.DictReader(file)
                 self.columns = list(reader.fieldnames or self.columns)
                 self.rows = list(reader)
+            if self.rows and not self.path.read_text().endswith("\n"):
+                self.rows.pop()  # a line that a killed process did not finish
 
     @property
     def name(self) -> str:
@@ -71,14 +75,18 @@ class CSVMetrics(Logger):
         self.columns += new
         row = {"step": str(step), **{name: repr(float(value)) for name, value in metrics.items()}}
         self.rows.append(row)
-        if rewrite or new or not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_name(".metrics.csv.part")
-            part.write_text(self._lines(self.rows, header=True))
-            part.replace(self.path)
-        else:
-            with self.path.open("a") as file:
-                file.write(self._lines([row]))
+        try:
+            if rewrite or new or self.failed or not self.path.exists():
+                with replacing(self.path) as part:
+                    part.write_text(self._lines(self.rows, header=True))
+            else:
+                with self.path.open("a") as file:
+                    file.write(self._lines([row]))
+            self.failed = False
+        except OSError as error:  # all rows are written with the next one
+            if not self.failed:
+                log.error("%s could not be written (%s); training goes on", self.path, error)
+            self.failed = True
 
     def _lines(self, rows: list[dict[str, str]], header: bool = False) -> str:
         text = io.StringIO()
@@ -90,8 +98,8 @@ class CSVMetrics(Logger):
 
 
 class LogMetrics(lightning.Callback):
-    """Loss, schedules, teacher entropy, speed and waiting for data to every logger, every so many
-    steps and at the last one.
+    """Loss, schedules, health, speed and waiting for data to every logger, every so many steps and
+    at the last one.
 
     Time counts from a batch's arrival to the step's end, and while a batch is waited for; what
     other callbacks take, such as online evaluation, does not.
@@ -140,13 +148,14 @@ class LogMetrics(lightning.Callback):
         busy, images = time.perf_counter() - self.began, batch[0].shape[1] * trainer.world_size
         for clock in (self.report, self.whole):
             clock.add(busy, data.loader.waited, images)
-        if not reporting:
+        if not reporting or not trainer.is_global_zero:
             return
+        health = next((c for c in trainer.callbacks if isinstance(c, Health)), None)  # type: ignore[attr-defined]
         metrics = {
             "epoch": data.passes(step),
             "loss": outputs["loss"].item(),
             "grad_norm": outputs["grad_norm"].item(),
-            **teacher_entropy(outputs["targets"]),
+            **(health.report(outputs, module, step) if health else {}),
             "lr": module.schedules.lr(step - 1),
             "weight_decay": module.schedules.weight_decay(step - 1),
             "ema": module.schedules.ema(step - 1),
@@ -154,6 +163,7 @@ class LogMetrics(lightning.Callback):
             "images_per_second": self.report.images_per_second(),
             "data_wait": self.report.wait_share(),
             "bad_images": len(data.bad),
+            "skipped_steps": module.skipped,
         }
         self.report = self.report.next()
         for logger in trainer.loggers:
@@ -221,14 +231,3 @@ def more_data(num_workers: int, devices: int) -> str:
         "data=shards for a slow disk (ssl-xcit shard), augment=fused and fewer augment.num_local "
         "take less"
     )
-
-
-def teacher_entropy(targets: torch.Tensor) -> dict[str, float]:
-    """Mean entropy of the teacher's rows in nats, and as a share of ln K: 1 is uniform, 0 is
-    one-hot.
-    """
-    entropy = -(targets * targets.clamp_min(1e-12).log()).sum(-1).mean().item()
-    return {
-        "teacher_entropy": entropy,
-        "teacher_entropy_share": entropy / math.log(targets.shape[-1]),
-    }

@@ -1,9 +1,12 @@
 """One DINO training step, top to bottom (arXiv:2104.14294, algorithm 1)."""
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import lightning
 import torch
@@ -12,13 +15,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssl_xcit.data.order import step_seed
-from ssl_xcit.errors import UserError
+from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.models.head import DINOHead
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.objectives.dino import Center, prototype_loss
 from ssl_xcit.training.ema import ema_update_
+from ssl_xcit.training.health import Statistics, dump_step
+from ssl_xcit.training.memory import advice, fitting_batch, is_out_of_memory
 from ssl_xcit.training.optim import clip_each_, parameter_groups
 
+log = logging.getLogger(__name__)
 Schedule = Callable[[int], float]
 
 
@@ -53,13 +59,28 @@ class Network(nn.Module):
         """
         self.compiled = torch.compile(self.backbone.forward, dynamic=False, fullgraph=fullgraph)
 
-    def forward(self, views: list[Float[Tensor, "_ B ..."]]) -> Float[Tensor, "V B D"]:
-        """What the prototypes are compared with, for all views: one pass of the backbone a
-        resolution, one of the head over all.
-        """
+    def features(self, views: list[Float[Tensor, "_ B ..."]]) -> Float[Tensor, "V B C"]:
+        """Of the backbone, for all views: one pass a resolution."""
         run = self.compiled or self.backbone
-        embeddings = [run(v.flatten(0, 1)).unflatten(0, v.shape[:2]) for v in views]
-        return self.head.embed(torch.cat(embeddings))
+        return joined([run(v.flatten(0, 1)).unflatten(0, v.shape[:2]) for v in views], dim=0)
+
+    def forward(self, views: list[Float[Tensor, "_ B ..."]]) -> Float[Tensor, "V B D"]:
+        """What the prototypes are compared with, for all views: one pass of the head over all."""
+        return self.head.embed(self.features(views))
+
+
+class Learned(NamedTuple):
+    """What a part of the batch leaves."""
+
+    loss: Float[Tensor, ""]  # times the part's share
+    teacher_logits: Float[Tensor, "G B K"]
+    targets: Float[Tensor, "G B K"]
+    features: Float[Tensor, "G B C"]  # of the teacher's backbone
+
+
+def joined(parts: list[Tensor], dim: int = 1) -> Tensor:
+    """Concatenated; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class DINO(lightning.LightningModule):
@@ -76,6 +97,9 @@ class DINO(lightning.LightningModule):
         clip_norm: largest L2 norm of each parameter's gradient.
         freeze_steps: first steps in which the prototypes keep their place.
         seed: of stochastic depth.
+        accumulate: parts of the batch that are computed one after another: less memory, the same
+            gradient but for BatchNorm, which sees a part at a time.
+        max_skipped: steps in a row with a loss or gradient that is not finite that end the run.
     """
 
     def __init__(
@@ -90,6 +114,8 @@ class DINO(lightning.LightningModule):
         clip_norm: float = 3.0,
         freeze_steps: int = 0,
         seed: int = 0,
+        accumulate: int = 1,
+        max_skipped: int = 5,
     ):
         super().__init__()
         if not student_temp > 0.0:
@@ -106,10 +132,35 @@ class DINO(lightning.LightningModule):
         self.clip_norm = clip_norm
         self.freeze_steps = freeze_steps
         self.seed = seed
+        self.accumulate = accumulate
+        self.max_skipped = max_skipped
+        self.skipped = self.skipped_in_a_row = 0
+        self.statistics = Statistics(student, teacher)
+
+    def on_train_start(self) -> None:
+        """The networks lie where they are trained."""
+        self.statistics = Statistics(self.student, self.teacher)
 
     def training_step(self, views: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
         """One optimizer step on `views`: a (V, B, in_chans, h, w) tensor a resolution, the global
         views first.
+
+        Raises:
+            RunFailed: memory has run out; says with how many images it would not have.
+        """
+        try:
+            return self.step(views)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # out here the frames that held the failed pass are gone
+        images = views[0].shape[1]
+        fitting = fitting_batch(lambda count: self.dry_step(views, count), images)
+        raise RunFailed(advice(images, self.accumulate, fitting))
+
+    def step(self, views: list[Tensor]) -> dict[str, Tensor]:
+        """See `training_step`. A step whose loss or gradient is not finite on any rank moves
+        nothing but the counts.
         """
         step = self.global_step
         optimizer: Any = self.optimizers()
@@ -118,37 +169,131 @@ class DINO(lightning.LightningModule):
             group["lr"] = lr
             group["weight_decay"] = weight_decay if decayed else 0.0
         seed_stochastic_depth(step_seed(self.seed, self.global_rank, step), self.device)
+        self.statistics.keep()
 
+        optimizer.zero_grad()
+        parts = list(zip(*(v.chunk(self.accumulate, dim=1) for v in views), strict=True))
+        learned = []
+        for n, part in enumerate(parts, start=1):
+            share = part[0].shape[1] / views[0].shape[1]
+            with self.alone(n < len(parts)):
+                learned.append(self.learn(list(part), step, share))
+        loss = torch.stack([one.loss for one in learned]).sum()
+        teacher_logits, targets, features = (
+            joined([getattr(one, what) for one in learned])
+            for what in ("teacher_logits", "targets", "features")
+        )
+        grad_norms = clip_each_(self.student.parameters(), self.clip_norm)
+        grad_norm = grad_norms.norm()
+        result = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "grad_norms": grad_norms,
+            "targets": targets,
+            "features": features,
+        }
+        if self.on_any_rank(not torch.isfinite(loss + grad_norm)):
+            self.leave_out(step, optimizer, result)
+            return result
+
+        self.skipped_in_a_row = 0
+        if step < self.freeze_steps:
+            self.student.head.last_layer.zero_grad(set_to_none=True)
+        optimizer.step()
+        self.center.update_(teacher_logits)
+        ema_update_(self.teacher, self.student, self.schedules.ema(step))
+        return result
+
+    def learn(self, views: list[Tensor], step: int, share: float) -> Learned:
+        """Forward and backward of a part of the batch, `share` of it."""
         with torch.no_grad():
-            teacher_logits = self.teacher.head.last_layer(self.teacher(views[:1]))  # (2, B, K)
+            features = self.teacher.features(views[:1])  # (2, B, C)
+            teacher_logits = self.teacher.head(features)  # (2, B, K)
         targets = self.center.targets(teacher_logits, self.schedules.teacher_temp(step))
         prototypes = self.student.head.last_layer
-        loss = prototype_loss(
+        loss = share * prototype_loss(
             self.student(views),
             prototypes.weight_v,
             prototypes.weight_g,
             targets,
             self.student_temp,
         )
-        bad = not torch.isfinite(loss)
-        if self.trainer.world_size > 1:  # one rank alone must not leave the others waiting
-            bad = self.trainer.strategy.reduce_boolean_decision(bad, all=False)
-        if bad:
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {step}: lower optim.lr (now {lr:.2e}), "
-                "or train "
-                "in float32 (trainer.precision=32-true)"
-            )
-
-        optimizer.zero_grad()
         self.manual_backward(loss)
-        grad_norm = clip_each_(self.student.parameters(), self.clip_norm)
-        if step < self.freeze_steps:
-            prototypes.zero_grad(set_to_none=True)
-        optimizer.step()
-        self.center.update_(teacher_logits)
-        ema_update_(self.teacher, self.student, self.schedules.ema(step))
-        return {"loss": loss.detach(), "grad_norm": grad_norm, "targets": targets}
+        return Learned(loss.detach(), teacher_logits, targets, features)
+
+    def dry_step(self, views: list[Tensor], count: int) -> None:
+        """What a step on `count` images needs memory for: forward, backward, and Adam's moments,
+        which the first step does not have yet. Only BatchNorm's statistics move.
+        """
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad(set_to_none=True)
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        moments = [] if optimizer.state else [torch.zeros_like(p) for p in 2 * parameters]
+        part = [v[:, :count] for v in views]
+        with torch.no_grad():
+            targets = self.center.targets(self.teacher.head(self.teacher.features(part[:1])), 1.0)
+        prototypes = self.student.head.last_layer
+        loss = prototype_loss(
+            self.student(part), prototypes.weight_v, prototypes.weight_g, targets, 1.0
+        )
+        torch.autograd.grad(loss, parameters)
+        moments.clear()
+
+    def alone(self, wanted: bool) -> AbstractContextManager[None]:
+        """Backward passes without an exchange of gradients between ranks, where there are any."""
+        if not wanted or self.trainer.world_size == 1:
+            return nullcontext()
+        return self.trainer.strategy.block_backward_sync()  # type: ignore[attr-defined]
+
+    def on_any_rank(self, what: bool | Tensor) -> bool:
+        """Whether it is so somewhere: one rank alone must not leave the others waiting."""
+        if self.trainer.world_size > 1:
+            what = self.trainer.strategy.reduce_boolean_decision(bool(what), all=False)
+        return bool(what)
+
+    def leave_out(self, step: int, optimizer: Any, result: Mapping[str, Tensor]) -> None:
+        """The step counts, and changes nothing.
+
+        Raises:
+            FloatingPointError: too many in a row; what is known of the last is written down.
+        """
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.statistics.put_back()
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise FloatingPointError(self.postmortem(step, result))
+        if self.trainer.is_global_zero:
+            log.warning(
+                "step %d left out: loss %.4g, gradient norm %.4g; %d in a row end the run",
+                step + 1, result["loss"], result["grad_norm"], self.max_skipped,
+            )  # fmt: skip
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.step()  # nothing has a gradient: no weight moves, and the step is counted
+
+    def postmortem(self, step: int, result: Mapping[str, Tensor]) -> str:
+        """Write `RUN/nonfinite-...json`; what to say."""
+        rank, trainer = self.global_rank, self.trainer
+        path = Path(trainer.default_root_dir) / f"nonfinite-step-{step + 1:06d}-rank{rank}.json"
+        names = [n for n, p in self.student.named_parameters() if p.requires_grad]
+        lr = self.schedules.lr(step)
+        facts: dict[str, Any] = {
+            "step": step + 1,
+            "rank": rank,
+            "loss": result["loss"].item(),
+            "images": getattr(getattr(trainer, "datamodule", None), "batch_names", list)(),
+            "lr": lr,
+            "weight_decay": self.schedules.weight_decay(step),
+            "teacher_temp": self.schedules.teacher_temp(step),
+            "precision": str(trainer.precision),
+            "settings": "config.yaml",
+        }
+        norms = dict(zip(names, result["grad_norms"].tolist(), strict=True))
+        dump_step(path, self, norms, facts)
+        return (
+            f"{self.skipped_in_a_row} steps in a row, up to {step + 1}, had a loss or gradient that"
+            f" is not finite: lower optim.lr (now {lr:.2e}), or train in float32 "
+            f"(trainer.precision=32-true); the last checkpoint is sound; see {path}"
+        )
 
     def configure_optimizers(self) -> Optimizer:
         """Biases and one-dimensional parameters are not decayed; lr and decay are set each step."""
@@ -158,6 +303,28 @@ class DINO(lightning.LightningModule):
         """Enough to build the backbone again and to feed it, as plain data."""
         checkpoint["architecture"] = dict(self.student.backbone.architecture)
         checkpoint["preprocess"] = dict(self.student.backbone.preprocess)
+        checkpoint["skipped"] = [self.skipped, self.skipped_in_a_row]
+        checkpoint["made_with"] = self.made_with()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Counts go on; what makes sums come out otherwise is said."""
+        self.skipped, self.skipped_in_a_row = checkpoint.get("skipped", [0, 0])
+        before, now = checkpoint.get("made_with", {}), self.made_with()
+        differs = [f"{k} {before[k]} (now {now[k]})" for k in before if before[k] != now.get(k)]
+        if differs and self.trainer.is_global_zero:
+            log.warning(
+                "this run goes on with the same images at each step, but not bit for bit: it had "
+                "%s", ", ".join(differs),
+            )  # fmt: skip
+
+    def made_with(self) -> dict[str, Any]:
+        """What decides in which order sums are taken."""
+        return {
+            "devices": self.trainer.world_size,
+            "device": self.trainer.strategy.root_device.type,
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
 
 
 def make_networks(

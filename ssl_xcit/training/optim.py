@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -23,16 +24,16 @@ def parameter_groups(*modules: nn.Module) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def clip_each_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_each_(parameters: Iterable[nn.Parameter], max_norm: float) -> Float[Tensor, " P"]:
     """Scale the gradient of each tensor by itself to an L2 norm of at most `max_norm`.
 
     Not the norm over all of them, which `torch.nn.utils.clip_grad_norm_` limits.
 
     Returns:
-        The L2 norm over all gradients before clipping, for the log.
+        The L2 norms before clipping, one a tensor, for the log.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     scales = (max_norm / (norms + 1e-6)).clamp_max(1.0)
     torch._foreach_mul_(gradients, list(scales.unbind()))
-    return norms.norm()
+    return norms

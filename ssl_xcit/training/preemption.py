@@ -1,52 +1,100 @@
-"""Ctrl-C and SIGTERM end a run at the end of a step, saved, so that the same command goes on from
-there.
+"""Ctrl-C, SIGTERM and, under SLURM, SIGUSR1 end a run at the end of a step, saved, so that the same
+command goes on from there.
 """
 
+import logging
+import os
+import re
 import signal
+import subprocess
 import threading
 from types import FrameType
+from typing import Any
 
 import lightning
 
 from ssl_xcit.training.checkpoint import SaveCheckpoints
 
-EXIT_CODES = {
-    signal.SIGINT: 130,
-    signal.SIGTERM: 75,
-}  # interrupted and saved; preempted and resumable
+log = logging.getLogger(__name__)
+# interrupted and saved; preempted and resumable
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
 
 
-class Stopped(Exception):
-    """The run was asked to end and has been saved."""
+class Stopped(BaseException):
+    """The run was asked to end; what it has learned is saved, unless the disk failed or there was
+    no time. No error, so nothing that mends errors stops it.
+    """
 
-    def __init__(self, signal_number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}")
-        self.exit_code = EXIT_CODES[signal.Signals(signal_number)]
+    def __init__(self, signal_number: int, step: int | None = None, saved: bool = True):
+        where = "" if step is None else f" after step {step}"
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}{where}")
+        self.signal = signal.Signals(signal_number)
+        self.exit_code = EXIT_CODES[self.signal]
         self.step = step
+        self.saved = saved
 
 
 class StopOnSignal(lightning.Callback):
-    """The handler only sets a flag; the step's end saves and raises `Stopped`. A second Ctrl-C
-    leaves at once.
+    """While a step runs the handler only sets a flag; the step's end saves and raises `Stopped`.
+    Before and after training, when there is nothing to save, it raises at once. A second Ctrl-C
+    leaves at once, unsaved; a second SIGTERM changes nothing.
+
+    Handlers stay when a run has been stopped, until the process ends: a scheduler may ask twice.
+
+    Args:
+        checkpoints: what saves.
     """
 
     def __init__(self, checkpoints: SaveCheckpoints):
         self.checkpoints = checkpoints
         self.received: int | None = None
+        self.stopping = False
+        self.training = False
+        self.before: dict[int, Any] = {}
+
+    def signals(self) -> list[int]:
+        """SIGUSR1 is SLURM's word for a time limit that is near; elsewhere it has other users."""
+        under_slurm = "SLURM_JOB_ID" in os.environ
+        return [s for s in EXIT_CODES if s != signal.SIGUSR1 or under_slurm]
+
+    def install(self) -> None:
+        """Take the signals, here and again where Lightning may have taken them."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self.signals():
+                before = signal.signal(number, self.receive)
+                self.before.setdefault(number, before)
+
+    def restore(self) -> None:
+        """Give them back."""
+        if threading.current_thread() is threading.main_thread():
+            for number, before in self.before.items():
+                signal.signal(number, before)
 
     def on_train_start(self, trainer: lightning.Trainer, *_: object) -> None:
-        """Install the handlers, after Lightning's own."""
-        if threading.current_thread() is threading.main_thread():
-            for number in EXIT_CODES:
-                signal.signal(number, self.receive)
+        """From here on there is something to save."""
+        self.install()
+        self.training = True
+
+    def on_train_end(self, *_: object) -> None:
+        """Everything is saved."""
+        self.training = False
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Remember the signal."""
-        if number == signal.SIGINT:
-            if self.received == number:
+        if self.stopping:
+            if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            print("\nstopping after this step (Ctrl-C again leaves at once, unsaved)", flush=True)
+            return
+        again = self.received == number
         self.received = number
+        if not self.training:
+            self.stopping = True
+            raise Stopped(number)
+        if number == signal.SIGINT:
+            if again:
+                self.stopping = True
+                raise Stopped(number, saved=False)
+            os.write(1, b"\nstopping after this step (Ctrl-C again leaves at once, unsaved)\n")
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
         """Save and leave when any rank was asked to."""
@@ -54,5 +102,22 @@ class StopOnSignal(lightning.Callback):
         if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop:
-            self.checkpoints.save(trainer)
-            raise Stopped(self.received or signal.SIGTERM, trainer.global_step)
+            number = self.received or signal.SIGTERM
+            saved = self.checkpoints.save(trainer)
+            self.stopping = True
+            if number == signal.SIGUSR1 and trainer.is_global_zero:
+                requeue()
+            raise Stopped(number, trainer.global_step, saved)
+
+
+def requeue() -> None:
+    """Have SLURM start this job again; what keeps it from that is logged."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    try:
+        if not re.fullmatch(r"\d+(_\d+)?", job):
+            raise ValueError(f"SLURM_JOB_ID={job} is not a job's number")
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        log.error("the job could not be queued again: %s", error)

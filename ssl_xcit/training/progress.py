@@ -8,6 +8,8 @@ import lightning
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ssl_xcit.training.health import Health
+
 
 class ProgressBar(lightning.Callback):
     """Steps, epochs, loss, images a second, remaining time, and the latest online numbers.
@@ -79,6 +81,7 @@ class ProgressBar(lightning.Callback):
             f"{images / self.seconds_per_step(trainer.global_step):.0f} images/s",
         ]
         parts += [f"{k} {v.item():.1f}" for k, v in trainer.callback_metrics.items()]
+        parts += [c.verdict for c in trainer.callbacks if isinstance(c, Health)]  # type: ignore[attr-defined]
         return "  ".join(parts)
 
     def teardown(self, *_: object, **__: object) -> None:

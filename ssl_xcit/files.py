@@ -1,0 +1,93 @@
+"""Files that are whole or not there: written beside their name, flushed to the disk, renamed.
+
+Temporary files lie in the same folder, hidden, and end in `.part`: a rename does not cross file
+systems, and who finds one knows whose it is. The system's temporary folder is never used.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+SUFFIX = ".part"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which takes the place of `path` at the end, or is removed.
+
+    It is on the disk before it gets the name, and the name is on the disk afterwards: a power
+    failure leaves the old file or the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}{SUFFIX}")
+    try:
+        yield part
+        flush(part)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # some file systems cannot flush a folder
+        flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written in this folder."""
+    for part in folder.glob(f".*{SUFFIX}"):
+        part.unlink()
+
+
+class Hashing:
+    """A binary file that is only appended to, and the SHA-256 of what went in.
+
+    `torch.save` turns an error of the disk into one of its own; `error` is what happened.
+    """
+
+    def __init__(self, file: Any):
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Append."""
+        self.sha256.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """As of files."""
+        self.file.flush()
+
+
+def sha256_of(path: Path) -> str:
+    """In hexadecimal; read from the disk where the system lets go of its copy in memory."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        buffer = memoryview(bytearray(1 << 20))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()

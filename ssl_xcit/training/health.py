@@ -1,0 +1,282 @@
+"""Whether a run is well: non-finite steps are left out, and collapse is seen and said.
+
+Two collapses are known of self-distillation (DINO, arXiv:2104.14294, section 5.3): the teacher's
+rows become uniform (centering wins), or one prototype takes every image (sharpening wins). Both
+show in the teacher's targets; that features lose their dimensions shows in RankMe
+(arXiv:2210.02885) and in the deviation of normalised features (SimSiam, arXiv:2011.10566,
+section 4.1).
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.files import write_json
+
+log = logging.getLogger(__name__)
+HEALTHY = "healthy"
+UNIFORM = "the teacher has collapsed to a uniform distribution"
+ONE_PROTOTYPE = "one prototype takes all images"
+ALIKE = "the features of all images are nearly the same"
+ADVICE = {
+    UNIFORM: "lower objective.teacher_temp first, then optim.lr",
+    ONE_PROTOTYPE: "raise objective.teacher_temp first, and see that the center moves "
+    "(objective.center_momentum below 1)",
+    ALIKE: "lower optim.lr first, then raise objective.ema",
+}
+
+
+class Statistics:
+    """Running statistics of BatchNorm before a step, to be put back when the step is left out.
+
+    Args:
+        modules: whose buffers move in a forward pass.
+    """
+
+    def __init__(self, *modules: nn.Module):
+        self.buffers = [b for module in modules for b in module.buffers()]
+        self.kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """As they are."""
+        if not self.kept:
+            self.kept = [b.clone() for b in self.buffers]
+        torch._foreach_copy_(self.kept, self.buffers)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """As they were."""
+        torch._foreach_copy_(self.buffers, self.kept)
+
+
+def dump_step(
+    path: Path, module: nn.Module, norms: Mapping[str, float], facts: Mapping[str, Any]
+) -> None:
+    """What is known of a step that failed, as JSON for people: facts, and norms of all weights and
+    gradients.
+
+    Args:
+        path: the file.
+        module: whose weights.
+        norms: of the gradients, by name.
+        facts: step, samples, settings.
+    """
+    with torch.no_grad():
+        weights = {name: p.norm().item() for name, p in module.named_parameters()}
+    content = {**facts, "gradient_norms": dict(norms), "weight_norms": weights}
+    write_json(json.loads(json.dumps(content), parse_constant=str), path)
+
+
+def rankme(features: Float[Tensor, "M C"]) -> Float[Tensor, ""]:
+    """Effective rank: exp of the entropy of the singular values' shares (RankMe, equation 1); from
+    1 to min(M, C).
+    """
+    # squares of the singular values from the smaller Gram matrix, in double for the small ones
+    x = features.double()
+    gram = x.mT @ x if x.shape[1] <= x.shape[0] else x @ x.mT
+    values = torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt()
+    share = values / values.sum().clamp_min(1e-300)
+    return torch.special.entr(share).sum().exp().float()
+
+
+def feature_std(features: Float[Tensor, "M C"]) -> Float[Tensor, ""]:
+    """Mean over channels of the standard deviation of L2-normalised features, times sqrt(C): about
+    1 for features in all directions, 0 when they are one.
+    """
+    unit = nn.functional.normalize(features.float(), dim=-1)
+    return unit.std(dim=0, unbiased=False).mean() * math.sqrt(features.shape[1])
+
+
+def grad_norm_groups(names: Iterable[str]) -> tuple[list[str], list[int]]:
+    """Groups of parameters for the log, and the group of each: stem, thirds of the depth, class
+    attention, head, prototypes.
+    """
+    names = list(names)
+    depth = 1 + max((block_of(n) for n in names), default=-1)
+
+    def group(name: str) -> str:
+        if "last_layer" in name:
+            return "prototypes"
+        if "head." in name:
+            return "head"
+        if "cls_" in name or name.startswith("backbone.norm."):
+            return "class_attention"
+        if (block := block_of(name)) >= 0:
+            return ("blocks_first", "blocks_middle", "blocks_last")[3 * block // depth]
+        return "stem"
+
+    of_each = [group(n) for n in names]
+    groups = list(dict.fromkeys(of_each))
+    return groups, [groups.index(g) for g in of_each]
+
+
+def block_of(name: str) -> int:
+    """`backbone.blocks.3.` is 3; -1 outside the blocks."""
+    _, found, rest = name.partition("backbone.blocks.")
+    return int(rest.partition(".")[0]) if found else -1
+
+
+def teacher_entropy(targets: Float[Tensor, "G B K"]) -> dict[str, float]:
+    """Mean entropy of the teacher's rows in nats, and as a share of ln K: 1 is uniform, 0 is
+    one-hot.
+    """
+    entropy = torch.special.entr(targets).sum(-1).mean().item()
+    return {
+        "teacher_entropy": entropy,
+        "teacher_entropy_share": entropy / math.log(targets.shape[-1]),
+    }
+
+
+class Queue:
+    """The last M rows, in memory made once.
+
+    Args:
+        size: M.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.rows: Tensor | None = None
+        self.count = 0
+
+    def add(self, rows: Float[Tensor, "B C"]) -> None:
+        """At most M of them."""
+        if self.rows is None:
+            self.rows = rows.new_zeros(self.size, rows.shape[1])
+        self.rows = self.rows.to(rows.device)  # a checkpoint's come on the CPU
+        rows = rows[-self.size :]
+        start = self.count % self.size
+        first = rows[: self.size - start]
+        self.rows[start : start + len(first)] = first
+        self.rows[: len(rows) - len(first)] = rows[len(first) :]
+        self.count += len(rows)
+
+    def filled(self) -> Float[Tensor, "M C"]:
+        """Those that are there, in any order."""
+        assert self.rows is not None
+        return self.rows[: self.count]
+
+
+class Health(lightning.Callback):
+    """Features and favourite prototypes of the last images, looked at with each report of the
+    metrics; a change of the verdict is logged, with what to change first.
+
+    Args:
+        queue: images looked back upon.
+        patience: reports in a row with the same trouble before it is said.
+        stop_on_collapse: end the run then, with exit code 1.
+    """
+
+    def __init__(self, queue: int = 1024, patience: int = 3, stop_on_collapse: bool = False):
+        if queue < 2 or patience < 1:
+            raise UserError(
+                f"callbacks.health: queue={queue}, patience={patience}: at least 2 and 1; to do "
+                "without: ~callbacks.health"
+            )
+        self.features = Queue(queue)
+        self.favourites = Queue(queue)
+        self.patience = patience
+        self.stop_on_collapse = stop_on_collapse
+        self.verdict = HEALTHY
+        self.trouble = HEALTHY
+        self.times = 0
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        outputs: Any,
+        *_: object,
+    ) -> None:
+        """Look at the first global view of each image, but not in steps that were left out."""
+        if module.skipped_in_a_row:
+            return
+        self.features.add(outputs["features"][0].float())
+        self.favourites.add(outputs["targets"][0].argmax(-1, keepdim=True))
+
+    def report(self, outputs: Mapping[str, Tensor], module: Any, step: int) -> dict[str, float]:
+        """What is logged; sets `verdict`."""
+        targets = outputs["targets"]
+        features, favourites = self.features.filled(), self.favourites.filled()
+        names = [n for n, p in module.student.named_parameters() if p.requires_grad]
+        groups, of_each = grad_norm_groups(names)
+        norms = outputs["grad_norms"]
+        index = torch.tensor(of_each, device=norms.device)
+        by_group = norms.new_zeros(len(groups)).index_add_(0, index, norms.square()).sqrt()
+        num_used = len(favourites.unique())
+        values = {
+            **teacher_entropy(targets),
+            "center_norm": module.center.center.norm().item(),
+            "feature_std": feature_std(features).item(),
+            "rankme": rankme(features).item(),
+            "prototypes_used": num_used / min(targets.shape[-1], len(favourites)),
+            **{f"grad_norm_{g}": n for g, n in zip(groups, by_group.tolist(), strict=True)},
+        }
+        loss = outputs["loss"].item()
+        warm = step > getattr(module.schedules.lr, "warmup_steps", 0)
+        found = judge(loss, values, targets.shape[-1], num_used) if warm else HEALTHY
+        self.times = self.times + 1 if found == self.trouble else 1
+        self.trouble = found
+        if found != self.verdict and (found == HEALTHY or self.times >= self.patience):
+            self.verdict = found
+            self.say(step)
+        return {**values, "healthy": float(self.verdict == HEALTHY)}
+
+    def say(self, step: int) -> None:
+        """The verdict has changed.
+
+        Raises:
+            RunFailed: for the worse, and that is to end the run.
+        """
+        if self.verdict == HEALTHY:
+            log.warning("step %d: the run is healthy again", step)
+            return
+        text = f"step {step}: {self.verdict}: {ADVICE[self.verdict]}"
+        if self.stop_on_collapse:
+            raise RunFailed(f"{text}; stopped, as callbacks.health.stop_on_collapse asks")
+        log.warning("%s; callbacks.health.stop_on_collapse=true would stop here", text)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The queues, so that a run that goes on reports as one that was not stopped."""
+        queues = {n: [q.rows, q.count] for n, q in self.queues().items()}
+        return {**queues, "verdict": self.verdict, "trouble": self.trouble, "times": self.times}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on."""
+        for name, queue in self.queues().items():
+            rows, count = state_dict[name]
+            if rows is not None and len(rows) == queue.size:
+                queue.rows, queue.count = rows.clone(), count
+        self.verdict, self.trouble = state_dict["verdict"], state_dict["trouble"]
+        self.times = state_dict["times"]
+
+    def queues(self) -> dict[str, Queue]:
+        """By name."""
+        return {"features": self.features, "favourites": self.favourites}
+
+
+def judge(loss: float, values: Mapping[str, float], num_prototypes: int, num_used: int) -> str:
+    """What is wrong, the plainest first.
+
+    Uniform: the loss within 0.1 % of ln K and the teacher's entropy too. One prototype: at most two
+    are anybody's favourite. Alike: normalised features deviate by less than a fiftieth of what
+    independent directions do, or span fewer than two dimensions.
+    """
+    uniform = math.log(num_prototypes)
+    if abs(loss - uniform) < 1e-3 * uniform and values["teacher_entropy_share"] > 0.99:
+        return UNIFORM
+    if num_used <= 2 < num_prototypes:
+        return ONE_PROTOTYPE
+    if values["feature_std"] < 0.02 or values["rankme"] < 2.0:
+        return ALIKE
+    return HEALTHY

@@ -1,0 +1,108 @@
+"""Loggers beside `metrics.csv` must not stand in training's way: one that fails is said once and
+left out.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+log = logging.getLogger(__name__)
+
+
+class Tolerant(Logger):
+    """The first of several ways to make a logger that works; without any, nothing is logged.
+
+    Args:
+        label: what it is called in the settings.
+        ways: each makes the logger, such as on line and then off line.
+    """
+
+    def __init__(self, label: str, ways: Sequence[Callable[[], Logger]]):
+        super().__init__()
+        self.label = label
+        self.ways = list(ways)
+        self.inner: Logger | None = None
+        self.warned = False
+
+    @property
+    def name(self) -> str:
+        """What Lightning calls it."""
+        return self.label
+
+    @property
+    def version(self) -> str:
+        """There is one."""
+        return ""
+
+    @property
+    def experiment(self) -> Any:
+        """Of the logger inside, which begins here; None without one."""
+        self.begin()
+        return None
+
+    @rank_zero_only
+    def begin(self) -> None:
+        """Once, before the first step."""
+        failed: list[Exception] = []
+        while self.inner is None and self.ways:
+            make = self.ways.pop(0)
+            try:
+                made = make()
+                _ = getattr(made, "experiment", None)
+            except Exception as error:
+                failed.append(error)
+            else:
+                self.inner = made
+        if failed:
+            works = "it goes on off line" if self.inner else "the run goes on without it"
+            self.warn(failed[0], works)
+
+    def warn(self, error: Exception, what_now: str) -> None:
+        """Once a run."""
+        if not self.warned:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            log.warning("logger %s: %s; %s; metrics.csv is complete", self.label, reason, what_now)
+        self.warned = True
+
+    def call(self, method: str, *args: Any) -> None:
+        """A method of the logger inside."""
+        if self.inner is not None:
+            try:
+                getattr(self.inner, method)(*args)
+            except Exception as error:
+                self.warn(error, "the run goes on without it")
+                self.inner = None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Hand on."""
+        self.begin()
+        self.call("log_metrics", metrics, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Hand on."""
+        self.call("log_hyperparams", params)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Hand on."""
+        self.call("save")
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Hand on."""
+        self.call("finalize", status)
+
+    @rank_zero_only
+    def finish(self) -> None:
+        """wandb's run ends here, not with the process."""
+        experiment: Any = getattr(self.inner, "experiment", None)
+        if hasattr(experiment, "finish"):
+            try:
+                experiment.finish()
+            except Exception as error:
+                self.warn(error, "its record may end early")

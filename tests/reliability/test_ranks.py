@@ -1,0 +1,148 @@
+"""Rows 5, 15, 19, 26: two ranks on gloo."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from runs import STEPS, TOY, assert_equal_runs, facts
+
+pytestmark = pytest.mark.reliability
+# two processes on two cores: they take turns, and a step takes a while
+TWO = ["trainer.devices=2", "collective_timeout=20"]
+
+
+def hold(step, rank=0):
+    return [
+        "+callbacks.hold._target_=tricks.Hold",
+        f"+callbacks.hold.step={step}",
+        f"+callbacks.hold.rank={rank}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole_two(zygote, tmp_path_factory, photos_pair):
+    from runs import Place
+
+    here = Place(zygote, tmp_path_factory.mktemp("two"))
+    status, err = here(*TWO, timeout=120)
+    assert status == 0, err
+    return here
+
+
+def test_two_ranks_hold_the_same_weights(whole_two):
+    ours, theirs = whole_two.records(0), whole_two.records(1)
+    assert len(ours) == len(theirs) == STEPS
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["images"] != b["images"]
+        assert a["state"] == b["state"]
+
+
+@pytest.mark.parametrize("who", ["first", "other", "both"])
+def test_row_05_sigterm(place, whole_two, who):
+    """To one rank or to all, 0.3 s apart: the same step is saved by all, within 10 s."""
+    run = place.start(*TWO, *hold(8))
+    holding = place.run_dir / "holding-0"
+    place.until(holding.exists, run, 90)
+    place.until(lambda: len(place.records(1)) >= 7, run)
+    pids = [run.pid, place.records(1)[-1]["pid"]]
+    targets = {"first": pids[:1], "other": pids[1:], "both": pids}[who]
+    began = time.monotonic()
+    for pid in targets:
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.3)
+    holding.unlink()
+    assert run.wait(10) == 75, run.err
+    assert time.monotonic() - began < 10
+    wait_for_end(pids[1])
+    assert place.checkpoints()[-1] == "step-000008.ckpt"
+    assert [r["step"] for r in place.records(1)] == [r["step"] for r in place.records(0)]
+    if who == "both":
+        assert place(*TWO, timeout=120)[0] == 0
+        assert_equal_runs(place, whole_two, 0)
+        # BatchNorm's running statistics of the others are not saved: they are used nowhere
+        assert_equal_runs(place, whole_two, 1, without=("before", "hash"))
+
+
+def wait_for_end(pid, seconds=10):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return
+        except OSError:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} is still there")
+
+
+def test_row_15_another_world_size(place, whole):
+    """The same global batch: the same images at each step; said not to be bit-exact."""
+    run = place.start("+callbacks.slow._target_=tricks.Slow", "+callbacks.slow.seconds=0.02")
+    place.until_step(22, run)
+    run.kill()
+    run.wait()
+    (first,) = {min(r["step"] for r in place.records(0))}
+    assert first == 1
+    saved = int(place.checkpoints()[-1][5:11])
+    status, err = place(*TWO, timeout=120)
+    assert status == 0, err
+    assert "not bit for bit: it had devices 1 (now 2)" in err
+    expected = {r["step"]: r["images"] for r in whole.records()}
+    others = {r["step"]: r["images"] for r in place.records(1)}
+    last = {r["step"]: r["images"] for r in place.records(0)}
+    for step in range(saved + 1, STEPS + 1):
+        assert last[step] + others[step] == expected[step]
+
+
+def test_row_19_a_nan_on_one_rank(place):
+    """All ranks leave the step out."""
+    poison = ["+callbacks.poison._target_=tricks.Poison", "+callbacks.poison.steps=[6,7]"]
+    status, err = place(*TWO, *poison, "+callbacks.poison.rank=1", timeout=120)
+    assert status == 0, err
+    for rank in (0, 1):
+        for record in place.records(rank):
+            assert (record["before"] != record["hash"]) == (record["step"] not in (6, 7))
+    assert [r["state"] for r in place.records(0)] == [r["state"] for r in place.records(1)]
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
+def test_row_26_a_rank_is_stopped(place, how):
+    """The other exits 1 within the collective timeout, and leaves no process behind."""
+    run = place.start(*TWO, *hold(8))
+    holding = place.run_dir / "holding-0"
+    place.until(holding.exists, run, 90)
+    place.until(lambda: len(place.records(1)) >= 7, run)
+    other = place.records(1)[-1]["pid"]
+    os.kill(other, how)
+    holding.unlink()
+    assert run.wait(30) == 1
+    assert "collective_timeout" in run.err
+    assert "Traceback" not in run.err
+    wait_for_end(other)
+
+
+def test_accumulation_is_the_sum_over_ranks(place, zygote, tmp_path):
+    """Two parts of a batch on one rank, and a part on each of two: the same gradient."""
+    from runs import Place
+
+    words = [w for w in TOY if "drop_path" not in w]
+    one = Place(zygote, tmp_path / "one")
+    one.folder.mkdir()
+    assert one("trainer.accumulate=2", words=words)[0] == 0
+    status, err = place(*TWO, words=words, timeout=120)
+    assert status == 0, err
+    for a, b, c in zip(one.records(), place.records(0), place.records(1), strict=True):
+        assert a["images"] == b["images"] + c["images"]
+        mean = (float.fromhex(b["loss"]) + float.fromhex(c["loss"])) / 2
+        assert abs(float.fromhex(a["loss"]) - mean) < 2e-3 * mean
+    assert json.dumps(facts(one.records()[0]))
+
+
+def test_accumulation_within_ranks(place):
+    """Gradients are exchanged once, after the last part."""
+    status, err = place(*TWO, "trainer.accumulate=2", timeout=120)
+    assert status == 0, err
+    assert [r["state"] for r in place.records(0)] == [r["state"] for r in place.records(1)]

@@ -1,0 +1,189 @@
+"""What happens to runs: a record of each step, and accidents at a step or a byte, as callbacks and
+as functions of no argument that the zygote calls first.
+"""
+
+import json
+import os
+import signal
+import time
+from hashlib import blake2b
+from pathlib import Path
+
+import lightning
+import torch
+
+
+def bytes_of(tensor):
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def digest(*modules):
+    """Of all parameters and buffers, bit by bit."""
+    found = blake2b(digest_size=8)
+    for module in modules:
+        for tensor in module.state_dict().values():
+            found.update(bytes_of(tensor))
+    return found.hexdigest()
+
+
+class Record(lightning.Callback):
+    """`RUN/record-RANK.jsonl`: sample ids, loss as a hex float, hashes of weights and center."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.before = digest(module.student, module.teacher, module.center)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        row = {
+            "step": trainer.global_step,
+            "images": trainer.datamodule.indices.tolist(),
+            "loss": float(outputs["loss"]).hex(),
+            "before": self.before,
+            "hash": digest(module.student, module.teacher, module.center),
+            "state": digest_of_optimizer(trainer.optimizers[0]),
+            "pid": os.getpid(),
+        }
+        path = Path(trainer.default_root_dir) / f"record-{trainer.global_rank}.jsonl"
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def digest_of_optimizer(optimizer):
+    found = blake2b(digest_size=8)
+    for state in optimizer.state.values():
+        for name in sorted(state):
+            found.update(bytes_of(state[name]))
+    return found.hexdigest()
+
+
+class Poison(lightning.Callback):
+    """NaN in the images, or in one gradient, at some steps (counted from 1) on one rank."""
+
+    def __init__(self, steps, rank=0, what="images"):
+        self.steps, self.rank, self.what = set(steps), rank, what
+
+    def on_train_start(self, trainer, module):
+        if self.what == "gradient":
+            parameter = module.student.backbone.blocks[0].attn.proj.weight
+            here = trainer.global_rank == self.rank
+
+            def spoil(gradient):
+                now = trainer.global_step + 1 in self.steps and here
+                return gradient * float("nan") if now else gradient
+
+            parameter.register_hook(spoil)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        here = trainer.global_step + 1 in self.steps and trainer.global_rank == self.rank
+        if here and self.what == "images":
+            batch[0].fill_(float("nan"))
+
+
+class Slow(lightning.Callback):
+    """Sleeps a while at each step."""
+
+    def __init__(self, seconds=0.1):
+        self.seconds = seconds
+
+    def on_train_batch_start(self, *_):
+        time.sleep(self.seconds)
+
+
+class Hold(lightning.Callback):
+    """At a step (counted from 1) on one rank: says so in `RUN/holding-RANK`, and waits until the
+    file is gone.
+    """
+
+    def __init__(self, step, rank=0):
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step + 1 == self.step and trainer.global_rank == self.rank:
+            path = Path(trainer.default_root_dir) / f"holding-{self.rank}"
+            path.write_text(str(os.getpid()))
+            while path.exists():
+                time.sleep(0.01)
+
+
+def die_within_a_write():
+    """SIGKILL after WRITE_BYTES bytes of the WRITE_NUMBER-th checkpoint, or before its rename."""
+    from ssl_xcit import files
+    from ssl_xcit.training import checkpoint
+
+    number, limit = int(os.environ["WRITE_NUMBER"]), int(os.environ["WRITE_BYTES"])
+    counts = {"files": 0, "bytes": 0}
+
+    class Deadly(files.Hashing):
+        def __init__(self, file):
+            super().__init__(file)
+            counts["files"] += 1
+            counts["bytes"] = 0
+
+        def write(self, data):
+            counts["bytes"] += len(data)
+            if counts["files"] == number and counts["bytes"] > limit:
+                self.file.write(data[: len(data) // 2])
+                self.file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().write(data)
+
+    checkpoint.Hashing = Deadly
+    enter = checkpoint.enter
+
+    def deadly(*args):
+        enter(*args)
+        if counts["files"] == number and limit < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.enter = deadly
+
+
+def slow_writes():
+    """Each checkpoint takes half a second and says when it begins."""
+    from ssl_xcit.training import checkpoint
+
+    write = checkpoint.write_checkpoint
+
+    def slowly(content, path):
+        Path(os.environ["WRITING"]).write_text("now")
+        time.sleep(0.5)
+        write(content, path)
+
+    checkpoint.write_checkpoint = slowly
+
+
+def lying_disk():
+    """From LIE_FROM on, what is flushed comes back with a bit flipped."""
+    from ssl_xcit.training import checkpoint
+
+    sha256_of = checkpoint.sha256_of
+    count = {"files": 0}
+
+    def flipped(path):
+        count["files"] += 1
+        if count["files"] >= int(os.environ["LIE_FROM"]):
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        return sha256_of(path)
+
+    checkpoint.sha256_of = flipped
+
+
+def signal_before_training():
+    """SIGTERM while the images are being looked at."""
+    from ssl_xcit import pretrain
+
+    make = pretrain.MultiCropData
+
+    def interrupted(*args):
+        made = make(*args)
+        install = pretrain.StopOnSignal.install
+
+        def then(self):
+            install(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        pretrain.StopOnSignal.install = then
+        return made
+
+    pretrain.MultiCropData = interrupted
