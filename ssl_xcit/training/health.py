@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ssl_xcit.errors import RunFailed, UserError
@@ -29,8 +29,7 @@ ONE_PROTOTYPE = "one prototype takes all images"
 ALIKE = "the features of all images are nearly the same"
 ADVICE = {
     UNIFORM: "lower objective.teacher_temp first, then optim.lr",
-    ONE_PROTOTYPE: "raise objective.teacher_temp first, and see that the center moves "
-    "(objective.center_momentum below 1)",
+    ONE_PROTOTYPE: "lower objective.center_momentum first, then raise objective.teacher_temp",
     ALIKE: "lower optim.lr first, then raise objective.ema",
 }
 
@@ -213,18 +212,19 @@ class Health(lightning.Callback):
         norms = outputs["grad_norms"]
         index = torch.tensor(of_each, device=norms.device)
         by_group = norms.new_zeros(len(groups)).index_add_(0, index, norms.square()).sqrt()
-        num_used = len(favourites.unique())
+        counts = favourites.unique(return_counts=True)[1]
         values = {
             **teacher_entropy(targets),
             "center_norm": module.center.center.norm().item(),
             "feature_std": feature_std(features).item(),
             "rankme": rankme(features).item(),
-            "prototypes_used": num_used / min(targets.shape[-1], len(favourites)),
+            "prototypes_used": len(counts) / min(targets.shape[-1], len(favourites)),
+            "prototypes_effective": effective_number(counts),
             **{f"grad_norm_{g}": n for g, n in zip(groups, by_group.tolist(), strict=True)},
         }
         loss = outputs["loss"].item()
         warm = step > getattr(module.schedules.lr, "warmup_steps", 0)
-        found = judge(loss, values, targets.shape[-1], num_used) if warm else HEALTHY
+        found = judge(loss, values, targets.shape[-1]) if warm else HEALTHY
         self.times = self.times + 1 if found == self.trouble else 1
         self.trouble = found
         if found != self.verdict and (found == HEALTHY or self.times >= self.patience):
@@ -265,18 +265,24 @@ class Health(lightning.Callback):
         return {"features": self.features, "favourites": self.favourites}
 
 
-def judge(loss: float, values: Mapping[str, float], num_prototypes: int, num_used: int) -> str:
-    """What is wrong, the plainest first.
+def effective_number(counts: Int64[Tensor, " P"]) -> float:
+    """exp of the entropy of the shares: how many equally frequent ones tell as much."""
+    share = counts.double() / counts.sum()
+    return torch.special.entr(share).sum().exp().item()
 
-    Uniform: the loss within 0.1 % of ln K and the teacher's entropy too. One prototype: at most two
-    are anybody's favourite. Alike: normalised features deviate by less than a fiftieth of what
-    independent directions do, or span fewer than two dimensions.
+
+def judge(loss: float, values: Mapping[str, float], num_prototypes: int) -> str:
+    """What is wrong, causes before effects.
+
+    Alike: normalised features deviate by less than a fiftieth of what independent directions do, or
+    span fewer than two dimensions. One prototype: the images' favourites tell less than two equally
+    frequent ones. Uniform: the loss within 0.1 % of ln K, or the teacher's entropy within 0.5 %.
     """
     uniform = math.log(num_prototypes)
-    if abs(loss - uniform) < 1e-3 * uniform and values["teacher_entropy_share"] > 0.99:
-        return UNIFORM
-    if num_used <= 2 < num_prototypes:
-        return ONE_PROTOTYPE
     if values["feature_std"] < 0.02 or values["rankme"] < 2.0:
         return ALIKE
+    if values["prototypes_effective"] < min(2.0, num_prototypes / 4):
+        return ONE_PROTOTYPE
+    if abs(loss - uniform) < 1e-3 * uniform or values["teacher_entropy_share"] > 0.995:
+        return UNIFORM
     return HEALTHY

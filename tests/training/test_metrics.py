@@ -4,7 +4,8 @@ import csv
 
 import torch
 
-from ssl_xcit.training.metrics import CSVMetrics, teacher_entropy
+from ssl_xcit.training.health import teacher_entropy
+from ssl_xcit.training.metrics import CSVMetrics
 
 
 def rows(folder):

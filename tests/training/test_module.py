@@ -1,5 +1,6 @@
 """The step on real images: it learns, the teacher is the EMA, nothing else moves it."""
 
+import json
 import math
 from copy import deepcopy
 
@@ -166,8 +167,32 @@ def test_a_loss_that_is_not_finite_stops_with_a_hint(handful, tmp_path):
     module = make()
     with torch.no_grad():
         module.student.backbone.norm.weight.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match=r"at step 0: lower optim\.lr"):
+    before = deepcopy(module.state_dict())
+    with pytest.raises(FloatingPointError, match=r"5 steps in a row, up to 5, .* lower optim\.lr"):
+        fit(module, handful, 9, tmp_path)
+    after = module.state_dict()
+    assert all(torch.equal(before[k].nan_to_num(7.0), after[k].nan_to_num(7.0)) for k in before)
+    dump = json.loads((tmp_path / "nonfinite-step-000005-rank0.json").read_text())
+    assert dump["weight_norms"]["student.backbone.norm.weight"] == "NaN"
+    assert len(dump["images"]) == 12
+
+
+def test_parts_of_a_batch_have_the_gradient_of_all(handful, tmp_path):
+    """But for BatchNorm, which is frozen here."""
+    grads = []
+    for accumulate in (1, 3):
+        module = make(lr=0.0, steps=1)
+        module.accumulate = accumulate
+        for one in module.modules():
+            if isinstance(one, torch.nn.BatchNorm2d):
+                one.momentum = 0.0
+                one.train = lambda mode=True, one=one: setattr(one, "training", False) or one
+                one.training = False
         fit(module, handful, 1, tmp_path)
+        grads.append([p.grad for p in module.student.parameters() if p.grad is not None])
+    assert len(grads[0]) > 20
+    for one, parts in zip(*grads, strict=True):
+        assert torch.allclose(one, parts, rtol=1e-3, atol=1e-5)
 
 
 def test_bfloat16(handful, tmp_path):

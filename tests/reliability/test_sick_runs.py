@@ -1,0 +1,70 @@
+"""Collapse provoked in each way, and memory that runs out."""
+
+import re
+
+import pytest
+
+many = pytest.mark.reliability
+PHOTOS = [
+    "pretrain", "epochs=1.5", "batch_size=16", "num_workers=0", "eval_data=none",
+    "~callbacks.online", "trainer=cpu", "trainer.precision=32-true", "model.embed_dim=64",
+    "model.depth=2", "model.num_heads=2", "augment.global_size=32", "augment.local_size=16",
+    "augment.num_local=2", "objective.num_prototypes=128", "objective.head.hidden_dim=64",
+    "objective.head.bottleneck_dim=32", "callbacks.metrics.every_steps=5",
+]  # fmt: skip
+UNIFORM, ONE, ALIKE = "a uniform distribution", "one prototype", "nearly the same"
+
+
+def temperature(value):
+    return [f"objective.teacher_temp_start={value}", f"objective.teacher_temp={value}"]
+
+
+@pytest.mark.parametrize(
+    ("more", "call", "said"),
+    [
+        ([], [], None),
+        ([], ["no_centering"], f"{ONE} takes all images: lower objective.center_momentum"),
+        (temperature(1.0), [], f"{UNIFORM}: lower objective.teacher_temp"),
+        (temperature(0.3), [], f"{UNIFORM}: lower objective.teacher_temp"),
+        (["optim.lr=0.25"], [], f"{ALIKE}: lower optim.lr"),
+    ],
+    ids=["healthy", "no_centering", "no_sharpening", "high_temperature", "lr_x_100"],
+)
+@many
+def test_collapse_is_seen_and_said(place, more, call, said):
+    status, err = place("epochs=2", *more, words=PHOTOS, call=call)
+    assert status == 0, err
+    verdicts = re.findall(r"step (\d+): (.*)", err)
+    rows = place.metrics()
+    if said is None:
+        assert not verdicts
+        assert {r["healthy"] for r in rows} == {"1.0"}
+    else:
+        assert any(said in words for _, words in verdicts), err
+        assert float(rows[-1]["healthy"]) == 0.0
+        assert int(verdicts[0][0]) < 180
+        assert "not healthy" in place.runs[-1].out
+    names = {"teacher_entropy", "center_norm", "feature_std", "rankme", "prototypes_used"}
+    assert names <= rows[0].keys()
+    assert {"grad_norm_stem", "grad_norm_head", "grad_norm_prototypes"} <= rows[0].keys()
+
+
+def test_a_collapse_can_end_the_run(place):
+    stop = "callbacks.health.stop_on_collapse=true"
+    status, err = place(stop, "epochs=0.7", *temperature(1.0), words=PHOTOS)
+    assert status == 1
+    assert f"{UNIFORM}" in err
+    assert "Traceback" not in err
+
+
+def test_memory_that_runs_out(place):
+    """The message names what fits, and that fits."""
+    status, err = place("batch_size=64", "epochs=0.2", words=PHOTOS, call=["small_memory"])
+    assert status == 1, err
+    assert "Traceback" not in err
+    found = re.search(r"64 images at a time.*; (\d+) fit.*trainer\.accumulate=(\d+)", err)
+    assert found, err
+    assert found.groups() == ("8", "8")
+    more = ["batch_size=64", "epochs=0.2", "trainer.accumulate=8"]
+    status, err = place(*more, words=PHOTOS, call=["small_memory"])
+    assert status == 0, err
