@@ -67,8 +67,8 @@ class Hashing:
         self.sha256 = hashlib.sha256()
         self.error: OSError | None = None
 
-    def write(self, data: bytes) -> int:
-        """Append."""
+    def write(self, data: Any) -> int:
+        """Append bytes, in whatever holds them."""
         self.sha256.update(data)
         try:
             return self.file.write(data)

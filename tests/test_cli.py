@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,6 @@ import pytest
 import torch
 from commands import NO_ONLINE, SMALL, images, metrics, run
 
-from ssl_xcit import load_backbone
 from ssl_xcit.run_folder import run_name
 
 
@@ -79,77 +77,6 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not():
     assert a != c
     alone = [[r["step"], r["loss"], r["grad_norm"]] for r in metrics("runs/d")]
     assert alone == [row[:3] for row in a if row[1]]  # online evaluation changes nothing
-
-
-def test_a_run_that_was_stopped_goes_on_to_the_same_weights(monkeypatch):
-    """Ctrl-C saves at the step's end and exits 130; the same command ends as if it had not."""
-    from ssl_xcit.training import module
-
-    assert run("pretrain", "name=whole", *SMALL) == 0
-    update, calls = module.ema_update_, []
-
-    def interrupting(*args):
-        calls.append(update(*args))
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(module, "ema_update_", interrupting)
-    assert run("pretrain", "name=cut", *SMALL) == 130
-    assert not Path("runs/cut/summary.json").exists()
-    assert (Path("runs/cut/checkpoints") / "step-000005.ckpt").exists()
-    assert run("pretrain", "name=cut", *SMALL) == 0
-    assert len(calls) == 9
-    whole, cut = load_backbone("runs/whole").state_dict(), load_backbone("runs/cut").state_dict()
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
-    assert [r["step"] for r in metrics("runs/cut")] == [r["step"] for r in metrics("runs/whole")]
-    assert [r["loss"] for r in metrics("runs/cut")] == [r["loss"] for r in metrics("runs/whole")]
-
-
-def test_a_damaged_checkpoint_is_put_aside(capsys):
-    assert run("pretrain", "name=run", "evaluation.baselines=null", *SMALL) == 0
-    folder = Path("runs/run")
-    before = load_backbone(folder).state_dict()
-    (folder / "summary.json").unlink()  # as if the end had not been reached
-    newest, older = folder / "checkpoints/step-000009.ckpt", folder / "checkpoints/step-000006.ckpt"
-    newest.write_bytes(newest.read_bytes()[:5000])
-    assert run("pretrain", "name=run", "evaluation.baselines=null", *SMALL) == 0
-    assert "step-000009.ckpt (5,000 bytes) cannot be read" in capsys.readouterr().err
-    assert newest.with_suffix(".corrupt").exists()
-    after = load_backbone(folder).state_dict()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-
-    (folder / "summary.json").unlink()
-    for path in (newest, older):
-        path.write_bytes(b"")
-    assert run("pretrain", "name=run", "evaluation.baselines=null", *SMALL) == 2
-
-
-def test_two_ranks_stop_together_and_go_on(tmp_path):
-    """SIGTERM to one rank of two: both save the same step, 75; the same command finishes."""
-    program = Path(sys.executable).parent / "ssl-xcit"
-    few = [o for o in NO_ONLINE if not o.startswith("epochs")]
-    words = ["pretrain", "name=two", "trainer=cpu", "trainer.devices=2", "epochs=0.3", *few]
-    words += ["evaluation.baselines=null", "~callbacks.online"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [program, *words], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    metrics_file = Path("runs/two/metrics.csv")
-    deadline = time.monotonic() + 120
-    while not metrics_file.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
-    assert "stopped by SIGTERM" in process.stdout.read()
-    saved = list(Path("runs/two/checkpoints").glob("step-*.ckpt"))
-    assert saved
-    done = subprocess.run([program, *words], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stdout
-    rows = metrics("runs/two")
-    assert [int(r["step"]) for r in rows] == [*range(2, 57, 2)]
 
 
 def test_own_images_without_labels_and_smaller_than_the_crop(tmp_path, capsys):

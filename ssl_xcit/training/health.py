@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from ssl_xcit.errors import RunFailed, UserError
@@ -148,7 +148,7 @@ class Queue:
         self.rows: Tensor | None = None
         self.count = 0
 
-    def add(self, rows: Float[Tensor, "B C"]) -> None:
+    def add(self, rows: Shaped[Tensor, "B C"]) -> None:
         """At most M of them."""
         if self.rows is None:
             self.rows = rows.new_zeros(self.size, rows.shape[1])
@@ -160,7 +160,7 @@ class Queue:
         self.rows[: len(rows) - len(first)] = rows[len(first) :]
         self.count += len(rows)
 
-    def filled(self) -> Float[Tensor, "M C"]:
+    def filled(self) -> Shaped[Tensor, "M C"]:
         """Those that are there, in any order."""
         assert self.rows is not None
         return self.rows[: self.count]
@@ -265,7 +265,7 @@ class Health(lightning.Callback):
         return {"features": self.features, "favourites": self.favourites}
 
 
-def effective_number(counts: Int64[Tensor, " P"]) -> float:
+def effective_number(counts: Int64[Tensor, " U"]) -> float:
     """exp of the entropy of the shares: how many equally frequent ones tell as much."""
     share = counts.double() / counts.sum()
     return torch.special.entr(share).sum().exp().item()

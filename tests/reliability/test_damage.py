@@ -12,8 +12,6 @@ from runs import STEPS, TOY, assert_equal_runs, facts
 
 from ssl_xcit.models.weights import read_checkpoint
 
-many = pytest.mark.reliability
-
 
 def cut(place, step=17):
     """A run that was killed; its checkpoints, the newest last."""
@@ -129,7 +127,7 @@ def test_row_13_nothing_is_deleted_before_the_new_one_is_verified(place):
         read_checkpoint(place.run_dir / "checkpoints" / name)
 
 
-@pytest.mark.parametrize("what", ["images", pytest.param("gradient", marks=many)])
+@pytest.mark.parametrize("what", ["images", "gradient"])
 def test_row_19_20_steps_that_are_not_finite_are_left_out(place, what):
     """Before optimizer, EMA, center and running statistics; and a run that is killed in between
     counts on.

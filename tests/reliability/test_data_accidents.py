@@ -14,8 +14,6 @@ import pytest
 from PIL import Image
 from runs import TOY, assert_equal_runs
 
-many = pytest.mark.reliability
-
 
 def folder_of(place, count=100):
     """Photographs of 48 x 48 pixels."""
@@ -152,7 +150,6 @@ def test_row_24_25_a_loader_worker_dies_or_hangs(place, whole, number, words):
     assert_equal_runs(place, whole)
 
 
-@many
 def test_row_24_three_times_in_a_hundred_steps_ends_it(place):
     slow = ["+callbacks.slow._target_=tricks.Slow", "+callbacks.slow.seconds=0.1"]
     run = place.start(*slow, "num_workers=1")

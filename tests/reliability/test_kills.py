@@ -17,7 +17,6 @@ from ssl_xcit.data.order import image_at
 from ssl_xcit.models.manifest import read_manifest
 from ssl_xcit.models.weights import read_checkpoint
 
-many = pytest.mark.reliability
 NO_RECORD = [w for w in TOY if "record" not in w]
 
 
@@ -63,7 +62,6 @@ def test_row_01_sigkill_at_any_step(place, whole):
     assert_equal_ends(place, whole)
 
 
-@many
 def test_row_01_twenty_sigkills_at_random_moments_in_one_run(place, whole):
     draw = random.Random(0)
     for _ in range(20):
@@ -79,7 +77,6 @@ def test_row_01_twenty_sigkills_at_random_moments_in_one_run(place, whole):
     assert_equal_ends(place, whole)
 
 
-@many
 def test_row_02_sigkill_during_a_write_on_another_file_system(place, whole, request):
     """Twenty writes cut at random bytes, and between the manifest and the rename; none corrupt."""
     other = request.getfixturevalue("other_file_system")
@@ -219,9 +216,7 @@ def test_a_signal_before_training_leaves_at_once(place):
     assert place()[0] == 0
 
 
-@pytest.mark.parametrize(
-    "workers", [pytest.param(1, marks=many), pytest.param(2, marks=many), 3], ids=str
-)
+@pytest.mark.parametrize("workers", [1, 2, 3], ids=str)
 def test_row_14_another_number_of_workers(place, whole, workers):
     run = place.start()
     place.until_step(11, run)
@@ -254,7 +249,7 @@ def test_row_16_a_changed_configuration(place):
     assert place("callbacks.checkpoints.keep_last=3", "worker_timeout=60")[0] == 0
 
 
-@pytest.mark.parametrize("step", [pytest.param(9, marks=many), 10, pytest.param(11, marks=many)])
+@pytest.mark.parametrize("step", [9, 10, 11])
 def test_row_17_around_an_epochs_end_after_validation_with_accumulation(place, zygote, step):
     """Ten images a pass, so that passes end within steps; k-NN at step 10; two parts a step."""
     from runs import Place

@@ -6,11 +6,8 @@ import pickle
 import tarfile
 import time
 
-import pytest
 import torch
 from runs import TOY, assert_equal_runs
-
-many = pytest.mark.reliability
 
 
 def test_row_27_wandb_is_unreachable(place, whole):
@@ -28,7 +25,6 @@ def test_row_27_wandb_is_unreachable(place, whole):
     assert list((place.run_dir / "wandb").glob("offline-run-*/*.wandb"))
 
 
-@many
 def test_row_27_a_run_that_goes_on_is_the_same_run_there(place):
     run = place.start("logger=wandb")
     place.until_step(8, run)

@@ -8,7 +8,6 @@ import time
 import pytest
 from runs import STEPS, TOY, assert_equal_runs, facts
 
-pytestmark = pytest.mark.reliability
 # two processes on two cores: they take turns, and a step takes a while
 TWO = ["trainer.devices=2", "collective_timeout=20"]
 

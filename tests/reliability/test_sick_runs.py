@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-many = pytest.mark.reliability
 PHOTOS = [
     "pretrain", "epochs=1.5", "batch_size=16", "num_workers=0", "eval_data=none",
     "~callbacks.online", "trainer=cpu", "trainer.precision=32-true", "model.embed_dim=64",
@@ -30,7 +29,6 @@ def temperature(value):
     ],
     ids=["healthy", "no_centering", "no_sharpening", "high_temperature", "lr_x_100"],
 )
-@many
 def test_collapse_is_seen_and_said(place, more, call, said):
     status, err = place("epochs=2", *more, words=PHOTOS, call=call)
     assert status == 0, err

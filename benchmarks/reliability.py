@@ -1,0 +1,106 @@
+"""What it costs that a run cannot be lost: the share of a step that guarding and watching it take,
+and the time to write a checkpoint.
+
+python benchmarks/reliability.py
+python benchmarks/reliability.py --model small_12_p16 --batch 8 --prototypes 65536
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import step
+import torch
+from measure import save
+
+from ssl_xcit import create_model
+from ssl_xcit.files import sha256_of
+from ssl_xcit.models.head import DINOHead
+from ssl_xcit.training.checkpoint import write_checkpoint
+from ssl_xcit.training.health import Health
+from ssl_xcit.training.module import DINO, Schedules, make_networks
+
+REPORT_EVERY = 10  # steps, as conf/callbacks/default.yaml has it
+
+
+def make() -> DINO:
+    backbone = create_model(f"xcit_{step.ARGS.model}")
+    head = DINOHead(backbone.embed_dim, step.ARGS.prototypes)
+    student, teacher = make_networks(backbone, head, create_model(f"xcit_{step.ARGS.model}"))
+    constant = Schedules(*[lambda number: 0.5] * 4)
+    return DINO(student, teacher, step.ARGS.prototypes, constant, torch.optim.AdamW)
+
+
+def seconds_of(work: Callable[[], object], rounds: int = 30) -> float:
+    """Median."""
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def main() -> None:
+    views = step.random_views()
+    whole = step.our_step(views, "fp32")
+    whole()
+    step_seconds = seconds_of(whole, 5)
+
+    module, health = make(), Health()
+    module.on_train_start()
+    module._trainer = SimpleNamespace(world_size=1)  # type: ignore[assignment]
+    K, B, C = step.ARGS.prototypes, step.ARGS.batch, module.student.backbone.embed_dim
+    named = [p for p in module.student.parameters() if p.requires_grad]
+    outputs: dict[str, Any] = {
+        "features": torch.randn(2, B, C),
+        "targets": torch.randn(2, B, K).softmax(-1),
+        "loss": torch.tensor(1.0),
+        "grad_norms": torch.rand(len(named)),
+    }
+    for _ in range(1024 // B):
+        health.on_train_batch_end(None, module, outputs)  # type: ignore[arg-type]
+    parts = {
+        "running statistics kept": seconds_of(module.statistics.keep),
+        "finite?": seconds_of(lambda: module.on_any_rank(~torch.isfinite(outputs["loss"]))),
+        "queues": seconds_of(
+            lambda: health.on_train_batch_end(None, module, outputs)  # type: ignore[arg-type]
+        ),
+        f"report, a {REPORT_EVERY}th": seconds_of(lambda: health.report(outputs, module, 1), 10)
+        / REPORT_EVERY,
+    }
+    share = sum(parts.values()) / step_seconds
+    print(
+        f"{step.ARGS.model}, batch {B}, K {K}: a step {step_seconds:.2f} s; "
+        + ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in parts.items())
+        + f"; together {100 * share:.3f} % of the step"
+    )
+
+    optimizer = torch.optim.AdamW(named)
+    for p in named:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    content = {"state_dict": module.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        path = Path(folder) / "checkpoints/step-000001.ckpt"
+        plain = seconds_of(lambda: torch.save(content, Path(folder) / "plain.ckpt"), 3)
+        written = seconds_of(lambda: write_checkpoint(content, path), 3)
+        size = path.stat().st_size / 1e6
+        hashed = seconds_of(lambda: sha256_of(path), 3)
+    print(
+        f"checkpoint of {size:.0f} MB: {written:.2f} s, {size / written:.0f} MB/s, of which reading"
+        f" back and comparing {hashed:.2f} s; torch.save alone {plain:.2f} s"
+    )
+    save("reliability", {f"{step.ARGS.model}, batch {B}, K {K}": {
+        "step_seconds": step_seconds, "parts": parts, "share": share, "checkpoint_mb": size,
+        "write_seconds": written, "torch_save_seconds": plain, "verify_seconds": hashed,
+    }})  # fmt: skip
+
+
+if __name__ == "__main__":
+    step.ARGS = step.parser.parse_args()
+    main()
