@@ -31,6 +31,7 @@ def test_pretrain_then_eval(capsys):
         "checkpoints", "config.yaml", "metrics.csv", "run.json", "summary.json",
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
+        "manifest.json",
         "step-000006.ckpt",
         "step-000009.ckpt",
     ]
