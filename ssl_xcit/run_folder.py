@@ -14,7 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,15 @@ def check_same_run(cfg: DictConfig, run_dir: Path) -> None:
         UserError: others; lists them.
     """
     path = run_dir / "config.yaml"
-    if not path.is_file() or not (checkpoints_of(run_dir) or (run_dir / "summary.json").exists()):
+    if not (checkpoints_of(run_dir) or (run_dir / "summary.json").exists()):
         return  # nothing to go on with
+    if not path.is_file():
+        if about_run(run_dir).get("fingerprint") in (None, fingerprint(settings(cfg))):
+            return
+        raise UserError(
+            f"{run_dir} was made with other settings, and its config.yaml is gone: take another "
+            "name=..., or remove the folder"
+        )
     before, now = settings(OmegaConf.load(path)), settings(cfg)
     recorded = about_run(run_dir).get("fingerprint")
     if recorded is not None and recorded != fingerprint(before):
@@ -142,19 +149,27 @@ def locked(run_dir: Path, wanted: bool = True) -> Iterator[None]:
         yield
         return
     path = run_dir / ".lock"
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise UserError(
-            f"{run_dir} is in use by {holder}: wait for it, or take another name=..."
-        ) from error
-    except OSError as error:
-        log.warning("%s: no locks on this file system (%s)", run_dir, error)
+    while True:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            raise UserError(f"{run_dir}: no folder to write to ({error.strerror})") from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"{run_dir} is in use by {holder}: wait for it, or take another name=..."
+            ) from error
+        except OSError as error:
+            log.warning("%s: no locks on this file system (%s)", run_dir, error)
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break
+        file.close()  # who held it has just removed it: a lock on that file means nothing
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
     file.flush()

@@ -204,7 +204,9 @@ class Health(lightning.Callback):
         self.favourites.add(outputs["targets"][0].argmax(-1, keepdim=True))
 
     def report(self, outputs: Mapping[str, Tensor], module: Any, step: int) -> dict[str, float]:
-        """What is logged; sets `verdict`."""
+        """What is logged; sets `verdict`. Nothing before the first step that was not left out."""
+        if self.features.rows is None:
+            return {}
         targets = outputs["targets"]
         features, favourites = self.features.filled(), self.favourites.filled()
         names = [n for n, p in module.student.named_parameters() if p.requires_grad]

@@ -75,9 +75,12 @@ class StopOnSignal(lightning.Callback):
         self.install()
         self.training = True
 
-    def on_train_end(self, *_: object) -> None:
-        """Everything is saved."""
+    def on_train_end(self, trainer: lightning.Trainer, *_: object) -> None:
+        """Everything is saved; a signal between the last step and here is not lost."""
         self.training = False
+        if self.received is not None:
+            self.stopping = True
+            raise Stopped(self.received, trainer.global_step)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Remember the signal."""

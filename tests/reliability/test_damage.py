@@ -143,7 +143,7 @@ def test_row_19_20_steps_that_are_not_finite_are_left_out(place, what):
 
 
 def test_row_19_20_several_in_a_row_end_the_run(place):
-    steps = "+callbacks.poison.steps=[12,13,14,15,16,17,18]"
+    steps = "+callbacks.poison.steps=[1,2,3,12,13,14,15,16,17,18]"
     poison = ["+callbacks.poison._target_=tricks.Poison", steps, "+callbacks.poison.what=gradient"]
     status, err = place(*poison)
     assert status == 1

@@ -216,6 +216,20 @@ def test_a_signal_before_training_leaves_at_once(place):
     assert place()[0] == 0
 
 
+def test_a_signal_after_training_ends_the_evaluation(place):
+    """Everything is saved; the same command evaluates."""
+    words = [w for w in TOY if not w.startswith("eval_data")]
+    more = ["evaluation.baselines=null", "evaluation.evaluators.linear.epochs=2"]
+    run = place.start(*more, words=words, call=["signal_after_training"])
+    assert run.wait() == 75, run.err
+    assert "goes on from step-000040" in run.out
+    assert not (place.run_dir / "summary.json").exists()
+    before = len(place.records())
+    assert place(*more, words=words)[0] == 0
+    assert (place.run_dir / "summary.json").exists()
+    assert len(place.records()) == before
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3], ids=str)
 def test_row_14_another_number_of_workers(place, whole, workers):
     run = place.start()

@@ -208,3 +208,13 @@ def no_centering():
     from ssl_xcit.objectives.dino import Center
 
     Center.update_ = lambda self, logits: None
+
+
+def signal_after_training():
+    """SIGTERM when the features are to be measured."""
+    from ssl_xcit import pretrain
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    pretrain.conclude = interrupted
