@@ -150,8 +150,12 @@ class Place:
         return found
 
     def until_step(self, step, run, timeout=60):
-        """Wait until a run has recorded a step."""
-        self.until(lambda: any(r["step"] >= step for r in self.records()), run, timeout)
+        """Wait until a run, and not one before it, has recorded a step."""
+
+        def there():
+            return any(r["pid"] == run.pid and r["step"] >= step for r in self.records())
+
+        self.until(there, run, timeout)
 
     def until(self, what, run, timeout=60):
         deadline = time.monotonic() + timeout

@@ -32,7 +32,19 @@ class Record(lightning.Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.before = digest(module.student, module.teacher, module.center)
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+    def on_train_start(self, trainer, module):
+        train = module.training_step
+
+        def recorded(views, batch_idx):
+            outputs = train(views, batch_idx)
+            self.write(
+                trainer, module, outputs
+            )  # before the step's checkpoint, so that none is lost
+            return outputs
+
+        module.training_step = recorded
+
+    def write(self, trainer, module, outputs):
         row = {
             "step": trainer.global_step,
             "images": trainer.datamodule.indices.tolist(),
