@@ -134,13 +134,13 @@ def children_of(pid):
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(signal.SIGKILL, "SIGKILL: out of memory?"), (signal.SIGSTOP, "within 2 s (worker_timeout)")],
+    [(signal.SIGKILL, "SIGKILL: out of memory?"), (signal.SIGSTOP, "within 4 s (worker_timeout)")],
     ids=["row_24_killed", "row_25_hangs"],
 )
 def test_row_24_25_a_loader_worker_dies_or_hangs(place, whole, number, words):
     """Named with a hint, and the loader is made again at the exact position."""
     slow = ["+callbacks.slow._target_=tricks.Slow", "+callbacks.slow.seconds=0.05"]
-    run = place.start(*slow, "num_workers=1", "worker_timeout=2")
+    run = place.start(*slow, "num_workers=1", "worker_timeout=4")
     place.until_step(6, run)
     (worker,) = children_of(run.pid)
     os.kill(worker, number)

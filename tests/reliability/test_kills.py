@@ -115,7 +115,7 @@ def other_file_system(tmp_path):
 
     here = os.stat(tmp_path).st_dev
     candidates = [p for p in (Path("/dev/shm"), Path.home(), Path.cwd()) if os.access(p, os.W_OK)]
-    found = next(p for p in candidates if os.stat(p).st_dev != here)
+    found = next((p for p in candidates if os.stat(p).st_dev != here), Path.cwd())
     folder = Path(mkdtemp(prefix="ssl_xcit-test-", dir=found))
     yield folder
     shutil.rmtree(folder)
