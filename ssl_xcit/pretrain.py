@@ -37,6 +37,7 @@ from ssl_xcit.models.weights import checkpoints_of, load_backbone, model_name
 from ssl_xcit.plan import Plan, check_numbers, check_switches, make_plan
 from ssl_xcit.run_folder import (
     check_same_run,
+    disk_trouble,
     last_row,
     locked,
     run_id_of,
@@ -50,7 +51,7 @@ from ssl_xcit.training.health import HEALTHY, Health
 from ssl_xcit.training.loggers import Tolerant
 from ssl_xcit.training.metrics import CSVMetrics, LogMetrics
 from ssl_xcit.training.module import DINO, Schedules, make_networks
-from ssl_xcit.training.preemption import StopOnSignal, Stopped
+from ssl_xcit.training.preemption import StopOnSignal, Stopped, requeue
 from ssl_xcit.training.schedules import Cosine, LinearByEpoch
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,8 @@ def make_trainer(cfg: DictConfig, run_dir: Path) -> tuple[lightning.Trainer, Sto
     try:
         made = instantiate(
             settings,
-            callbacks=[*callbacks, stop],
+            # what is done at a step is done before the step is saved
+            callbacks=[*(c for c in callbacks if c is not checkpoints), checkpoints, stop],
             plugins=plugins,
             logger=[CSVMetrics(run_dir), *loggers],
             default_root_dir=str(run_dir),
@@ -180,6 +182,8 @@ def make_logger(name: str, cfg: DictConfig, run_dir: Path) -> Tolerant:
 
 def main(cfg: DictConfig) -> None:
     """`ssl-xcit pretrain`: whatever can be wrong is found before the run folder is made."""
+    if "accumulate" not in cfg.trainer:
+        raise UserError("trainer.accumulate is missing: begin the yaml with defaults: [auto]")
     check_numbers(cfg)
     check_switches(cfg)
     cfg.trainer.precision = precision_for(str(cfg.trainer.precision), runs_on_cpu(cfg))
@@ -189,11 +193,7 @@ def main(cfg: DictConfig) -> None:
     name = cfg.name or run_name(hydra.runtime.choices["data"], hydra.overrides.task)
     run_dir = Path(str(cfg.out)) / str(name)
     check_same_run(cfg, run_dir)
-    if (run_dir / "summary.json").is_file():
-        print(
-            f"{run_dir} is finished; to train again, choose another name=... or remove the folder\n"
-        )
-        finish(run_dir, json.loads((run_dir / "summary.json").read_text()))
+    if is_finished(run_dir):
         return
     cfg.run_id = cfg.run_id or run_id_of(run_dir)
     source: Source = instantiate(cfg.data.source)
@@ -215,6 +215,8 @@ def main(cfg: DictConfig) -> None:
     if note is not None and trainer.is_global_zero:
         log.warning("%s", note)
     with locked(run_dir, wanted=trainer.is_global_zero):
+        if trainer.is_global_zero and is_finished(run_dir):  # meanwhile
+            return
         data = MultiCropData(
             source,
             augment,
@@ -236,6 +238,8 @@ def main(cfg: DictConfig) -> None:
         except Stopped as stopped:
             if trainer.is_global_zero:
                 say_stopped(stopped, run_dir)
+                if stopped.signal == signal.SIGUSR1:
+                    requeue()
             sys.exit(stopped.exit_code)
         finally:
             if not stop.stopping:  # else they stay: a scheduler may ask twice
@@ -253,7 +257,8 @@ def train(
     """From the newest valid checkpoint, or the start, to the last step; seconds that it took."""
     resume = newest_valid(run_dir, may_rename=trainer.is_global_zero)
     if trainer.is_global_zero:
-        write_settings(cfg, asdict(plan), run_dir)
+        with disk_trouble(run_dir):
+            write_settings(cfg, asdict(plan), run_dir)
         announce(cfg, plan, module, data.eval_data, run_dir)
         if resume is not None:
             print(f"going on from {resume}")
@@ -282,6 +287,16 @@ def train(
             if isinstance(logger, Tolerant):
                 logger.finish()
     return time.perf_counter() - started
+
+
+def is_finished(run_dir: Path) -> bool:
+    """If so, say it and show the final numbers again."""
+    path = run_dir / "summary.json"
+    if not path.is_file():
+        return False
+    print(f"{run_dir} is finished; to train again, choose another name=... or remove the folder\n")
+    finish(run_dir, json.loads(path.read_text()))
+    return True
 
 
 def kill_children(trainer: lightning.Trainer) -> None:
@@ -323,7 +338,8 @@ def conclude(
         "plan": asdict(plan),
         "versions": versions(),
     }
-    write_json(summary, run_dir / "summary.json")
+    with disk_trouble(run_dir):
+        write_json(summary, run_dir / "summary.json")
     finish(run_dir, summary)
 
 
@@ -338,8 +354,9 @@ def say_stopped(stopped: Stopped, run_dir: Path) -> None:
 def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """The final numbers, where things are, and what to type next."""
     last = summary["last"]
-    print(f"{last['step']:.0f} steps, {last['epoch']:.1f} epochs, loss {last['loss']:.3f}")
-    if summary["health"] not in (None, HEALTHY):
+    if last:
+        print(f"{last['step']:.0f} steps, {last['epoch']:.1f} epochs, loss {last['loss']:.3f}")
+    if summary.get("health") not in (None, HEALTHY):
         print(f"not healthy: {summary['health']}; see metrics.csv")
     if summary["results"]:
         print_table(summary["results"], f"{summary['model']} on {summary['data']}")

@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_xcit import __version__
-from ssl_xcit.errors import UserError
+from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.files import replacing, sweep, write_json
 from ssl_xcit.models.weights import checkpoints_of
 
@@ -111,6 +111,17 @@ def write_settings(cfg: DictConfig, plan: Mapping[str, Any], run_dir: Path) -> N
     write_json(run, run_dir / "run.json")
 
 
+@contextmanager
+def disk_trouble(run_dir: Path) -> Iterator[None]:
+    """Of files that a run cannot do without."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"{run_dir} cannot be written ({error}): make room, and the same command goes on"
+        ) from error
+
+
 def fingerprint(flat: Mapping[str, Any]) -> str:
     """Of settings that change results."""
     return sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -170,16 +181,18 @@ def locked(run_dir: Path, wanted: bool = True) -> Iterator[None]:
             if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 break
         file.close()  # who held it has just removed it: a lock on that file means nothing
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
-    file.flush()
+    with suppress(OSError):  # a full disk may spoil the text, not the lock
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
+        file.flush()
     for folder in (run_dir, run_dir / "checkpoints"):
         sweep(folder)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        file.close()
+        with suppress(OSError):
+            file.close()
 
 
 def writable_folder(path: Path) -> None:
@@ -212,10 +225,13 @@ def run_name(data: str, overrides: Sequence[str]) -> str:
 
 
 def last_row(run_dir: Path) -> dict[str, float]:
-    """The last report of the training metrics."""
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["loss"]]
-    return {key: float(value) for key, value in rows[-1].items() if value}
+    """The last report of the training metrics; nothing where none could be written."""
+    try:
+        with (run_dir / "metrics.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["loss"]]
+    except FileNotFoundError:
+        rows = []
+    return {key: float(value) for key, value in rows[-1].items() if value} if rows else {}
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ the newest by step is what a run goes on from.
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,18 @@ def newest_valid(run_dir: Path, may_rename: bool = True) -> Path | None:
                 read_checkpoint(path)
         except FileNotFoundError:  # another rank has put it aside
             continue
-        except UserError as error:
+        except (UserError, OSError) as error:
             log.warning("%s; put aside as .corrupt, going on from the one before", error)
             if may_rename:
-                path.replace(path.with_suffix(".corrupt"))
+                with suppress(OSError):
+                    path.replace(path.with_suffix(".corrupt"))
         else:
             return path
     damaged = sorted((run_dir / "checkpoints").glob("step-*.corrupt"))
-    if damaged:
+    if found or damaged:
+        names = ", ".join(p.name for p in damaged or found)
         raise RunFailed(
-            f"no checkpoint of {run_dir} is valid ({', '.join(p.name for p in damaged)}): to start "
+            f"no checkpoint of {run_dir} is valid ({names}): to start "
             "again from nothing, remove the folder or choose another name=..."
         )
     return None
@@ -218,7 +221,11 @@ class SaveCheckpoints(lightning.Callback):
 
     def drop(self, run_dir: Path) -> None:
         """All but the newest few and the milestones; the new one has been verified."""
-        for path in checkpoints_of(run_dir)[: -self.keep_last]:
-            if not self.milestone_every or int(path.stem.partition("-")[2]) % self.milestone_every:
-                path.unlink(missing_ok=True)
-        forget_lost(run_dir / "checkpoints")
+        try:
+            for path in checkpoints_of(run_dir)[: -self.keep_last]:
+                step = int(path.stem.partition("-")[2])
+                if not self.milestone_every or step % self.milestone_every:
+                    path.unlink(missing_ok=True)
+            forget_lost(run_dir / "checkpoints")
+        except OSError as error:  # the new one is sound, and old entries mean nothing
+            log.error("old checkpoints could not be dropped (%s); training goes on", error)

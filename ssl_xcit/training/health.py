@@ -189,6 +189,7 @@ class Health(lightning.Callback):
         self.verdict = HEALTHY
         self.trouble = HEALTHY
         self.times = 0
+        self.said = True
 
     def on_train_batch_end(
         self,
@@ -230,7 +231,9 @@ class Health(lightning.Callback):
         self.times = self.times + 1 if found == self.trouble else 1
         self.trouble = found
         if found != self.verdict and (found == HEALTHY or self.times >= self.patience):
-            self.verdict = found
+            self.verdict, self.said = found, False
+        if not self.said:
+            self.said = True
             self.say(step)
         return {**values, "healthy": float(self.verdict == HEALTHY)}
 
@@ -261,6 +264,7 @@ class Health(lightning.Callback):
                 queue.rows, queue.count = rows.clone(), count
         self.verdict, self.trouble = state_dict["verdict"], state_dict["trouble"]
         self.times = state_dict["times"]
+        self.said = self.verdict == HEALTHY  # a sick run that goes on says so again
 
     def queues(self) -> dict[str, Queue]:
         """By name."""

@@ -75,6 +75,7 @@ class Tolerant(Logger):
             except Exception as error:
                 self.warn(error, "the run goes on without it")
                 self.inner = None
+                self.ways.clear()
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

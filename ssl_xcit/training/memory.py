@@ -40,23 +40,25 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def advice(images: int, accumulate: int, fitting: int) -> str:
+def advice(images: int, at_once: int, fitting: int, tried: bool) -> str:
     """What to change.
 
     Args:
         images: of a step on this device.
-        accumulate: parts that these were computed in.
-        fitting: images that were computed at once without trouble; 0: not even one.
+        at_once: of these were too many.
+        fitting: images that were computed at once without trouble, or half as many; 0: not even
+            one.
+        tried: they were.
     """
-    at_once = -(-images // accumulate)
     trouble = f"out of memory with {at_once} images at a time on this device"
     if fitting == 0:
         return (
-            f"{trouble}, and with one: checkpoint_blocks=true, a smaller model=..., or a smaller "
-            "augment.global_size take less"
+            f"{trouble}, and with one: checkpoint_blocks=true takes less, or, as a new run, a "
+            "smaller model=... or augment.global_size"
         )
     return (
-        f"{trouble}; {fitting} fit, as was tried: trainer.accumulate={-(-images // fitting)} "
-        "computes the same batch in parts of that size; checkpoint_blocks=true or a batch_size of "
-        f"{fitting} a device take less as well"
+        f"{trouble}; {fitting} fit{', as was tried' if tried else ' perhaps'}. Go on with "
+        "checkpoint_blocks=true, or as a new run, name=..., with "
+        f"trainer.accumulate={-(-images // fitting)}, which computes the same batch in parts of "
+        f"that size, or with a batch_size of {fitting} a device"
     )

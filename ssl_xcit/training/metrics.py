@@ -41,14 +41,7 @@ class CSVMetrics(Logger):
         self.columns: list[str] = ["step"]
         self.rows: list[dict[str, str]] = []
         self.failed = False
-        self.resumed = self.path.is_file()
-        if self.resumed:
-            with self.path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self.columns = list(reader.fieldnames or self.columns)
-                self.rows = list(reader)
-            if self.rows and not self.path.read_text().endswith("\n"):
-                self.rows.pop()  # a line that a killed process did not finish
+        self.begun = False
 
     @property
     def name(self) -> str:
@@ -68,9 +61,9 @@ class CSVMetrics(Logger):
         """Add a row; numbers are written so that they read back the same."""
         step = step or 0
         rewrite = False
-        if self.resumed:
-            kept = [row for row in self.rows if int(row["step"]) < step]
-            rewrite, self.rows, self.resumed = len(kept) < len(self.rows), kept, False
+        if not self.begun:  # not before, for until the run folder is locked others may write
+            self.begun = True
+            rewrite = self.read_until(step)
         new = [name for name in metrics if name not in self.columns]
         self.columns += new
         row = {"step": str(step), **{name: repr(float(value)) for name, value in metrics.items()}}
@@ -87,6 +80,20 @@ class CSVMetrics(Logger):
             if not self.failed:
                 log.error("%s could not be written (%s); training goes on", self.path, error)
             self.failed = True
+
+    def read_until(self, step: int) -> bool:
+        """Take over the rows before a step; whether the file holds anything else."""
+        if not self.path.is_file():
+            return False
+        text = self.path.read_text()
+        reader = csv.DictReader(io.StringIO(text))
+        rows = list(reader)
+        self.columns = list(reader.fieldnames or self.columns)
+        whole = text.endswith("\n")
+        if not whole:  # a killed process, or a full disk, has cut the last line
+            rows = rows[:-1]
+        self.rows = [row for row in rows if int(row["step"]) < step]
+        return not whole or len(self.rows) < len(rows)
 
     def _lines(self, rows: list[dict[str, str]], header: bool = False) -> str:
         text = io.StringIO()

@@ -155,8 +155,12 @@ class DINO(lightning.LightningModule):
                 raise
         # out here the frames that held the failed pass are gone
         images = views[0].shape[1]
-        fitting = fitting_batch(lambda count: self.dry_step(views, count), images)
-        raise RunFailed(advice(images, self.accumulate, fitting))
+        at_once = -(-images // self.accumulate)
+        tried = self.trainer.world_size == 1  # BatchNorm of several GPUs would wait for the others
+        fitting = at_once // 2
+        if tried:
+            fitting = fitting_batch(lambda count: self.dry_step(views, count), at_once)
+        raise RunFailed(advice(images, at_once, fitting, tried))
 
     def step(self, views: list[Tensor]) -> dict[str, Tensor]:
         """See `training_step`. A step whose loss or gradient is not finite on any rank moves
@@ -222,13 +226,15 @@ class DINO(lightning.LightningModule):
         return Learned(loss.detach(), teacher_logits, targets, features)
 
     def dry_step(self, views: list[Tensor], count: int) -> None:
-        """What a step on `count` images needs memory for: forward, backward, and Adam's moments,
-        which the first step does not have yet. Only BatchNorm's statistics move.
+        """What a step on `count` images needs memory for: forward, backward, gradients that are
+        added up, and those of Adam's moments that the first step does not have yet. Only
+        BatchNorm's statistics move.
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad(set_to_none=True)
         parameters = [p for p in self.student.parameters() if p.requires_grad]
-        moments = [] if optimizer.state else [torch.zeros_like(p) for p in 2 * parameters]
+        missing = [p for p in parameters if not optimizer.state.get(p)]
+        held = [torch.zeros_like(p) for p in (*parameters, *missing, *missing)]
         part = [v[:, :count] for v in views]
         with torch.no_grad():
             targets = self.center.targets(self.teacher.head(self.teacher.features(part[:1])), 1.0)
@@ -237,7 +243,7 @@ class DINO(lightning.LightningModule):
             self.student(part), prototypes.weight_v, prototypes.weight_g, targets, 1.0
         )
         torch.autograd.grad(loss, parameters)
-        moments.clear()
+        held.clear()
 
     def alone(self, wanted: bool) -> AbstractContextManager[None]:
         """Backward passes without an exchange of gradients between ranks, where there are any."""
@@ -261,7 +267,9 @@ class DINO(lightning.LightningModule):
         self.skipped_in_a_row += 1
         self.statistics.put_back()
         if self.skipped_in_a_row >= self.max_skipped:
-            raise FloatingPointError(self.postmortem(step, result))
+            verdict = self.postmortem(step, result)
+            self.trainer.strategy.barrier("postmortem")  # all ranks have written theirs
+            raise FloatingPointError(verdict)
         if self.trainer.is_global_zero:
             log.warning(
                 "step %d left out: loss %.4g, gradient norm %.4g; %d in a row end the run",
@@ -288,11 +296,14 @@ class DINO(lightning.LightningModule):
             "settings": "config.yaml",
         }
         norms = dict(zip(names, result["grad_norms"].tolist(), strict=True))
-        dump_step(path, self, norms, facts)
+        try:
+            dump_step(path, self, norms, facts)
+        except OSError as error:
+            log.error("%s could not be written: %s", path, error)
         return (
             f"{self.skipped_in_a_row} steps in a row, up to {step + 1}, had a loss or gradient that"
-            f" is not finite: lower optim.lr (now {lr:.2e}), or train in float32 "
-            f"(trainer.precision=32-true); the last checkpoint is sound; see {path}"
+            f" is not finite; the last checkpoint is sound; see {path}. As a new run, name=..., "
+            f"with a lower optim.lr (now {lr:.2e}), or in float32 (trainer.precision=32-true)"
         )
 
     def configure_optimizers(self) -> Optimizer:

@@ -12,12 +12,20 @@ from types import FrameType
 from typing import Any
 
 import lightning
+import torch
 
 from ssl_xcit.training.checkpoint import SaveCheckpoints
 
 log = logging.getLogger(__name__)
 # interrupted and saved; preempted and resumable
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
+
+ORDER: list[int | None] = [
+    None,
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+]  # the last that any rank got counts
 
 
 class Stopped(BaseException):
@@ -70,6 +78,10 @@ class StopOnSignal(lightning.Callback):
             for number, before in self.before.items():
                 signal.signal(number, before)
 
+    def setup(self, trainer: lightning.Trainer, *_: object, **__: object) -> None:
+        """One rank must not leave while others wait for it: it takes a step with them first."""
+        self.training = trainer.world_size > 1
+
     def on_train_start(self, trainer: lightning.Trainer, *_: object) -> None:
         """From here on there is something to save."""
         self.install()
@@ -101,15 +113,13 @@ class StopOnSignal(lightning.Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
         """Save and leave when any rank was asked to."""
-        stop = self.received is not None
-        if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop:
-            number = self.received or signal.SIGTERM
+        code = ORDER.index(self.received)
+        if trainer.world_size > 1:  # ranks agree on the signal too
+            mine = torch.tensor(code, device=trainer.strategy.root_device)
+            code = int(trainer.strategy.reduce(mine, reduce_op="max"))
+        if (number := ORDER[code]) is not None:
             saved = self.checkpoints.save(trainer)
             self.stopping = True
-            if number == signal.SIGUSR1 and trainer.is_global_zero:
-                requeue()
             raise Stopped(number, trainer.global_step, saved)
 
 

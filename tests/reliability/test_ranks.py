@@ -1,12 +1,11 @@
 """Rows 5, 15, 19, 26: two ranks on gloo."""
 
-import json
 import os
 import signal
 import time
 
 import pytest
-from runs import STEPS, TOY, assert_equal_runs, facts
+from runs import STEPS, TOY, assert_equal_runs
 
 # two processes on two cores: they take turns, and a step takes a while
 TWO = ["trainer.devices=2", "collective_timeout=20"]
@@ -137,7 +136,6 @@ def test_accumulation_is_the_sum_over_ranks(place, zygote, tmp_path):
         assert a["images"] == b["images"] + c["images"]
         mean = (float.fromhex(b["loss"]) + float.fromhex(c["loss"])) / 2
         assert abs(float.fromhex(a["loss"]) - mean) < 2e-3 * mean
-    assert json.dumps(facts(one.records()[0]))
 
 
 def test_accumulation_within_ranks(place):

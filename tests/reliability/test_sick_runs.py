@@ -55,6 +55,19 @@ def test_a_collapse_can_end_the_run(place):
     assert "Traceback" not in err
 
 
+def test_a_run_that_goes_on_sick_says_so_and_can_be_stopped(place):
+    more = ["epochs=0.7", "callbacks.checkpoints.every_steps=40", *temperature(1.0)]
+    slow = ["+callbacks.slow._target_=tricks.Slow", "+callbacks.slow.seconds=0.01"]
+    run = place.start(*more, *slow, words=PHOTOS)
+    place.until(lambda: "step-000040.ckpt" in place.checkpoints(), run)
+    run.kill()
+    run.wait()
+    assert UNIFORM in run.err
+    status, err = place(*more, "callbacks.health.stop_on_collapse=true", words=PHOTOS)
+    assert status == 1
+    assert f"step 45: the teacher has collapsed to {UNIFORM}" in err
+
+
 def test_memory_that_runs_out(place):
     """The message names what fits, and that fits."""
     status, err = place("batch_size=64", "epochs=0.2", words=PHOTOS, call=["small_memory"])

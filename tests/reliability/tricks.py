@@ -149,6 +149,31 @@ def die_within_a_write():
     checkpoint.enter = deadly
 
 
+def die_behind_a_write():
+    """SIGKILL when the WRITE_NUMBER-th checkpoint has its name."""
+    from ssl_xcit.training import checkpoint
+
+    write, count = checkpoint.write_checkpoint, []
+
+    def deadly(content, path):
+        write(content, path)
+        count.append(path)
+        if len(count) == int(os.environ["WRITE_NUMBER"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.write_checkpoint = deadly
+
+
+def full_when_dropping():
+    """Room for the new checkpoint, none for the manifest without the old ones."""
+    from ssl_xcit.training import checkpoint
+
+    def fail(folder):
+        raise OSError(28, "No space left on device")
+
+    checkpoint.forget_lost = fail
+
+
 def slow_writes():
     """Each checkpoint takes half a second and says when it begins."""
     from ssl_xcit.training import checkpoint
@@ -227,6 +252,16 @@ def signal_after_training():
     from ssl_xcit import pretrain
 
     def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.Signals[os.environ.get("THE_SIGNAL", "SIGTERM")])
 
     pretrain.conclude = interrupted
+
+
+def no_room():
+    """The settings cannot be written."""
+    from ssl_xcit import pretrain
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    pretrain.write_settings = fail

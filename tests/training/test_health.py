@@ -124,9 +124,9 @@ def test_what_fits_is_found_by_halves():
 
     assert fitting_batch(attempt, 48) == 3
     assert tried == [24, 12, 6, 3]
-    assert "trainer.accumulate=16" in advice(48, 1, 3)
+    assert "trainer.accumulate=16" in advice(48, 48, 3, True)
     assert fitting_batch(lambda count: attempt(9), 4) == 0
-    assert "checkpoint_blocks=true" in advice(4, 1, 0)
+    assert "checkpoint_blocks=true" in advice(4, 4, 0, True)
 
 
 def test_other_errors_are_not_about_memory():
