@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -20,7 +21,7 @@ import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -165,6 +166,8 @@ def make_trainer(cfg: DictConfig, run_dir: Path) -> tuple[lightning.Trainer, Sto
         if isinstance(cause, MisconfigurationException | ValueError):
             raise UserError(f"trainer: {str(cause).strip().splitlines()[0]}") from error
         raise
+    # Lightning's handler talks to other ranks from wherever it interrupts
+    made._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     if isinstance(made.strategy, DDPStrategy):
         made.strategy._timeout = timedelta(seconds=cfg.collective_timeout)
     return made, stop
@@ -233,6 +236,7 @@ def main(cfg: DictConfig) -> None:
         try:
             stop.install()
             seconds = train(cfg, trainer, module, data, plan, run_dir)
+            stop.after_training()
             if trainer.is_global_zero:
                 conclude(cfg, trainer, module, data, plan, evaluate, run_dir, seconds)
         except Stopped as stopped:
@@ -240,7 +244,7 @@ def main(cfg: DictConfig) -> None:
                 say_stopped(stopped, run_dir)
                 if stopped.signal == signal.SIGUSR1:
                     requeue()
-            sys.exit(stopped.exit_code)
+            sys.exit(0 if watched_child(trainer) else stopped.exit_code)
         finally:
             if not stop.stopping:  # else they stay: a scheduler may ask twice
                 stop.restore()
@@ -299,6 +303,12 @@ def is_finished(run_dir: Path) -> bool:
     return True
 
 
+def watched_child(trainer: lightning.Trainer) -> bool:
+    """A rank that Lightning has started: when one ends with anything but 0, Lightning kills all."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return not trainer.is_global_zero and isinstance(environment, LightningEnvironment)
+
+
 def kill_children(trainer: lightning.Trainer) -> None:
     """Ranks that this process has started must not wait for it."""
     launcher = trainer.strategy.launcher
@@ -324,7 +334,7 @@ def conclude(
             load_backbone(run_dir),
             pair,
             num_workers=cfg.num_workers,
-            device=str(module.device),
+            device=str(trainer.strategy.root_device),
             max_pixels=data.dataset.how.max_pixels,
         )
     health = [c.verdict for c in trainer.callbacks if isinstance(c, Health)]  # type: ignore[attr-defined]
@@ -348,7 +358,8 @@ def say_stopped(stopped: Stopped, run_dir: Path) -> None:
     found = checkpoints_of(run_dir)
     where = f"goes on from {found[-1].stem}" if found else "starts again"
     unsaved = "" if stopped.saved or stopped.step is None else "; this step could not be saved"
-    print(f"{stopped}{unsaved}; {run_dir}: the same command {where}")
+    with suppress(OSError):  # Ctrl-C has ended what we are piped to as well
+        print(f"{stopped}{unsaved}; {run_dir}: the same command {where}", flush=True)
 
 
 def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:

@@ -37,7 +37,9 @@ FREE_KEYS = (
     "run_id",
 )  # fmt: skip
 FREE_KEYS_DOTTED = tuple(f"{key}." for key in FREE_KEYS)
-FREE_TRAINER_KEYS = ("trainer.accelerator", "trainer.devices")
+FREE_TRAINER_KEYS = (
+    "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes",
+)  # fmt: skip
 
 
 def check_same_run(cfg: DictConfig, run_dir: Path) -> None:
@@ -215,7 +217,7 @@ def run_name(data: str, overrides: Sequence[str]) -> str:
     kept = [
         o for o in kept if not o.lstrip("+~").startswith((*FREE_KEYS_DOTTED, *FREE_TRAINER_KEYS))
     ]
-    rest = [o for o in kept if not o.startswith("data=")]
+    rest = [o for o in kept if not o.startswith(("data=", "trainer="))]
     name = "_".join([data, *(re.sub(r"[^\w.+-]+", "-", o) for o in rest)])
     # paths and long lists lose something in a name; a hash tells them apart
     if len(name) > 80 or any("/" in o for o in rest):

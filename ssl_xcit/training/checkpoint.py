@@ -104,7 +104,9 @@ def newest_valid(run_dir: Path, may_rename: bool = True) -> Path | None:
                 read_checkpoint(path)
         except FileNotFoundError:  # another rank has put it aside
             continue
-        except (UserError, OSError) as error:
+        except OSError as error:  # says nothing about what is on the disk
+            raise RunFailed(f"{path} cannot be read now ({error}): try again") from error
+        except UserError as error:
             log.warning("%s; put aside as .corrupt, going on from the one before", error)
             if may_rename:
                 with suppress(OSError):
@@ -166,7 +168,10 @@ class SaveCheckpoints(lightning.Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
         """Save on the grid."""
-        if trainer.global_step % self.every_steps == 0:
+        left_out = getattr(
+            trainer.lightning_module, "skipped_in_a_row", 0
+        )  # are the weights sound?
+        if trainer.global_step % self.every_steps == 0 and not left_out:
             self.save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, *_: object) -> None:

@@ -228,6 +228,8 @@ class Health(lightning.Callback):
         loss = outputs["loss"].item()
         warm = step > getattr(module.schedules.lr, "warmup_steps", 0)
         found = judge(loss, values, targets.shape[-1]) if warm else HEALTHY
+        if not math.isfinite(loss):
+            found = self.trouble  # a step that was left out tells nothing
         self.times = self.times + 1 if found == self.trouble else 1
         self.trouble = found
         if found != self.verdict and (found == HEALTHY or self.times >= self.patience):

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -56,6 +57,7 @@ class StopOnSignal(lightning.Callback):
     def __init__(self, checkpoints: SaveCheckpoints):
         self.checkpoints = checkpoints
         self.received: int | None = None
+        self.interrupted = False
         self.stopping = False
         self.training = False
         self.before: dict[int, Any] = {}
@@ -87,12 +89,16 @@ class StopOnSignal(lightning.Callback):
         self.install()
         self.training = True
 
-    def on_train_end(self, trainer: lightning.Trainer, *_: object) -> None:
-        """Everything is saved; a signal between the last step and here is not lost."""
+    def on_train_end(self, *_: object) -> None:
+        """Everything is saved."""
+        self.training = False
+
+    def after_training(self) -> None:
+        """A signal between the last step and here is not lost."""
         self.training = False
         if self.received is not None:
             self.stopping = True
-            raise Stopped(self.received, trainer.global_step)
+            raise Stopped(self.received)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Remember the signal."""
@@ -100,8 +106,9 @@ class StopOnSignal(lightning.Callback):
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        again = self.received == number
-        self.received = number
+        again = number == signal.SIGINT and self.interrupted
+        self.interrupted = self.interrupted or number == signal.SIGINT
+        self.received = ORDER[max(ORDER.index(number), ORDER.index(self.received))]
         if not self.training:
             self.stopping = True
             raise Stopped(number)
@@ -109,7 +116,8 @@ class StopOnSignal(lightning.Callback):
             if again:
                 self.stopping = True
                 raise Stopped(number, saved=False)
-            os.write(1, b"\nstopping after this step (Ctrl-C again leaves at once, unsaved)\n")
+            with suppress(OSError):  # it may have ended what we are piped to
+                os.write(1, b"\nstopping after this step (Ctrl-C again leaves at once, unsaved)\n")
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
         """Save and leave when any rank was asked to."""

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import lightning
@@ -61,10 +62,9 @@ class ProgressBar(lightning.Callback):
             every = max(1, trainer.max_steps // self.lines)
             if step % every == 0 or step == trainer.max_steps:
                 left = (trainer.max_steps - step) * self.seconds_per_step(step)
-                print(
+                say(
                     f"step {step}/{trainer.max_steps}  {self.news(trainer, outputs)}  "
-                    f"{left:.0f} s left",
-                    flush=True,
+                    f"{left:.0f} s left"
                 )
 
     def seconds_per_step(self, step: int) -> float:
@@ -89,3 +89,9 @@ class ProgressBar(lightning.Callback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+def say(line: str) -> None:
+    """Print, unless nobody reads any more: Ctrl-C ends `| tee log` as well, and not the step."""
+    with suppress(OSError):
+        print(line, flush=True)
