@@ -167,7 +167,7 @@ def make_trainer(cfg: DictConfig, run_dir: Path) -> tuple[lightning.Trainer, Sto
             raise UserError(f"trainer: {str(cause).strip().splitlines()[0]}") from error
         raise
     # Lightning's handler talks to other ranks from wherever it interrupts
-    made._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    made._signal_connector.register_signal_handlers = lambda: None
     if isinstance(made.strategy, DDPStrategy):
         made.strategy._timeout = timedelta(seconds=cfg.collective_timeout)
     return made, stop
