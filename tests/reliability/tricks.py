@@ -209,18 +209,19 @@ def lying_disk():
 def signal_before_training():
     """SIGTERM while the images are being looked at."""
     from ssl_xcit import pretrain
+    from ssl_xcit.training import preemption
 
     make = pretrain.MultiCropData
 
     def interrupted(*args):
         made = make(*args)
-        install = pretrain.StopOnSignal.install
+        install = preemption.StopOnSignal.install
 
         def then(self):
             install(self)
             os.kill(os.getpid(), signal.SIGTERM)
 
-        pretrain.StopOnSignal.install = then
+        preemption.StopOnSignal.install = then
         return made
 
     pretrain.MultiCropData = interrupted
