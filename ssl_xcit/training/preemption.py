@@ -21,12 +21,8 @@ log = logging.getLogger(__name__)
 # interrupted and saved; preempted and resumable
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
 
-ORDER: list[int | None] = [
-    None,
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-]  # the last that any rank got counts
+# the last in this order that any rank has received counts
+ORDER: list[int | None] = [None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
 
 class Stopped(BaseException):
