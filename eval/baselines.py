@@ -2,64 +2,57 @@
 meaning.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 
 from ssl_xcit.data.decode import BadImage, decode
-from ssl_xcit.data.preprocess import Preprocess, resize_center_crop
+from ssl_xcit.data.preprocess import resize_center_crop
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.models.xcit import XCiT
 
-from .features import Features, FeatureSet, Rows, as_feature_set, extract_pair
+from .feature_cache import extract_pair
+from .features import FeatureSet, Parts, Rows, as_feature_set
+from .frozen import Frozen
 
 
-def random_weights(
-    backbone: XCiT,
-    pair: LabelledPair,
-    how: Preprocess,
-    batch_size: int = 64,
-    num_workers: int | None = None,
-    seed: int = 0,
-) -> FeatureSet:
+def random_weights(frozen: Frozen, kinds: Sequence[str] = ("cls",), seed: int = 0) -> FeatureSet:
     """Features of the same architecture with fresh weights."""
-    device = backbone.cls_token.device
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        fresh = XCiT(**backbone.architecture)
-    return extract_pair(
-        fresh.to(device), pair, how, batch_size, num_workers, device, title="random weights"
-    )
+        fresh = XCiT(**frozen.backbone.architecture)
+    stranger = replace(frozen, backbone=fresh.to(frozen.device))
+    return extract_pair(stranger, kinds, title="random weights")
 
 
 def colour_histogram(
-    backbone: XCiT,
-    pair: LabelledPair,
-    how: Preprocess,
-    batch_size: int = 64,
-    num_workers: int | None = None,
-    bins: int = 8,
-    square_root: bool = False,
+    frozen: Frozen, kinds: Sequence[str] = ("cls",), bins: int = 8, square_root: bool = False
 ) -> FeatureSet:
     """Joint RGB histograms of the same pixels, `bins` a channel; the backbone is not used. Of other
     channels than three each has its own.
 
     `square_root` takes that of every cell (Hellinger's kernel).
     """
+    pair = frozen.pair
+    assert isinstance(pair, LabelledPair)
 
-    def of(source: Source) -> tuple[Features, Rows]:
+    def of(source: Source) -> tuple[Parts, Rows]:
         found, rows = [], []
         for i in range(len(source)):
             try:
-                pixels = decode(source.read(i), how)
+                pixels = decode(source.read(i), frozen.how)
             except BadImage:
                 continue  # the backbone's features leave it out too, and say so
             found.append(histogram(resize_center_crop(pixels, pair.resize, pair.size), bins))
             rows.append(i)
         cells = np.stack(found)
-        return np.sqrt(cells) if square_root else cells, np.array(rows, dtype=np.int64)
+        return {"cls": np.sqrt(cells) if square_root else cells}, np.array(rows, dtype=np.int64)
 
-    return as_feature_set(of(pair.train), of(pair.test), pair)
+    train = of(pair.train)
+    return as_feature_set(train, train if pair.test is pair.train else of(pair.test), pair)
 
 
 def histogram(image: UInt8[np.ndarray, "H W channels"], bins: int) -> Float32[np.ndarray, " D"]:

@@ -1,108 +1,91 @@
-"""Linear probe on frozen features: many learning rates trained side by side, the test set used
-once.
+"""Linear probe on frozen features: a grid of settings trained side by side, the test set used once.
 
-Protocol after DINO (arXiv:2104.14294, section 4.1): SGD, momentum 0.9, no weight decay, cosine to
-0, weights N(0, 0.01), bias 0, learning rate times batch / 256. Differs: features are extracted once
-without augmentation, and the learning rate is searched, on a held-out part of the training
-features. The chosen one is trained again on all of them.
+Protocol after DINO (arXiv:2104.14294, section 4.1), see `heads.py`. Differs: features are extracted
+once without augmentation (`protocols.py` has the published form), and learning rate, weight decay
+and kind of features are searched, on a held-out part of the training features. The chosen setting
+is trained again on all of them.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ssl_xcit.data.sources import stratified
 from ssl_xcit.errors import UserError
 
-from .features import FeatureSet
+from .estimates import Estimate
+from .features import FeatureSet, parts_of
+from .heads import Heads, LinearHead, Setting, Tally, cosine, known_classes
+
+ROWS = 4096  # at once, where nothing is trained
 
 
 def train_heads(
-    features: Float[Tensor, "N C"],
+    features: dict[str, Tensor],
     classes: Int64[Tensor, " N"],
     num_classes: int,
-    lrs: Sequence[float],
+    settings: Sequence[Setting],
     epochs: int,
     batch_size: int,
     seed: int,
-) -> tuple[Float[Tensor, "L K C"], Float[Tensor, "L K"]]:
-    """Weights and biases of one linear classifier a learning rate, all on the same batches."""
-    generator = torch.Generator().manual_seed(seed)
-    N, C = features.shape
-    one = 0.01 * torch.randn(num_classes, C, generator=generator)
-    weight = one.to(features).repeat(len(lrs), 1, 1).requires_grad_()
-    bias = torch.zeros(len(lrs), num_classes).to(features).requires_grad_()
-    velocity = [torch.zeros_like(p) for p in (weight, bias)]
-    rate = torch.tensor(lrs).to(features) * batch_size / 256
-    steps_per_epoch = -(-N // batch_size)
-    for step in range(epochs * steps_per_epoch):
-        place = step % steps_per_epoch
+) -> Heads:
+    """One linear classifier a setting, on the rows of (N, D) features by kind."""
+    dims = {kind: x.shape[1] for kind, x in features.items()}
+    heads = Heads(settings, dims, num_classes, seed)
+    order_of = torch.Generator().manual_seed(seed + 1)
+    N = len(classes)
+    per_epoch = -(-N // batch_size)
+    for step in range(epochs * per_epoch):
+        place = step % per_epoch
         if place == 0:
-            order = torch.randperm(N, generator=generator).to(features.device)
+            order = torch.randperm(N, generator=order_of)
         rows = order[place * batch_size : (place + 1) * batch_size]
-        logits = torch.einsum("bc,lkc->blk", features[rows], weight) + bias
-        # heads do not share anything, so the sum of their losses trains each by its own
-        loss = cross_entropy(
-            logits.flatten(0, 1), classes[rows].repeat_interleave(len(lrs)), reduction="sum"
-        ) / len(rows)
-        gradients = torch.autograd.grad(loss, (weight, bias))
-        lr = rate * 0.5 * (1 + np.cos(np.pi * step / (epochs * steps_per_epoch)))
-        with torch.no_grad():
-            for p, v, g in zip((weight, bias), velocity, gradients, strict=True):
-                v.mul_(0.9).add_(g)
-                p.sub_(lr.view(-1, *[1] * (p.ndim - 1)) * v)
-    return weight.detach(), bias.detach()
+        x = {kind: features[kind][rows] for kind in heads.kinds}
+        rate = batch_size / 256 * cosine(step, epochs * per_epoch)
+        heads.step_(x, classes[rows], rate)
+    return heads
 
 
-def scores(
-    weight: Float[Tensor, "L K C"],
-    bias: Float[Tensor, "L K"],
-    features: Float[Tensor, "N C"],
-    classes: Int64[Tensor, " N"],
-) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
-    """Percent of rows that each classifier gets right, and its cross-entropy in nats; a diverged
-    one gets 0 and infinity. Class -1 is none that it knows.
-    """
-    correct = torch.zeros(len(weight), device=features.device)
-    loss = torch.zeros(len(weight), device=features.device)
-    for rows in torch.arange(len(features), device=features.device).split(4096):
-        logits = torch.einsum("nc,lkc->lnk", features[rows], weight) + bias[:, None]
-        hits = (logits.argmax(-1) == classes[rows]) & logits.isfinite().all(-1)
-        correct += hits.sum(dim=1)
-        picked = logits.gather(-1, classes[rows].clamp_min(0).expand(len(weight), -1)[..., None])
-        loss += (logits.logsumexp(-1) - picked[..., 0]).sum(dim=1)
-    return 100.0 * correct / len(features), (loss / len(features)).nan_to_num(torch.inf)
+def tallied(heads: Heads, features: dict[str, Tensor], classes: Int64[Tensor, " N"]) -> Tally:
+    """All heads on all rows."""
+    tally = Tally(heads)
+    for rows in torch.arange(len(classes)).split(ROWS):
+        tally.add({kind: features[kind][rows] for kind in heads.kinds}, classes[rows])
+    return tally
 
 
-def best(accuracy: Float[Tensor, " L"], loss: Float[Tensor, " L"], num_rows: int) -> int:
-    """Of the classifiers within a standard error of the highest accuracy the one with the lowest
-    cross-entropy: few held-out rows do not tell accuracies apart that are close.
-    """
-    share = accuracy / 100.0
-    top = share.max()
-    error = (top * (1.0 - top) / num_rows).sqrt()
-    return int(torch.where(share >= top - error, loss, torch.inf).argmin())
+def right(head: LinearHead, x: Tensor, classes: Int64[Tensor, " Q"]) -> Bool[np.ndarray, " Q"]:
+    """Which rows a head classifies as they are."""
+    found = [head(rows).argmax(dim=1) for rows in x.split(ROWS)]
+    return (torch.cat(found) == classes).numpy()
 
 
 class LinearProbe:
-    """Top-1 accuracy in percent of a linear classifier: `linear`, and the learning rate chosen:
-    `linear_lr`.
+    """Top-1 accuracy of a linear classifier: `linear`, and the learning rate chosen: `linear_lr`.
 
     Args:
-        lrs: learning rates at batch 256 to choose from.
-        epochs: passes over the features.
+        lrs: learning rates to choose from, at a batch of 256.
+        weight_decays: to choose from; the published protocol has 0.
+        kinds: of features to choose from; the published protocol has the class token for XCiT.
+        epochs: passes over the training features.
         batch_size: rows a step.
-        val_fraction: share of each class of the training features that the choice is made on.
+        val_fraction: share of the training rows that decides.
         seed: of initial weights, order and held-out rows.
+
+    Attributes:
+        head: the last classifier made.
+        chosen: its setting.
     """
 
     def __init__(
         self,
         lrs: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+        weight_decays: Sequence[float] = (0.0,),
+        kinds: Sequence[str] = ("cls",),
         epochs: int = 100,
         batch_size: int = 128,
         val_fraction: float = 0.2,
@@ -111,36 +94,57 @@ class LinearProbe:
         if not lrs or min(lrs) <= 0.0 or epochs < 1 or not 0.0 < val_fraction < 1.0:
             raise UserError(
                 f"lrs={list(lrs)}, epochs={epochs}, val_fraction={val_fraction}: rates "
-                "above 0, at least "
-                "one epoch, a share in (0, 1)"
+                "above 0, at least one epoch, a share in (0, 1)"
             )
-        self.lrs = list(lrs)
+        if not weight_decays or min(weight_decays) < 0.0 or batch_size < 1 or not kinds:
+            raise UserError(
+                f"weight_decays={list(weight_decays)}, kinds={list(kinds)}, "
+                f"batch_size={batch_size}: decays from 0, at least one kind and one row"
+            )
+        parts_of(kinds)
+        self.grid = [Setting(k, lr, wd) for k, wd, lr in product(kinds, weight_decays, lrs)]
+        self.kinds = tuple(kinds)
         self.epochs = epochs
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = seed
+        self.head: LinearHead | None = None
+        self.chosen: dict[str, object] = {}
 
     def __call__(self, features: FeatureSet) -> Iterator[tuple[str, float]]:
         """Choose on held-out training rows, train on all, test once."""
         names, ids = np.unique(features.train_labels, return_inverse=True)
         if len(names) < 2:
             raise UserError("the training images have one class only; a linear probe needs two")
-        train, classes = torch.from_numpy(features.train), torch.from_numpy(ids)
-        held = torch.from_numpy(stratified(ids, self.val_fraction, self.seed))
-        options = (len(names), self.epochs, self.batch_size, self.seed)
+        if features.one_set:
+            return  # nothing to be tested on
+        kinds = [kind for kind in self.kinds if features.has(kind)] or ["cls"]
+        grid = [s for s in self.grid if s.kind in kinds]
+        train = {kind: as_tensor(features.of(kind).train) for kind in kinds}
+        classes = torch.from_numpy(ids.astype(np.int64))
+        held = torch.from_numpy(stratified(ids.astype(np.int64), self.val_fraction, self.seed))
 
-        def fit(x: Tensor, y: Tensor, lrs: Sequence[float]) -> tuple[Tensor, Tensor]:
-            num_classes, epochs, batch_size, seed = options
-            return train_heads(x, y, num_classes, lrs, epochs, batch_size, seed)
+        def fit(rows: Tensor, settings: Sequence[Setting]) -> Heads:
+            x = {s.kind: train[s.kind][rows] for s in settings}
+            options = (self.epochs, self.batch_size, self.seed)
+            return train_heads(x, classes[rows], len(names), settings, *options)
 
-        weight, bias = fit(train[~held], classes[~held], self.lrs)
-        lr = self.lrs[best(*scores(weight, bias, train[held], classes[held]), int(held.sum()))]
-        weight, bias = fit(train, classes, [lr])
-        # a test class that training lacks can never be right; -1 matches no prediction
-        known = np.searchsorted(names, features.test_labels).clip(max=len(names) - 1)
-        test_ids = np.where(names[known] == features.test_labels, known, -1)
-        accuracy, _ = scores(
-            weight, bias, torch.from_numpy(features.test), torch.from_numpy(test_ids)
+        setting = grid[0]
+        if len(grid) > 1:
+            heads = fit(~held, grid)
+            x = {kind: train[kind][held] for kind in kinds}
+            setting = heads.settings[tallied(heads, x, classes[held]).best()]
+        weight, bias = fit(torch.ones_like(held), [setting]).one(0)
+        self.chosen = setting._asdict()
+        self.head = LinearHead(
+            weight, bias, setting.kind, "classes", names.tolist(), features.class_names, self.chosen
         )
-        yield "linear", float(accuracy[0])
-        yield "linear_lr", lr
+        test = as_tensor(features.of(setting.kind).test)
+        known = torch.from_numpy(known_classes(names, features.test_labels))
+        yield "linear", Estimate(right(self.head, test, known))
+        yield "linear_lr", setting.lr
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """float32, in memory."""
+    return torch.from_numpy(np.array(array, dtype=np.float32))

@@ -1,32 +1,51 @@
-"""Evaluation while training: the teacher's frozen features every so often, the run itself
+"""Evaluation while training: frozen features every so often, at a bounded cost, the run itself
 untouched.
 """
 
-from collections.abc import Mapping
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
 import torch
 
-from ssl_xcit.data.sources import LabelledPair, Source, Subset
+from ssl_xcit.data.sources import LabelledPair, Source, Subset, label_kind
 from ssl_xcit.errors import UserError
+from ssl_xcit.files import write_json
 from ssl_xcit.training.module import DINO
 
-from .features import Evaluator, extract_pair
+from .feature_cache import extract_pair
+from .features import Evaluator, kinds_of
+from .frozen import Frozen
+
+log = logging.getLogger(__name__)
+NETWORKS = ("teacher", "student")
+BEST = "best.ckpt"
 
 
 class OnlineEvaluation(lightning.Callback):
-    """Cheap evaluators on the teacher every `every_steps` steps, to every logger and to the
-    progress bar.
+    """Cheap evaluators every `every_steps` steps, all on features extracted once, to every logger
+    and to the progress bar; ranks share the extraction.
 
     No random number is drawn and BatchNorm statistics stay, so a run with it equals one without. It
-    is off when the run has no labelled images.
+    is off when the run has no labelled images. Beside the numbers it logs `online_seconds`, what an
+    evaluation took, and `online_share`, the part of the training time that all have taken.
 
     Args:
         evaluators: by name.
         every_steps: steps between two evaluations.
         max_images: of the training and of the test part each; evenly spaced ones are taken.
         batch_size: images at once.
+        eval_budget: the part of the training time that evaluation may take: after the first, one
+            that would lead beyond it is left out; None: none is.
+        networks: teacher, student or both; the student's numbers are called `student_...`.
+        best: the teacher's number by whose highest value `checkpoints/best.ckpt` is kept; None:
+            none is.
     """
 
     def __init__(
@@ -35,25 +54,61 @@ class OnlineEvaluation(lightning.Callback):
         every_steps: int = 500,
         max_images: int = 10_000,
         batch_size: int = 64,
+        eval_budget: float | None = 0.05,
+        networks: Sequence[str] = ("teacher",),
+        best: str | None = "knn_k20",
     ):
         if every_steps < 1 or max_images < 2:
             raise UserError(
                 f"every_steps={every_steps}, max_images={max_images}: at least 1 and 2; to "
-                "do without "
-                "online evaluation: ~callbacks.online"
+                "do without online evaluation: ~callbacks.online"
+            )
+        if not networks or isinstance(networks, str) or set(networks) - set(NETWORKS):
+            raise UserError(f"callbacks.online.networks={networks}: [teacher], [student] or both")
+        if eval_budget is not None and not 0.0 < eval_budget <= 1.0:
+            raise UserError(
+                f"callbacks.online.eval_budget={eval_budget}: a share of the training time above "
+                "0, or null for no limit"
             )
         self.evaluators = evaluators
         self.every_steps = every_steps
         self.max_images = max_images
         self.batch_size = batch_size
+        self.eval_budget = eval_budget
+        self.networks = networks
+        self.best = best
+        self.best_value = -np.inf
         self.pair: LabelledPair | None = None
+        self.started = self.spent = self.last = 0.0
+        self.done = self.left_out = 0
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Choose the images."""
+        """Choose the images, and look up what was best before."""
         pair: LabelledPair | None = trainer.datamodule.eval_data  # type: ignore[attr-defined]
-        if pair is not None:
-            parts = (thinned(pair.train, self.max_images), thinned(pair.test, self.max_images))
-            self.pair = LabelledPair(*parts, pair.name, pair.resize, pair.size)
+        if pair is not None and label_kind(pair.train.labels) == "classes":
+            train = thinned(pair.train, self.max_images)
+            test = train if pair.test is pair.train else thinned(pair.test, self.max_images)
+            self.pair = LabelledPair(train, test, pair.name, pair.resize, pair.size)
+        self.started = time.monotonic()
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            content = json.loads(self.best_file(trainer).read_text())
+            # a run that goes on from before its best finds it again
+            if content["metric"] == self.best and content["step"] <= trainer.global_step:
+                self.best_value = float(content["value"])
+
+    def best_file(self, trainer: lightning.Trainer) -> Path:
+        """What `best.ckpt` is the best by."""
+        return Path(trainer.default_root_dir) / "checkpoints" / "best.json"
+
+    def affordable(self, trainer: lightning.Trainer) -> bool:
+        """Whether another evaluation stays within the budget; all ranks come to rank 0's answer."""
+        training = time.monotonic() - self.started - self.spent
+        fits = (
+            self.eval_budget is None
+            or not self.done
+            or self.spent + self.last <= self.eval_budget * (training + self.spent)
+        )
+        return bool(trainer.strategy.broadcast(fits))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, *_: object
@@ -62,21 +117,72 @@ class OnlineEvaluation(lightning.Callback):
         step = trainer.global_step
         if self.pair is None or step % self.every_steps or step == trainer.max_steps:
             return
+        if not self.affordable(trainer):
+            self.left_out += 1
+            return
+        assert isinstance(module, DINO)
+        began = time.monotonic()
+        values: dict[str, float] = {}
+        for network in self.networks:
+            values |= self.measured(trainer, module, network)
+        self.last = time.monotonic() - began
+        self.spent += self.last
+        self.done += 1
         if trainer.is_global_zero:
-            assert isinstance(module, DINO)
-            features = extract_pair(
-                module.teacher.backbone,
-                self.pair,
-                trainer.datamodule.dataset.how,  # type: ignore[attr-defined]
-                self.batch_size,
-                trainer.datamodule.num_workers,  # type: ignore[attr-defined]
-                module.device,
-            )
-            values = {k: v for e in self.evaluators.values() for k, v in e(features)}
+            share = self.spent / (time.monotonic() - self.started)
+            cost = {"online_seconds": self.last, "online_share": share}
             for logger in trainer.loggers:
-                logger.log_metrics(values, step)
+                logger.log_metrics({**values, **cost}, step)
             trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
-        trainer.strategy.barrier("online evaluation")
+        self.keep_best(trainer, values.get(self.best or "", -np.inf))
+
+    def measured(self, trainer: lightning.Trainer, module: DINO, network: str) -> dict[str, float]:
+        """A network's numbers, on rank 0."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        frozen = Frozen(
+            getattr(module, network).backbone,
+            data.dataset.how,
+            module.device,
+            self.batch_size,
+            data.num_workers,
+            self.pair,
+            ranks=trainer.world_size > 1,
+        )
+        features = extract_pair(frozen, kinds_of(self.evaluators))
+        if not trainer.is_global_zero:
+            return {}
+        prefix = "" if network == "teacher" else f"{network}_"
+        found = (pair for e in self.evaluators.values() for pair in e(features))
+        return {f"{prefix}{name}": float(value) for name, value in found}
+
+    def keep_best(self, trainer: lightning.Trainer, value: float) -> None:
+        """Save `best.ckpt` when the number is higher than ever; all ranks write it together."""
+        value = float(trainer.strategy.broadcast(value))
+        if value <= self.best_value:
+            return
+        self.best_value = value
+        trainer.save_checkpoint(self.best_file(trainer).with_name(BEST))
+        files: Any = trainer.strategy.checkpoint_io
+        if not trainer.is_global_zero:
+            return
+        if files.error is not None:
+            log.error("%s could not be written (%s); training goes on", BEST, files.error)
+            return
+        content = {"step": trainer.global_step, "metric": self.best, "value": value}
+        try:
+            write_json(content, self.best_file(trainer))
+        except OSError as error:
+            log.error("%s could not be written (%s)", self.best_file(trainer), error)
+
+    def on_train_end(self, trainer: lightning.Trainer, *_: object) -> None:
+        """Say what it cost, where that has mattered."""
+        if self.left_out and trainer.is_global_zero:
+            log.warning(
+                "online evaluation ran %d times and was left out %d times: one takes %.1f s, and "
+                "callbacks.online.eval_budget=%g of the training time is its limit; fewer "
+                "callbacks.online.max_images cost less, eval_budget=null sets no limit",
+                self.done, self.left_out, self.last, self.eval_budget,
+            )  # fmt: skip
 
 
 def thinned(source: Source, count: int) -> Source:

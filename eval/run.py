@@ -1,119 +1,258 @@
-"""The command `eval`: frozen features of a backbone, several evaluators, baselines beside them."""
+"""The command `eval`: what frozen features are worth, by several evaluators, baselines beside them;
+of two checkpoints whether their differences mean anything.
+"""
 
 import json
+import logging
+import os
 import re
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ssl_xcit.data.module import check_labelled
-from ssl_xcit.data.preprocess import MAX_PIXELS, of_weights
-from ssl_xcit.data.sources import LabelledPair
+from ssl_xcit.data.preprocess import MAX_PIXELS, Preprocess, of_weights
+from ssl_xcit.data.sources import LabelledPair, label_kind
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import write_json
+from ssl_xcit.files import sha256_of
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.table import Results, print_table
+from ssl_xcit.run_folder import versions
+from ssl_xcit.table import shown_in_terminal
 
-from .features import Evaluator, FeatureSet, extract_pair
+from .feature_cache import data_digest, default_features, extract_pair
+from .features import Evaluator, FeatureSet, kinds_of
+from .frozen import Frozen, Task, placed
+from .output import Evaluation, print_all, write
+
+log = logging.getLogger(__name__)
+PRETRAINED = "pretrained"
+Baseline = Callable[[Frozen, Sequence[str]], FeatureSet]
 
 
 def evaluate(
-    backbone: XCiT,
-    pair: LabelledPair,
+    backbone: XCiT | Mapping[str, XCiT],
+    pair: LabelledPair | None,
     evaluators: Mapping[str, Evaluator | None],
-    baselines: Mapping[str, Callable[..., FeatureSet] | None] | None = None,
+    baselines: Mapping[str, Baseline | None] | None = None,
+    tasks: Mapping[str, Task | None] | None = None,
     batch_size: int = 64,
     num_workers: int | None = None,
     device: str = "auto",
     max_pixels: int = MAX_PIXELS,
-) -> Results:
-    """Every evaluator on the backbone's features and on the baselines'.
+    cache: bool | str = False,
+    feature_dtype: str = "float32",
+    ranks: bool = False,
+) -> Evaluation:
+    """Every evaluator on the features of backbones and of baselines, and every task on the
+    backbones.
 
     Args:
-        backbone: frozen; moved to `device`.
-        pair: labelled images.
-        evaluators: by name; each yields (metric, value).
-        baselines: by name; each makes features from (backbone, pair, how, batch_size, num_workers).
+        backbone: frozen; moved to `device`; several by name.
+        pair: labelled images; None where there are tasks only.
+        evaluators: by name; each yields (metric, value). Those for other kinds of labels than there
+            are, are left out.
+        baselines: by name; each makes features from (frozen, kinds of features).
+        tasks: by name; each yields (metric, value) on data of its own.
         batch_size: images at once.
         num_workers: loader processes; None: one a core, less one.
-        device: `auto` takes a GPU when there is one.
+        device: `auto` takes every GPU there is; several are joined by `+`.
         max_pixels: images with more by their header are refused.
+        cache: keep features on the disk: true for the usual place, or a folder.
+        feature_dtype: of the features kept: float32, or float16 for half the size.
+        ranks: all ranks of the process group are here and share the work.
     """
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    how = of_weights(backbone.preprocess, max_pixels)
-    try:
-        backbone.to(where)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={device}: {reason}; try device=cpu") from error
-    results: Results = {}
+    if feature_dtype not in ("float16", "float32"):
+        raise UserError(f"evaluation.feature_dtype={feature_dtype}: float16 or float32")
+    networks = backbone if isinstance(backbone, Mapping) else {PRETRAINED: backbone}
+    used = {k: e for k, e in evaluators.items() if e is not None}  # linear=null switches one off
+    if pair is not None:
+        kind = label_kind(pair.train.labels)
+        used = {k: e for k, e in used.items() if getattr(e, "labels", "classes") == kind}
+    kinds = kinds_of(used)
+    done = Evaluation()
 
-    def measure(row: str, features: FeatureSet) -> None:
-        results[row] = {}
-        for evaluator in evaluators.values():
-            if evaluator is not None:  # switched off: evaluation.evaluators.linear=null
-                results[row].update(evaluator(features))
+    def frozen_of(network: XCiT) -> Frozen:
+        first, *others = placed(network, device)
+        how = of_weights(network.preprocess, max_pixels)
+        where = default_features() if cache is True else Path(str(cache)).expanduser()
+        return Frozen(
+            network, how, first, batch_size, num_workers, pair, shown_in_terminal(),
+            where if cache else None, others, ranks,
+        )  # fmt: skip
 
-    for row, make in (baselines or {}).items():
-        if make is None:
-            continue
-        measure(row.replace("_", " "), make(backbone, pair, how, batch_size, num_workers))
-    measure(
-        "pretrained",
-        extract_pair(backbone, pair, how, batch_size, num_workers, where, title="pretrained"),
-    )
-    return results
+    here = not ranks or dist.get_rank() == 0
+
+    def note(row: str, name: str, measuring: Any, subject: Any) -> dict[str, float]:
+        started = time.perf_counter()
+        found = dict(measuring(subject))
+        done.seconds.setdefault(row, {})[name] = time.perf_counter() - started
+        done.results.setdefault(row, {}).update(found)
+        for attribute, kept in (("chosen", done.chosen), ("head", done.heads)):
+            if found and (value := getattr(measuring, attribute, None)):
+                kept.setdefault(row, {})[name] = value
+        return found
+
+    def measure(row: str, started: float, features: FeatureSet) -> None:
+        done.seconds[row] = {"features": time.perf_counter() - started}
+        for name, evaluator in used.items() if here else ():
+            for metric in note(row, name, evaluator, features):
+                done.note_classes(row, metric, features.test_labels, features.class_names)
+
+    if pair is not None:
+        frozen = frozen_of(next(iter(networks.values())))
+        for name, baseline in (baselines or {}).items():
+            started = time.perf_counter()
+            if baseline is not None:
+                measure(name.replace("_", " "), started, baseline(frozen, kinds))
+    for row, network in networks.items():
+        frozen, started = frozen_of(network), time.perf_counter()
+        if pair is not None:
+            measure(row, started, extract_pair(frozen, kinds, row, feature_dtype))
+        for name, task in (tasks or {}).items() if here else ():
+            if task is not None:
+                note(row, name, task, frozen)
+    for times in done.seconds.values():
+        times.update({name: round(seconds, 3) for name, seconds in times.items()})
+    return done
 
 
 def main(cfg: DictConfig) -> None:
-    """`ssl-xcit eval`: prints a table and writes `results.json`."""
+    """`ssl-xcit eval`: prints tables, writes `results.json` and `results.md`."""
     if cfg.which not in ("teacher", "student"):
         raise UserError(f"which={cfg.which}: teacher or student")
     if cfg.batch_size < 1 or (cfg.num_workers or 0) < 0:
         raise UserError(
             f"batch_size={cfg.batch_size}, num_workers={cfg.num_workers}: at least 1 and 0"
         )
-    path = checkpoint_path(str(cfg.ckpt))
-    backbone = load_backbone(path, cfg.which, expected(cfg))
+    paths = [checkpoint_path(ckpt) for ckpt in checkpoints_in(cfg.ckpt)]
+    backbones = [load_backbone(path, cfg.which, expected(cfg)) for path in paths]
     pair = instantiate(cfg.eval_data) if cfg.get("eval_data") else None
-    if pair is None:
+    tasks = {k: v for k, v in (cfg.evaluation.get("tasks") or {}).items() if v is not None}
+    hows = [of_weights(b.preprocess, cfg.max_pixels) for b in backbones]
+    check_comparable(paths, hows)
+    if pair is not None:
+        check_labelled(pair, hows[0])
+    elif not tasks:
         raise UserError(
             "there are no labelled images: name some with eval_data=folder eval_data.root=DIR"
         )
-    check_labelled(pair, of_weights(backbone.preprocess, cfg.max_pixels))
-    model = model_name(backbone.architecture)
-    print(
-        f"{path}: {model}, {cfg.which}; {pair.name}: {len(pair.train):,} train, "
-        f"{len(pair.test):,} test images"
-    )
-    results = instantiate(cfg.evaluation)(
-        backbone,
+    names = [PRETRAINED] if len(paths) == 1 else short_names(paths)
+    models = [model_name(b.architecture) for b in backbones]
+    ranks = join_ranks()
+    if not ranks or dist.get_rank() == 0:
+        for path, model in zip(paths, models, strict=True):
+            print(f"{path}: {model}, {cfg.which}")
+        if pair is not None:
+            print(f"{pair.name}: {len(pair.train):,} train, {len(pair.test):,} test images")
+    started = time.perf_counter()
+    evaluation: Evaluation = instantiate(cfg.evaluation)(
+        dict(zip(names, backbones, strict=True)),
         pair,
         batch_size=cfg.batch_size,
         num_workers=cfg.num_workers,
         device=cfg.device,
         max_pixels=cfg.max_pixels,
+        ranks=ranks,
     )
-    print_table(results, f"{model} on {pair.name}")
-    out = Path(cfg.out) if cfg.out else default_out(path)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "weights": str(path),
-        "which": cfg.which,
-        "model": model,
-        "data": pair.name,
-        "train_images": len(pair.train),
-        "test_images": len(pair.test),
-        "results": results,
+    if ranks:
+        rank = dist.get_rank()
+        dist.barrier()
+        dist.destroy_process_group()
+        if rank:
+            return
+    subject = " and ".join(dict.fromkeys(models))
+    title = f"{subject} on {pair.name}" if pair is not None else subject
+    print_all(evaluation, title, names, cfg.per_class)
+    out = Path(cfg.out) if cfg.out else default_out(paths[0], len(paths))
+    content = about(cfg, paths, backbones, pair) | {
+        "total_seconds": round(time.perf_counter() - started, 1)
     }
-    write_json(content, out)
-    print(f"written: {out}")
+    for path in write(evaluation, title, names, content, out):
+        print(f"written: {path}")
+
+
+def checkpoints_in(ckpt: Any) -> list[str]:
+    """One, or several in a list.
+
+    Raises:
+        UserError: none.
+    """
+    found = [str(c) for c in ckpt] if isinstance(ckpt, ListConfig | list) else [str(ckpt)]
+    if not found:
+        raise UserError("ckpt=[]: name a run folder or a checkpoint")
+    return found
+
+
+def check_comparable(paths: Sequence[Path], hows: Sequence[Preprocess]) -> None:
+    """Checkpoints measured beside each other take the same images.
+
+    Raises:
+        UserError: they have different numbers of channels, or one is named twice.
+    """
+    if len(set(paths)) < len(paths):
+        raise UserError(f"ckpt: {paths[0]} is named twice; two different ones can be compared")
+    if len({how.channels for how in hows}) > 1:
+        counts = ", ".join(f"{p} {h.channels}" for p, h in zip(paths, hows, strict=True))
+        raise UserError(f"ckpt: different numbers of channels ({counts})")
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """As much of the paths as tells them apart: the run's folder, or the file's name."""
+    runs = [p.parent.parent.name if p.parent.name == "checkpoints" else p.stem for p in paths]
+    if len(set(runs)) == len(runs):
+        return runs
+    both = [f"{run}/{p.stem}" for run, p in zip(runs, paths, strict=True)]
+    return both if len(set(both)) == len(both) else [str(p) for p in paths]
+
+
+def join_ranks() -> bool:
+    """Under torchrun: one process group, and each rank takes the GPU that is its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
+        return False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("gloo")
+    return True
+
+
+def about(
+    cfg: DictConfig,
+    paths: Sequence[Path],
+    backbones: Sequence[XCiT],
+    pair: LabelledPair | None,
+) -> dict[str, Any]:
+    """What was measured, on what, by which protocol and versions."""
+    single = len(paths) == 1
+    content: dict[str, Any] = {
+        "weights": str(paths[0]) if single else [str(p) for p in paths],
+        "weights_sha256": sha256_of(paths[0]) if single else [sha256_of(p) for p in paths],
+        "which": cfg.which,
+        "model": ", ".join(dict.fromkeys(model_name(b.architecture) for b in backbones)),
+    }
+    if pair is not None:
+        parts = {"train": pair.train, "test": pair.test}
+        labels = {k: np.asarray(part.labels) for k, part in parts.items()}
+        content |= {"data": pair.name, "classes": len(np.unique(labels["train"]))}
+        content |= {f"{k}_images": len(part) for k, part in parts.items()}
+        where = default_features()
+        content |= {f"{k}_sha256": data_digest(part, where) for k, part in parts.items()}
+        content |= {"resize": pair.resize, "size": pair.size}
+    return content | {
+        "protocol": OmegaConf.to_container(cfg.evaluation, resolve=True),
+        "overrides": list(HydraConfig.get().overrides.task),
+        "versions": versions(),
+        "device": cfg.device,
+    }
 
 
 def expected(cfg: DictConfig) -> dict[str, Any] | None:
@@ -124,22 +263,27 @@ def expected(cfg: DictConfig) -> dict[str, Any] | None:
     return {k: v for k, v in architecture.items() if k not in ("layer_scale", "num_classes")}
 
 
-def default_out(path: Path) -> Path:
-    """`results.json` in the run folder, or beside a lone weights file."""
-    return (
-        path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    ) / "results.json"
+def default_out(path: Path, count: int = 1) -> Path:
+    """`results.json` in the run folder, or beside a lone weights file; `comparison.json` there for
+    several.
+    """
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return folder / ("results.json" if count == 1 else "comparison.json")
 
 
-def data_of_run(ckpt: str) -> LabelledPair | None:
+def data_of_run(ckpt: Any) -> LabelledPair | None:
     """The labelled images that a run was measured on, from the choices in its `run.json`.
 
     Only names of our own options and plain values are taken from the file; nothing in it is
     instantiated by itself.
 
+    Args:
+        ckpt: the weights; of several the first.
+
     Raises:
         UserError: the weights do not lie in a run folder.
     """
+    ckpt = checkpoints_in(ckpt)[0]
     file = default_out(checkpoint_path(ckpt)).with_name("run.json")
     if not file.is_file():
         raise UserError(

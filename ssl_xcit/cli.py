@@ -195,6 +195,16 @@ def explain(command: str, message: str) -> str:
         group = "/".join(option[:-1])
         meant = nearest(option[-1], options) or f"; there are {', '.join(options)}"
         return f"{group}={option[-1]}: no such option{meant}"
+    if match := re.search(r"Could not load '(\w+)/([^']+)'", message):  # one of a list
+        group, name = match.groups()
+        folder = resources.files(CONF) / group
+        options = (
+            [f.name.removesuffix(".yaml") for f in folder.iterdir()] if folder.is_dir() else []
+        )
+        return (
+            f"{group}=[{name}]: no such option{nearest(name, options)}; there are "
+            f"{', '.join(sorted(options))}"
+        )
     return " ".join(message.split())
 
 

@@ -227,24 +227,25 @@ def conclude(
     module: DINO,
     data: MultiCropData,
     plan: Plan,
-    evaluate: Callable[..., Mapping[str, Any]],
+    evaluate: Callable[..., Any],
     run_dir: Path,
     seconds: float,
 ) -> None:
     """Measure the frozen features, and write `summary.json`: with it the run is finished."""
     pair = data.eval_data
-    results: Mapping[str, Any] = {}
+    measured: dict[str, Any] = {"results": {}, "intervals": {}}
     if pair is not None:
-        results = evaluate(
+        found = evaluate(
             load_backbone(run_dir),
             pair,
             num_workers=cfg.num_workers,
             device=str(trainer.strategy.root_device),
             max_pixels=data.dataset.how.max_pixels,
         )
+        measured = {"results": found.results, "intervals": found.intervals}
     health = [c.verdict for c in trainer.callbacks if isinstance(c, Health)]  # type: ignore[attr-defined]
     summary = {
-        "results": results,
+        **measured,
         "data": pair.name if pair else None,
         "model": model_name(module.student.backbone.architecture),
         "last": last_row(run_dir),
@@ -275,7 +276,8 @@ def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
     if summary.get("health") not in (None, HEALTHY):
         print(f"not healthy: {summary['health']}; see metrics.csv")
     if summary["results"]:
-        print_table(summary["results"], f"{summary['model']} on {summary['data']}")
+        title = f"{summary['model']} on {summary['data']}"
+        print_table(summary["results"], title, summary.get("intervals"))
         follow_up = f"ssl-xcit eval ckpt={run_dir}"
     else:
         print(NO_LABELS)

@@ -24,7 +24,12 @@ SMALL = [
     "callbacks.online.every_steps=4",
     "callbacks.online.max_images=100",
     "callbacks.checkpoints.every_steps=3",
+    "callbacks.online.eval_budget=null",
     "evaluation.evaluators.linear.epochs=2",
+    *(
+        f"evaluation.evaluators.{name}=null"
+        for name in ("few_shot", "logistic", "clustering", "retrieval")
+    ),
 ]
 NO_ONLINE = [o for o in SMALL if not o.startswith("callbacks.online")]
 

@@ -46,9 +46,9 @@ def test_the_package_never_imports_eval_conf_wandb_or_faiss():
             assert top[:2] not in (["ssl_xcit", "eval"], ["ssl_xcit", "conf"]), f"{file}: {name}"
 
 
-def test_faiss_is_only_in_knn():
+def test_faiss_is_only_where_it_searches_and_clusters():
     users = [f.name for f in files("eval") if "faiss" in imports(f)]
-    assert users == ["knn.py"]
+    assert users == ["clustering.py", "search.py"]
     assert not [f for f in files("eval") if "wandb" in imports(f)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ssl_xcit.data.names import Names
-from ssl_xcit.data.sources import Files, LabelledPair, held_out
+from ssl_xcit.data.sources import Files, LabelledPair, held_out, load_labels
 from ssl_xcit.errors import MissingPath, UserError
 
 
@@ -108,12 +108,35 @@ def labelled_lists(
     file: str | None,
     test_file: str | None = None,
     root: str | None = None,
+    labels: str | None = None,
+    test_labels: str | None = None,
     test_fraction: float = 0.2,
     resize: int = 256,
     size: int = 224,
     seed: int = 0,
 ) -> LabelledPair | None:
-    """`path_list` of labelled images, and of others to be tested on (None: a share is held out)."""
+    """`path_list` of labelled images, and of others to be tested on (None: a share is held out).
+
+    Args:
+        file: the list.
+        test_file: of other images.
+        root: what the paths are relative to; None: the file's folder.
+        labels: a `.npy` file of the listed images' labels, see `load_labels`; None: the list's own.
+        test_labels: likewise of `test_file`.
+        test_fraction: share held out where there are no other images.
+        resize: short side in pixels.
+        size: side of the central square.
+        seed: of the choice.
+
+    Raises:
+        UserError: labels for the one list and not for the other.
+    """
     train = path_list(file, root)
     test = path_list(test_file, root, train.class_names if train is not None else None)
+    if (labels is None) != (test_labels is None) and test_file is not None:
+        raise UserError("eval_data.labels and eval_data.test_labels: give both, or none")
+    for source, given in ((train, labels), (test, test_labels)):
+        if source is not None and given is not None:
+            source.labels = load_labels(given, len(source))
+            source.class_names = ()
     return held_out(train, test, str(file), test_fraction, resize, size, seed)

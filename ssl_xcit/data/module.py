@@ -18,7 +18,7 @@ from ssl_xcit.data.loader import Restarting, default_workers, loader_options
 from ssl_xcit.data.multicrop import Crops, MultiCrop, Replaced
 from ssl_xcit.data.order import Positions, crop_seed, image_at, instead_of
 from ssl_xcit.data.preprocess import Preprocess, resize_center_crop, to_views
-from ssl_xcit.data.sources import LabelledPair, Source
+from ssl_xcit.data.sources import LabelledPair, Source, label_kind
 from ssl_xcit.errors import RunFailed, UserError
 
 log = logging.getLogger(__name__)
@@ -244,18 +244,30 @@ def check_labelled(pair: LabelledPair, how: Preprocess) -> None:
                 f"{pair.name}: no {part} images are left: two of a class are needed to hold one "
                 "out, or name others with eval_data.test_root=DIR"
             )
-    assert pair.train.labels is not None
-    assert pair.test.labels is not None
-    if len(np.unique(pair.train.labels)) < 2:
-        raise UserError(f"{pair.name}: one class only; k-NN and linear probe need two")
-    for source in (pair.train, pair.test):
+    for source in dict.fromkeys((pair.train, pair.test)):
         check_images(source, pair.size, how)
-    unknown = np.setdiff1d(pair.test.labels, pair.train.labels)
+    kind = label_kind(pair.train.labels)
+    if label_kind(pair.test.labels) != kind:
+        raise UserError(f"{pair.name}: training and test labels are of different kinds")
+    if kind == "classes":
+        check_classes(pair)
+
+
+def check_classes(pair: LabelledPair) -> None:
+    """Class ids can be learnt and tested.
+
+    Raises:
+        UserError: there is one class only.
+    """
+    train, test = np.asarray(pair.train.labels), np.asarray(pair.test.labels)
+    if len(np.unique(train)) < 2:
+        raise UserError(f"{pair.name}: one class only; k-NN and linear probe need two")
+    unknown = np.setdiff1d(test, train)
     if len(unknown):
+        names = [pair.test.class_names[i] if i < len(pair.test.class_names) else i for i in unknown]
         log.warning(
             "%d test images belong to %d classes without training images (%s): they count as wrong",
-            np.isin(pair.test.labels, unknown).sum(), len(unknown),
-            ", ".join(pair.test.class_names[i] for i in unknown[:5]),
+            np.isin(test, unknown).sum(), len(unknown), ", ".join(map(str, names[:5])),
         )  # fmt: skip
 
 

@@ -11,7 +11,17 @@ from ssl_xcit.data.decode import BadImage
 from ssl_xcit.data.names import Names
 from ssl_xcit.data.order import Shards
 from ssl_xcit.data.preprocess import MAX_CHANNELS
-from ssl_xcit.data.sources import Files, LabelledPair, Labels, Source, held_out
+from ssl_xcit.data.sources import (
+    AnyLabels,
+    Files,
+    LabelledPair,
+    Labels,
+    Source,
+    held_out,
+    label_kind,
+    load_labels,
+    load_npy,
+)
 from ssl_xcit.errors import MissingPath, UserError
 
 
@@ -31,7 +41,7 @@ class Arrays:
         self,
         images: np.ndarray,
         name: str,
-        labels: Labels | None = None,
+        labels: AnyLabels | None = None,
         class_names: Sequence[str] = (),
     ):
         self.images = images
@@ -105,7 +115,8 @@ class HuggingFace:
 
 
 def arrays(file: str | None, labels: str | None = None) -> Arrays | None:
-    """`.npy` files, mapped into memory: images (N, H, W) or (N, H, W, channels), class ids (N,).
+    """`.npy` files, mapped into memory: images (N, H, W) or (N, H, W, channels), and labels, see
+    `load_labels`.
 
     Raises:
         MissingPath: no such file.
@@ -126,28 +137,10 @@ def arrays(file: str | None, labels: str | None = None) -> Arrays | None:
         )
     if labels is None:
         return Arrays(images, Path(file).name)
-    ids = load_npy(labels, "data.labels")
-    if ids.shape != images.shape[:1] or ids.dtype.kind not in "ui":
-        raise UserError(
-            f"data.labels={labels}: shape {ids.shape} of {ids.dtype}; "
-            f"({len(images)},) class ids are needed"
-        )
-    known = np.asarray(ids, dtype=np.int64)
-    if len(known) and known.min() < 0:
-        raise UserError(f"data.labels={labels}: class ids start at 0, and one is {known.min()}")
-    names = [str(i) for i in range(int(known.max()) + 1)] if len(known) else []
+    known = load_labels(labels, len(images))
+    classes = label_kind(known) == "classes" and len(known)
+    names = [str(i) for i in range(int(known.max()) + 1)] if classes else []
     return Arrays(images, Path(file).name, known, names)
-
-
-def load_npy(file: str, key: str) -> np.ndarray:
-    """A memory map; no pickles."""
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise MissingPath(f"{key}={file}: no such file")
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{key}={file}: not a .npy file of numbers ({error})") from error
 
 
 def labelled_arrays(

@@ -8,17 +8,19 @@ and sets that other libraries read.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, Shaped
 
 from ssl_xcit.data.decode import read_file
 from ssl_xcit.data.names import Names
 from ssl_xcit.data.order import Shards
-from ssl_xcit.errors import UserError
+from ssl_xcit.errors import MissingPath, UserError
 
 Labels = Int64[np.ndarray, " N"]
+AnyLabels = Shaped[np.ndarray, "N *K"]  # of any kind, see `label_kind`
 Stored = bytes | np.ndarray  # an encoded image, or its pixels
 
 
@@ -26,7 +28,7 @@ Stored = bytes | np.ndarray  # an encoded image, or its pixels
 class Source(Protocol):
     """A finite set of images with random access."""
 
-    labels: Labels | None  # class ids, or None
+    labels: AnyLabels | None  # class ids, or None; for evaluation also others, see `label_kind`
     class_names: Sequence[str]  # by class id; empty without labels
     shards: Shards | None  # which images lie together, where that decides how fast they are read
 
@@ -76,7 +78,7 @@ class Files:
         self,
         paths: Sequence[str],
         root: str = "",
-        labels: Labels | None = None,
+        labels: AnyLabels | None = None,
         class_names: Sequence[str] = (),
     ):
         self.paths = paths if isinstance(paths, Names) else Names.of(paths)
@@ -138,6 +140,57 @@ def stratified(labels: Labels, fraction: float, seed: int) -> Bool[np.ndarray, "
     return chosen
 
 
+def load_npy(file: str, key: str) -> np.ndarray:
+    """A memory map; no pickles."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise MissingPath(f"{key}={file}: no such file")
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{key}={file}: not a .npy file of numbers ({error})") from error
+
+
+def load_labels(file: str, count: int) -> np.ndarray:
+    """Labels of so many images from a `.npy` file: class ids (N,), or (N, K) of 0 and 1 where an
+    image may have several labels, or numbers (N,) or (N, D) of floating point.
+
+    Raises:
+        MissingPath: no such file.
+        UserError: another number of images, or values that mean nothing.
+    """
+    found = np.asarray(load_npy(file, "data.labels"))
+    if found.shape[:1] != (count,) or found.ndim > 2 or found.dtype.kind not in "uibf":
+        raise UserError(
+            f"data.labels={file}: shape {found.shape} of {found.dtype}; ({count},) class ids are "
+            f"needed, ({count}, K) of 0 and 1, or numbers of floating point"
+        )
+    if found.dtype.kind == "f":
+        if not np.isfinite(found).all():
+            raise UserError(f"data.labels={file}: not all numbers are finite")
+        return found.astype(np.float64)
+    if found.ndim == 2 and not np.isin(found, (0, 1)).all():
+        raise UserError(f"data.labels={file}: ({count}, K) labels are 0 or 1 each")
+    if found.size and found.min() < 0:
+        raise UserError(f"data.labels={file}: class ids start at 0, and one is {found.min()}")
+    return found.astype(np.int64)
+
+
+def label_kind(labels: np.ndarray | None) -> str:
+    """`classes` (N,) whole numbers, `several` (N, K) of 0 and 1, or `numbers` (N,) or (N, D)."""
+    if labels is None or (labels.ndim == 1 and labels.dtype.kind in "ui"):
+        return "classes"
+    return "several" if labels.ndim == 2 and labels.dtype.kind in "uib" else "numbers"
+
+
+def some_rows(count: int, fraction: float, seed: int) -> Bool[np.ndarray, " N"]:
+    """A mask with that share of the rows, at least one and not all."""
+    generator = np.random.Generator(np.random.Philox(seed))
+    mask = np.zeros(count, bool)
+    mask[generator.permutation(count)[: min(max(1, round(fraction * count)), count - 1)]] = True
+    return mask
+
+
 def held_out(
     train: Source | None,
     test: Source | None,
@@ -153,7 +206,7 @@ def held_out(
         train: to learn the classes from.
         test: to be tested on; without it a share of each class of `train` is held out.
         name: what a table calls them.
-        test_fraction: that share.
+        test_fraction: that share; 0: there is one set only, and each image is tested on the others.
         resize: short side in pixels.
         size: side of the central square.
         seed: of the choice.
@@ -167,8 +220,13 @@ def held_out(
         return None
     if train.labels is None:
         raise UserError(f"eval_data: {name} has no labels, which k-NN and linear probe need")
+    if test is None and test_fraction == 0:
+        return LabelledPair(train, train, name, resize, size)
     if test is None:
-        chosen = stratified(train.labels, test_fraction, seed)
+        if label_kind(train.labels) == "classes":
+            chosen = stratified(train.labels, test_fraction, seed)
+        else:
+            chosen = some_rows(len(train), test_fraction, seed)
         train, test = (Subset(train, np.flatnonzero(mask)) for mask in (~chosen, chosen))
     return LabelledPair(train, test, name, resize, size)
 

@@ -302,6 +302,31 @@ class XCiT(nn.Module):
         cls, patches = last(cls, patches)
         return Features(self.norm(cls[:, 0]), as_image(self.norm(patches), grid))
 
+    def parts(self, x: Float[Tensor, "B in_chans H W"]) -> dict[str, Float[Tensor, "B C"]]:
+        """What the last four blocks know of the image, each after the last norm (as DINOv2 takes
+        several blocks, arXiv:2304.07193, section 7.1).
+
+        Class tokens `cls` (the output of `forward`) and `cls_1` of the two class-attention blocks,
+        mean patch tokens `patch` (of the output) and `block_1`, `block_2` of the last two XCA
+        blocks, the last of them first; these have no class token.
+        """
+        seen: list[Tensor] = []
+        hooks = [
+            block.register_forward_hook(lambda *of: seen.append(self.norm(of[2]).mean(dim=1)))
+            for block in self.blocks[-2:]
+        ]
+        try:
+            tokens, _ = self.patch_tokens(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        earlier, patches, last = self.before_last(tokens)
+        cls, patches = last(earlier, patches)
+        found = {"cls": cls, "cls_1": earlier}
+        parts = {name: self.norm(token[:, 0]) for name, token in found.items()}
+        parts["patch"] = self.norm(patches).mean(dim=1)
+        return parts | {f"block_{i}": mean for i, mean in enumerate(reversed(seen), start=1)}
+
     def attention(self, x: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B heads h w"]:
         """Class attention of the last block over the patches; what is missing to 1 is its weight on
         itself.

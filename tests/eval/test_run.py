@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from ssl_xcit.eval.baselines import colour_histogram, histogram, random_weights
-from ssl_xcit.eval.features import extract, extract_pair
+from ssl_xcit.eval.feature_cache import extract_pair
+from ssl_xcit.eval.features import extract
+from ssl_xcit.eval.frozen import Frozen
 from ssl_xcit.eval.knn import KNN
 from ssl_xcit.eval.run import evaluate
 
@@ -15,6 +17,7 @@ from ssl_xcit.data.decode import RGB, decode
 from ssl_xcit.data.module import check_labelled
 from ssl_xcit.data.preprocess import normalise, resize_center_crop
 from ssl_xcit.data.sources import Files, LabelledPair, Subset
+from ssl_xcit.errors import RunFailed
 from ssl_xcit.models.xcit import XCiT
 
 
@@ -36,7 +39,8 @@ def test_features_are_the_backbones_in_eval_mode(pair, backbone):
     backbone.train()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     state = torch.get_rng_state()
-    features, rows = extract(backbone, pair.test, 64, 48, RGB, batch_size=7, num_workers=0)
+    found, rows = extract(Frozen(backbone, batch_size=7, num_workers=0), pair.test, 64, 48)
+    features = found["cls"]
     assert rows.tolist() == list(range(len(pair.test)))
     assert torch.equal(state, torch.get_rng_state())
     assert backbone.training
@@ -49,9 +53,10 @@ def test_features_are_the_backbones_in_eval_mode(pair, backbone):
 
 
 def test_random_weights_are_fresh_and_repeatable(pair, backbone):
-    one, two = (random_weights(backbone, pair, RGB, num_workers=0) for _ in range(2))
+    frozen = Frozen(backbone, num_workers=0, pair=pair)
+    one, two = (random_weights(frozen) for _ in range(2))
     assert np.array_equal(one.train, two.train)
-    own = extract_pair(backbone, pair, RGB, num_workers=0)
+    own = extract_pair(frozen)
     assert not np.allclose(one.train, own.train)
 
 
@@ -72,7 +77,7 @@ def test_evaluate_gives_a_row_each(pair, backbone):
         {"knn": KNN([5]), "linear": None},
         {"random_weights": random_weights, "colour_histogram": None},
         num_workers=0,
-    )
+    ).results
     assert list(results) == ["random weights", "pretrained"]
     assert 0 <= results["pretrained"]["knn_k5"] <= 100
 
@@ -80,8 +85,8 @@ def test_evaluate_gives_a_row_each(pair, backbone):
 def test_features_that_are_not_finite_are_named(pair, backbone):
     with torch.no_grad():
         backbone.norm.weight[0] = torch.nan
-    with pytest.raises(ValueError, match=r"not finite, such as .*png"):
-        extract(backbone, pair.test, 64, 48, RGB, num_workers=0)
+    with pytest.raises(RunFailed, match=r"not finite, such as .*png"):
+        extract(Frozen(backbone, num_workers=0), pair.test, 64, 48)
 
 
 def test_labels_are_required_and_unknown_classes_named(pair, caplog):
@@ -108,9 +113,7 @@ def test_a_bad_image_is_left_out_with_its_label(backbone, tmp_path):
     files[2].write_bytes(b"<html>")
     source = Files([str(f) for f in files], "", np.array([0, 0, 1, 1, 2, 2]), ["a", "b", "c"])
     pair = LabelledPair(source, source, "one bad", 16, 16)
-    for features in (
-        extract_pair(backbone, pair, RGB, num_workers=0),
-        colour_histogram(backbone, pair, RGB),
-    ):
+    frozen = Frozen(backbone, num_workers=0, pair=pair)
+    for features in (extract_pair(frozen), colour_histogram(frozen)):
         assert features.train_labels.tolist() == [0, 0, 1, 2, 2]
         assert len(features.train) == len(features.test) == 5

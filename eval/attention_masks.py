@@ -1,0 +1,90 @@
+"""How well class attention outlines objects: Jaccard index of thresholded attention and masks.
+
+After DINO (arXiv:2104.14294, section 4.2.2, figure 4): of each head's attention of the class token
+over the patches the largest values that hold 60 % of the mass make a mask, upsampled by nearest.
+Each index of an image's mask but 0 and 255 is an object. Of an object the head with the highest
+Jaccard index counts (so the masks choose the head); an image has the mean over its objects, and
+the number is the mean over images that have one. Beside it the same of one map, the mean over
+heads, which no mask chooses. Differs: pixels of index 255 (VOC's borders) count for neither side,
+where DINO's code has them as background; images are squeezed to a square.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ssl_xcit.errors import UserError
+
+from .estimates import Estimate
+from .frozen import Frozen
+from .masks import IGNORED, Mask, check_side, find_pairs, finite, read_batches, resize_mask
+
+
+def largest(attention: Float[Tensor, "*maps h w"], mass: float) -> Bool[Tensor, "*maps h w"]:
+    """The fewest patches of each map that hold at least the share `mass` of it."""
+    flat = attention.flatten(-2).double()
+    values, order = flat.sort(dim=-1, descending=True, stable=True)
+    before = values.cumsum(-1) - values  # held by those that are larger
+    kept = before < mass * values.sum(-1, keepdim=True)
+    return torch.zeros_like(kept).scatter(-1, order, kept).view(attention.shape)
+
+
+def jaccards(maps: Bool[Tensor, "heads h w"], mask: Mask) -> Float[np.ndarray, "objects heads"]:
+    """Intersection over union of each object with each map at the mask's size."""
+    labelled = mask != IGNORED
+    upsampled = [
+        resize_mask(one.cpu().numpy().astype(np.uint8), *mask.shape)[labelled] > 0 for one in maps
+    ]
+    indices = mask[labelled]
+    rows = []
+    for index in np.setdiff1d(indices, [0]):
+        true = indices == index
+        rows.append([(one & true).sum() / (one | true).sum() for one in upsampled])
+    return np.array(rows).reshape(-1, len(upsampled))
+
+
+class AttentionJaccard:
+    """Percent: `attention_jaccard` of each object's best head, `attention_jaccard_mean` of the mean
+    over heads.
+
+    Args:
+        root: images and masks of validation, see `masks.py`.
+        size: side of the square that images are squeezed to, a multiple of the patch size.
+        mass: share of the attention that is kept.
+
+    Raises:
+        MissingPath: files are missing.
+        UserError: a setting out of its range.
+    """
+
+    def __init__(self, root: str, size: int = 480, mass: float = 0.6):
+        if type(size) is not int or size < 1 or not 0.0 < mass < 1.0:
+            raise UserError(
+                f"attention_masks: size={size}, mass={mass}: a whole number from 1, a share in "
+                "(0, 1)"
+            )
+        self.pairs = find_pairs(root, "val")
+        self.root = root
+        self.size = size
+        self.mass = mass
+
+    def __call__(self, frozen: Frozen) -> Iterator[tuple[str, float]]:
+        """Attention of every image against its objects."""
+        check_side(self.size, frozen.backbone.patch_size)
+        best, mean = [], []
+        with frozen.looking() as backbone:
+            for images, masks in read_batches(frozen, self.pairs, self.size, "attention masks"):
+                attention = finite(backbone.attention(images).float())
+                both = torch.cat((attention, attention.mean(1, keepdim=True)), dim=1)
+                for maps, mask in zip(largest(both, self.mass), masks, strict=True):
+                    objects = jaccards(maps, mask)
+                    if len(objects):
+                        best.append(objects[:, :-1].max(axis=1).mean())
+                        mean.append(objects[:, -1].mean())
+        if not best:
+            raise UserError(f"root={self.root}: no mask has an object (an index of 1 to 254)")
+        yield "attention_jaccard", Estimate(np.array(best))
+        yield "attention_jaccard_mean", Estimate(np.array(mean))

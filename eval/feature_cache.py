@@ -1,0 +1,314 @@
+"""Features kept on the disk, a folder for each (weights, images, how they are looked at).
+
+The name of the folder is a hash of all three, so nothing goes stale. Each part is a `.npy` file of
+its own, mapped into memory. Extraction writes beside the name and notes how far it has come; one
+that was interrupted goes on there, and what is finished is compared with its SHA-256 when it is
+opened.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from ssl_xcit.data.cache import default_cache
+from ssl_xcit.data.decode import BadImage
+from ssl_xcit.data.sources import Files, LabelledPair, Source, Subset
+from ssl_xcit.errors import UserError
+from ssl_xcit.files import replacing, sha256_of, write_json
+from ssl_xcit.models.xcit import XCiT
+
+from .features import (
+    FeatureSet,
+    Parts,
+    Rows,
+    as_feature_set,
+    batches,
+    check_features,
+    extract,
+    parts_of,
+)
+from .frozen import Frozen
+
+log = logging.getLogger(__name__)
+FORMAT = 1  # of the files, and of what extraction does
+NOTED = 20.0  # seconds between two notes of how far it has come
+SETTLED = 2_000_000_000  # nanoseconds after which a file's time tells of every change
+LIMIT = 50_000_000_000  # bytes, above which the folders not used for longest go
+
+
+def weights_digest(backbone: XCiT) -> str:
+    """SHA-256 of the backbone's tensors, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)} ".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stamp_of(source: Source) -> str | None:
+    """A hash of the names, sizes and times of change of a source's files; None where that does not
+    tell of every change.
+    """
+    inner = source.source if isinstance(source, Subset) else source
+    if not isinstance(inner, Files):
+        return None
+    digest, newest = hashlib.sha256(), 0
+    for index in range(len(source)):
+        name = source.name(index)
+        try:
+            status = os.stat(name)
+        except OSError:
+            return None
+        newest = max(newest, status.st_mtime_ns)
+        digest.update(os.fsencode(name) + b"\0")
+        digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+    return digest.hexdigest() if time.time_ns() - newest > SETTLED else None
+
+
+def data_digest(source: Source, cache: Path | None, title: str | None = None) -> str:
+    """SHA-256 of the stored images, one after another.
+
+    Files whose names, sizes and times are as they were are not read again.
+    """
+    stamp = stamp_of(source) if cache is not None else None
+    memo = cache / "digests" / stamp if cache is not None and stamp is not None else None
+    if memo is not None and memo.is_file() and len(known := memo.read_text()) == 64:
+        return known
+    digest = hashlib.sha256()
+    rows = track(range(len(source)), title or "", transient=True, disable=title is None)
+    for index in rows:
+        try:
+            stored: Any = source.read(index)
+        except BadImage:
+            stored = b"bad"
+        if isinstance(stored, np.ndarray):
+            digest.update(f"{stored.dtype} {stored.shape} ".encode())
+            stored = np.ascontiguousarray(stored).tobytes()
+        digest.update(len(stored).to_bytes(8, "little"))
+        digest.update(stored)
+    if memo is not None:
+        with suppress(OSError), replacing(memo) as part:
+            part.write_text(digest.hexdigest())
+    return digest.hexdigest()
+
+
+class Folder:
+    """One set of features on the disk.
+
+    Args:
+        path: the folder.
+        dtype: of the stored numbers.
+    """
+
+    def __init__(self, path: Path, dtype: str):
+        self.path = path
+        self.dtype = np.dtype(dtype)
+
+    def about(self) -> dict[str, Any]:
+        """What is finished: `files` with SHA-256 by name; nothing where nothing is."""
+        try:
+            return dict(json.loads((self.path / "about.json").read_text())["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def load(self, parts: Sequence[str]) -> tuple[Parts, Rows] | None:
+        """Mapped into memory; None unless all parts are there and as they were written."""
+        files, arrays = self.about(), {}
+        for name in ("rows", *parts):
+            file = self.path / f"{name}.npy"
+            if name not in files or not file.is_file():
+                return None
+            if sha256_of(file) != files[name]:
+                log.warning("%s is damaged; its features are made again", file)
+                return None
+            arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+        with suppress(OSError):
+            os.utime(self.path)  # used now
+        return {name: arrays[name] for name in parts}, np.array(arrays["rows"])
+
+    def fill(
+        self,
+        frozen: Frozen,
+        source: Source,
+        resize: int,
+        size: int,
+        parts: Sequence[str],
+        title: str | None,
+    ) -> None:
+        """Extract the parts, from where an interrupted extraction of them stopped."""
+        N, C = len(source), frozen.backbone.embed_dim
+        names = {name: self.path / f".{name}.part" for name in parts}
+        note = self.path / "progress.json"
+        done, good = 0, np.zeros(N, bool)
+        whole_size = N * C * self.dtype.itemsize
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            content = json.loads(note.read_text())
+            packed = np.frombuffer(bytes.fromhex(content["good"]), np.uint8)
+            noted = np.unpackbits(packed, count=content["done"]).astype(bool)
+            sizes = {file.stat().st_size for file in names.values()}
+            if content["parts"] == list(parts) and sizes == {whole_size} and len(noted) <= N:
+                done, good[: len(noted)] = len(noted), noted
+        if done == 0:
+            for file in names.values():
+                file.unlink(missing_ok=True)
+        mode: Any = "r+" if done else "w+"
+        arrays = {
+            name: np.memmap(file, self.dtype, mode, shape=(N, C)) for name, file in names.items()
+        }
+        if done:
+            print(f"{title or source.name(0)}: going on from image {done:,} of {N:,}")
+        rest = Subset(source, np.arange(done, N)) if done else source
+        last_note = time.monotonic()
+
+        def write_note() -> None:
+            for array in arrays.values():
+                array.flush()
+            packed = np.packbits(good[:done]).tobytes().hex()
+            write_json({"parts": list(parts), "done": done, "good": packed}, note)
+
+        try:
+            for found, readable in batches(frozen, rest, resize, size, parts, title):
+                count = len(readable)
+                for name, tensor in found.items():
+                    arrays[name][done : done + count] = tensor.numpy()
+                good[done : done + count] = readable.numpy()
+                done += count
+                if time.monotonic() - last_note > NOTED:
+                    last_note = time.monotonic()
+                    write_note()
+        except KeyboardInterrupt:
+            write_note()
+            raise
+        rows = np.flatnonzero(good)
+        if not len(rows):
+            raise UserError(f"none of {N:,} images can be read, such as {source.name(0)}")
+        whole = {name: np.asarray(a)[rows] if len(rows) < N else a for name, a in arrays.items()}
+        for values in whole.values():
+            check_features(values, rows, source)
+        self.keep({**whole, "rows": rows.astype(np.int64)})
+        del whole, arrays
+        for file in (*names.values(), note):
+            file.unlink(missing_ok=True)
+
+    def keep(self, arrays: dict[str, np.ndarray]) -> None:
+        """Give finished arrays their names, then enter them."""
+        files = self.about()
+        for name, array in arrays.items():
+            with replacing(self.path / f"{name}.npy") as part:
+                with part.open("wb") as file:
+                    np.save(file, np.asarray(array), allow_pickle=False)
+                files[name] = sha256_of(part)
+        write_json({"format": FORMAT, "files": files}, self.path / "about.json")
+
+
+def cached(
+    frozen: Frozen,
+    source: Source,
+    resize: int,
+    size: int,
+    parts: Sequence[str] = ("cls",),
+    title: str | None = None,
+    dtype: str = "float32",
+) -> tuple[Parts, Rows]:
+    """`extract`, from the disk where it has been done before; raises as it does.
+
+    Without `frozen.cache`, or with several ranks, or when the disk cannot be written or another
+    process is at the same features, it is done in memory.
+    """
+    options = (source, resize, size, parts, title)
+    if frozen.cache is None or frozen.ranks:
+        return extract(frozen, *options)
+    shown = frozen.show and title is not None
+    key = {
+        "format": FORMAT,
+        "weights": weights_digest(frozen.backbone),
+        "architecture": frozen.backbone.architecture,
+        "how": frozen.how.of_weights() | {"max_pixels": frozen.how.max_pixels},
+        "resize": resize,
+        "size": size,
+        "data": data_digest(source, frozen.cache, f"{title}: reading" if shown else None),
+        "dtype": dtype,
+        "device": str(torch.device(frozen.device).type),
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    folder = Folder(frozen.cache / name, dtype)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with held(folder.path / ".lock") as mine:
+            found = folder.load(parts)
+            if found is None and mine:
+                missing = [p for p in parts if p not in folder.about()]
+                folder.fill(frozen, source, resize, size, missing or list(parts), title)
+                forget_oldest(frozen.cache)
+                found = folder.load(parts)
+    except OSError as error:
+        log.warning("features are not kept: %s", error)
+        found = None
+    return extract(frozen, *options) if found is None else found
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[bool]:
+    """Whether no other process has it; ends with the process."""
+    with lock.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def forget_oldest(cache: Path) -> None:
+    """Remove the folders not used for longest while all of them are above `LIMIT`."""
+    folders = sorted((f for f in cache.iterdir() if (f / "about.json").exists()), key=used)
+    sizes = [sum(file.stat().st_size for file in f.iterdir()) for f in folders]
+    for place, folder in enumerate(folders[:-1]):
+        if sum(sizes[place:]) <= LIMIT:
+            break
+        with held(folder / ".lock") as mine:
+            if mine:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def used(folder: Path) -> float:
+    """When it was used last."""
+    return folder.stat().st_mtime
+
+
+def default_features() -> Path:
+    """Where features are kept unless a setting says otherwise."""
+    return default_cache() / "features"
+
+
+def extract_pair(
+    frozen: Frozen,
+    kinds: Sequence[str] = ("cls",),
+    title: str | None = None,
+    dtype: str = "float32",
+) -> FeatureSet:
+    """Features of both parts of `frozen.pair`, of one where they are the same."""
+    pair = frozen.pair
+    assert isinstance(pair, LabelledPair)
+    parts = parts_of(kinds)
+
+    def part(source: Source, what: str) -> tuple[Parts, Rows]:
+        shown = f"{title}: {what} features" if title else None
+        return cached(frozen, source, pair.resize, pair.size, parts, shown, dtype)
+
+    train = part(pair.train, "train")
+    test = train if pair.test is pair.train else part(pair.test, "test")
+    return as_feature_set(train, test, pair)

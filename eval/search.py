@@ -1,0 +1,248 @@
+"""Nearest neighbours by cosine similarity: exact, or nearly so in a bank too large for that.
+
+Exact search is faiss in float32 over blocks of the bank, so that a bank may be larger than memory.
+Where float32 leaves open which neighbours are the nearest, the few in question are compared in
+float64, of equals the first one in the bank; so the answer is that of float64 brute force.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int64
+
+log = logging.getLogger(__name__)
+Bank = Float[np.ndarray, "N C"]  # float16 or float32, perhaps a memory map
+Queries = Float[np.ndarray, "Q C"]
+Similarity = Float[np.ndarray, "Q k"]
+Indices = Int64[np.ndarray, "Q k"]
+BLOCK = 1 << 29  # bytes of the bank at once
+MARGIN = 8  # neighbours looked at beyond those asked for
+ROUNDING = 4e-6  # above what float32 loses in the product of two unit vectors
+GATHERED = 1 << 25  # numbers of neighbours' features at once
+
+
+def unit(rows: Float[np.ndarray, "N C"]) -> Float32[np.ndarray, "N C"]:
+    """Rows of L2 norm 1; a row of zeros stays."""
+    rows = np.asarray(rows, dtype=np.float32)
+    norms = np.sqrt(np.einsum("nc,nc->n", rows, rows))
+    return rows / np.maximum(norms, np.float32(1e-12))[:, None]
+
+
+def blocks(bank: Bank) -> Iterator[tuple[int, Float32[np.ndarray, "n C"]]]:
+    """Where each block begins, and its unit rows."""
+    rows = max(1, BLOCK // (4 * bank.shape[1]))
+    for start in range(0, len(bank), rows):
+        yield start, unit(bank[start : start + rows])
+
+
+def similarities(bank: Bank, queries: Queries, indices: Indices) -> Float64[np.ndarray, "Q k"]:
+    """Cosines in float64 of each query with some rows of the bank."""
+    found = np.empty(indices.shape)
+    k, C = indices.shape[1], bank.shape[1]
+    at_once = max(1, GATHERED // (k * C))
+    for start in range(0, len(queries), at_once):
+        here = slice(start, start + at_once)
+        wanted, places = np.unique(indices[here], return_inverse=True)
+        rows = bank[wanted].astype(np.float64)
+        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        few = queries[here].astype(np.float64)
+        few /= np.maximum(np.linalg.norm(few, axis=1, keepdims=True), 1e-12)
+        near = rows[places.reshape(indices[here].shape)]
+        found[here] = np.einsum("qkc,qc->qk", near, few)
+    return found
+
+
+def ordered(similarity: Similarity, indices: Indices) -> tuple[Similarity, Indices]:
+    """Most similar first, of equals the first in the bank."""
+    order = np.lexsort((indices, -similarity), axis=1)
+    return np.take_along_axis(similarity, order, 1), np.take_along_axis(indices, order, 1)
+
+
+def scan(bank: Bank, queries: Queries, k: int) -> tuple[Similarity, Indices]:
+    """The k nearest by float32, block by block, on a GPU where faiss finds one."""
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    gpu = faiss.StandardGpuResources() if k <= 2048 and gpus() else None
+    wanted = unit(queries)
+    best: tuple[np.ndarray, np.ndarray] | None = None
+    for start, rows in blocks(bank):
+        count = min(k, len(rows))
+        product = faiss.METRIC_INNER_PRODUCT
+        if gpu is None:
+            similarity, indices = faiss.knn(wanted, rows, count, metric=product)
+        else:
+            similarity, indices = faiss.knn_gpu(gpu, wanted, rows, count, metric=product)
+        indices = indices + start
+        if best is not None:
+            similarity = np.concatenate((best[0], similarity), axis=1)
+            indices = np.concatenate((best[1], indices), axis=1)
+            similarity, indices = ordered(similarity, indices)
+        best = similarity[:, :k], indices[:, :k]
+    assert best is not None
+    return best
+
+
+def gpus() -> int:
+    """How many GPUs faiss can use; its CPU builds know of none."""
+    return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+
+
+def brute_force(
+    bank: Bank, query: Float[np.ndarray, " C"], k: int
+) -> tuple[Float64[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
+    """One query against all rows in float64."""
+    found = np.empty(len(bank))
+    rows = max(1, GATHERED // bank.shape[1])
+    for start in range(0, len(bank), rows):
+        places = np.arange(start, min(start + rows, len(bank)))[None]
+        found[start : start + rows] = similarities(bank, query[None], places)[0]
+    order = np.lexsort((np.arange(len(bank)), -found))[:k]
+    return found[order], order
+
+
+def open_cuts(similarity: Similarity, cuts: Sequence[int], whole: bool) -> Bool[np.ndarray, " Q"]:
+    """Queries where float32 does not tell which neighbours are the first few, for some number of
+    them; `whole`: there are no others than these.
+    """
+    found = np.zeros(len(similarity), bool)
+    for k in cuts:
+        if k < similarity.shape[1]:
+            found |= similarity[:, k - 1] - similarity[:, k] <= ROUNDING
+        elif not whole:
+            found[:] = True
+    return found
+
+
+def nearest(
+    bank: Bank,
+    queries: Queries,
+    k: int,
+    cuts: Sequence[int] = (),
+    itself: Int64[np.ndarray, " Q"] | None = None,
+) -> tuple[Similarity, Indices]:
+    """Similarities and bank indices of the k nearest, most similar first: exactly those that
+    brute force in float64 finds.
+
+    Args:
+        bank: (N, C); may be a memory map larger than memory.
+        queries: (Q, C).
+        k: at most N are given.
+        cuts: smaller numbers of neighbours that must be exact too.
+        itself: (Q,) the row of the bank that each query is, and which is left out.
+    """
+    k = min(k, len(bank) - (itself is not None))
+    own = int(itself is not None)
+    similarity, indices = scan(bank, queries, min(k + own + MARGIN, len(bank)))
+    if itself is not None:
+        similarity, indices = left_out(similarity, indices, itself)
+    whole = similarity.shape[1] + own >= len(bank)
+    doubtful = np.flatnonzero(open_cuts(similarity, [*cuts, k], whole))
+    if len(doubtful):
+        exact = similarities(bank, queries[doubtful], indices[doubtful])
+        exact, places = ordered(exact, indices[doubtful])
+        similarity, indices = similarity.astype(np.float64), indices.copy()
+        similarity[doubtful], indices[doubtful] = exact, places
+        if not whole:  # equals may go on beyond the margin
+            for row, values in zip(doubtful.tolist(), exact, strict=True):
+                if values[k - 1] - values[-1] <= ROUNDING:
+                    count = similarity.shape[1]
+                    found, places = brute_force(bank, queries[row], count + own)
+                    if itself is not None:
+                        kept = places != itself[row]
+                        found, places = found[kept], places[kept]
+                    similarity[row], indices[row] = found[:count], places[:count]
+    return similarity[:, :k], indices[:, :k]
+
+
+def left_out(
+    similarity: Similarity, indices: Indices, itself: Int64[np.ndarray, " Q"]
+) -> tuple[Float[np.ndarray, "Q fewer"], Int64[np.ndarray, "Q fewer"]]:
+    """Without each query's own row, or without the last where that is not among them."""
+    own = indices == itself[:, None]
+    own[~own.any(axis=1), -1] = True
+    shape = (len(indices), indices.shape[1] - 1)
+    return similarity[~own].reshape(shape), indices[~own].reshape(shape)
+
+
+@dataclass(frozen=True)
+class Approximate:
+    """Search in a bank of more than `above` rows by an index of faiss.
+
+    Its effort (lists probed, or candidates kept) is doubled until, on a sample of the queries, so
+    much of what exact search finds is found.
+
+    Args:
+        kind: `ivf` (inverted lists; builds fast) or `hnsw` (a graph; searches fast, takes memory).
+        above: rows up to which search is exact.
+        recall: share of the exact neighbours, in (0, 1].
+        sample: queries that it is measured on.
+    """
+
+    kind: str = "ivf"
+    above: int = 2_000_000
+    recall: float = 0.95
+    sample: int = 200
+
+    def nearest(
+        self, bank: Bank, queries: Queries, k: int, itself: Int64[np.ndarray, " Q"] | None = None
+    ) -> tuple[Similarity, Indices, float]:
+        """As `nearest`, and the recall in percent, which is printed."""
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        own = int(itself is not None)
+        N, k = len(bank), min(k, len(bank) - own)
+        chosen = np.unique(np.linspace(0, len(queries) - 1, self.sample).astype(np.int64))
+        some = None if itself is None else itself[chosen]
+        exact = nearest(bank, queries[chosen], k, itself=some)[1]
+        index, limit = self.built(bank)
+        effort = min(max(8, k + own) if self.kind == "hnsw" else 8, limit)
+        while True:
+            self.set_effort(index, effort)
+            found = searched(index, queries[chosen], k, some)[1]
+            hits = [len(np.intersect1d(a, b)) for a, b in zip(found, exact, strict=True)]
+            recall = 100.0 * sum(hits) / exact.size
+            if recall >= 100.0 * self.recall or effort >= limit:
+                break
+            effort = min(2 * effort, limit)
+        what = "lists probed" if self.kind == "ivf" else "candidates kept"
+        print(
+            f"k-NN by {self.kind.upper()} in {N:,} rows, {effort} {what}: recall {recall:.1f} % of "
+            f"the exact {k} neighbours, on {len(chosen)} queries"
+        )
+        return *searched(index, queries, k, itself), recall
+
+    def built(self, bank: Bank) -> tuple[Any, int]:
+        """The index of all rows, and the most effort that makes sense."""
+        N, C = bank.shape
+        index: Any
+        if self.kind == "hnsw":
+            index = faiss.IndexHNSWFlat(C, 32, faiss.METRIC_INNER_PRODUCT)
+            index.hnsw.efConstruction = 100
+        else:
+            lists = int(np.clip(4 * N**0.5, 1, max(1, N // 39)))
+            index = faiss.IndexIVFFlat(faiss.IndexFlatIP(C), C, lists, faiss.METRIC_INNER_PRODUCT)
+            some = np.unique(np.linspace(0, N - 1, min(N, 64 * lists)).astype(np.int64))
+            index.train(unit(bank[some]))
+        for _, rows in blocks(bank):
+            index.add(rows)
+        return index, (min(N, 1 << 14) if self.kind == "hnsw" else lists)
+
+    def set_effort(self, index: Any, effort: int) -> None:
+        """Lists probed, or candidates kept."""
+        if self.kind == "hnsw":
+            index.hnsw.efSearch = effort
+        else:
+            index.nprobe = effort
+
+
+def searched(
+    index: faiss.Index, queries: Queries, k: int, itself: Int64[np.ndarray, " Q"] | None
+) -> tuple[Similarity, Indices]:
+    """The k that an index finds; where it finds fewer, -1 with the similarity -1."""
+    similarity, indices = index.search(unit(queries), k + int(itself is not None))
+    if itself is not None:
+        similarity, indices = left_out(similarity, indices, itself)
+    return np.where(indices < 0, np.float32(-1.0), similarity), indices

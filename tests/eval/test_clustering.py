@@ -1,0 +1,46 @@
+"""Agreement of clusters with classes, against scikit-learn."""
+
+import numpy as np
+import pytest
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from ssl_xcit.eval.clustering import Clustering, ari, nmi
+from ssl_xcit.eval.features import FeatureSet
+from ssl_xcit.eval.search import unit
+from test_linear import problem
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nmi_and_ari_are_scikit_learns(seed):
+    rng = np.random.default_rng(seed)
+    classes = rng.integers(5, size=200)
+    clusters = np.where(rng.random(200) < 0.3 * seed, rng.integers(7, size=200), classes)
+    items = np.stack((classes, clusters), axis=1)
+    ones = np.ones(200)
+    assert nmi(items, ones) == pytest.approx(100 * normalized_mutual_info_score(classes, clusters))
+    assert ari(items, ones) == pytest.approx(100 * adjusted_rand_score(classes, clusters))
+
+
+def test_clusters_are_as_good_as_scikit_learns():
+    data = problem(noise=1.0)
+    values = dict(Clustering()(data))
+    rows = unit(data.test)
+    clusters = KMeans(5, n_init=5, random_state=0).fit_predict(rows)
+    expected = 100 * normalized_mutual_info_score(data.test_labels, clusters)
+    assert values["nmi"] == pytest.approx(expected, abs=3)
+    assert values["cluster_accuracy"] > 90
+    assert dict(Clustering()(data)) == values
+    for value in values.values():
+        low, high = value.interval
+        assert low <= value <= high
+
+
+def test_nothing_to_tell_apart_is_left_out():
+    data = problem()
+    one = FeatureSet(data.train, data.train_labels, data.test, 0 * data.test_labels)
+    assert dict(Clustering()(one)) == {}
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="both start at 1"):
+        Clustering(redo=0)

@@ -1,0 +1,193 @@
+"""`ssl-xcit eval` as a person types it: one checkpoint, two compared, ranks, and wrong input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import SMALL, images, run
+from PIL import Image
+from ssl_xcit.eval.heads import load_head
+
+from ssl_xcit.models.weights import load_backbone
+
+ALL = ["num_workers=0", "evaluation.evaluators.linear.epochs=2", "evaluation.cache=false"]
+ALL += ["evaluation.evaluators.few_shot.draws=2", "evaluation.evaluators.clustering.redo=1"]
+ALL += ["evaluation.evaluators.logistic.strengths=[0.1,0.001]"]
+QUICK = [*ALL, *(o for o in SMALL if o.startswith("evaluation.evaluators.") and "null" in o)]
+QUICK += ["evaluation.baselines=null"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of a few steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for name, seed in (("a", 0), ("b", 1)):
+            words = [f"name={name}", f"seed={seed}", "evaluation.baselines=null", *SMALL]
+            words += ["~callbacks.online", "evaluation.evaluators.linear=null"]
+            words = [w for w in words if not w.startswith("callbacks.online")]
+            words = [w for w in words if w != "evaluation.evaluators.linear.epochs=2"]
+            assert run("pretrain", *words) == 0
+    finally:
+        os.chdir(before)
+    return folder / "runs"
+
+
+@pytest.fixture
+def here(runs, tmp_path, monkeypatch):
+    """A copy, in the current folder."""
+    shutil.copytree(runs, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_one_command_gives_the_whole_picture(here, capsys):
+    assert run("eval", "ckpt=runs/a", "per_class=true", *ALL) == 0
+    shown = capsys.readouterr().out
+    for word in ("k-NN 20", "1 image a class", "linear probe", "logistic regression", "NMI",
+                 "retrieval, mAP", "95 %", "by class", "astronaut"):  # fmt: skip
+        assert word in shown
+    content = json.loads(Path("runs/a/results.json").read_text())
+    assert list(content["results"]) == ["random weights", "colour histogram", "pretrained"]
+    for metric, (low, high) in content["intervals"]["pretrained"].items():
+        assert low <= content["results"]["pretrained"][metric] <= high
+    assert set(content["intervals"]["pretrained"]) >= {
+        "knn_k20", "fewshot_1", "linear", "logistic", "nmi", "ari", "map", "recall_at_1",
+    }  # fmt: skip
+    for key in ("weights_sha256", "train_sha256", "test_sha256"):
+        assert len(content[key]) == 64
+    assert content["protocol"]["evaluators"]["knn"]["temperature"] == 0.07
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["chosen"]["pretrained"]["logistic"]["strength"] in (0.1, 0.001)
+    assert content["seconds"]["pretrained"]["linear"] >= 0
+    classes = content["by_class"]["pretrained"]["knn_k20"]
+    assert len(classes) == 17
+    weighted = sum(value * count for value, count in classes.values())
+    total = sum(count for _, count in classes.values())
+    assert weighted / total == pytest.approx(content["results"]["pretrained"]["knn_k20"])
+    page = Path("runs/a/results.md").read_text()
+    assert "| k-NN 20 |" in page
+    assert content["weights_sha256"] in page
+    head = load_head("runs/a/heads/linear.pt")
+    logits = head.of_images(load_backbone("runs/a"), torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 17)
+
+
+def test_two_checkpoints_are_compared(here, capsys):
+    assert run("eval", "ckpt=[runs/a,runs/b]", *QUICK) == 0
+    assert "b less a, on the same images" in " ".join(capsys.readouterr().out.split())
+    content = json.loads(Path("runs/a/comparison.json").read_text())
+    assert list(content["results"]) == ["a", "b"]
+    found = content["differences"]["b less a"]["knn_k20"]
+    rows = content["results"]
+    assert found["value"] == pytest.approx(rows["b"]["knn_k20"] - rows["a"]["knn_k20"])
+    assert found["low"] <= found["value"] <= found["high"]
+    assert found["more_than_chance"] in (True, False)
+    assert "more than chance" in Path("runs/a/comparison.md").read_text()
+    assert Path("runs/a/heads/b-linear.pt").is_file()
+    assert run("eval", "ckpt=[runs/a,runs/a]", *QUICK) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
+def test_ranks_share_the_images_and_agree_with_one(here):
+    assert run("eval", "ckpt=runs/a", "out=one.json", *QUICK) == 0
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+        "--no-python", str(Path(sys.executable).with_name("ssl-xcit")),
+        "eval", "ckpt=runs/a", "out=two.json", *QUICK,
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written: two.json") == 1
+    one, two = (json.loads(Path(f).read_text())["results"] for f in ("one.json", "two.json"))
+    assert one["pretrained"]["knn_k20"] == pytest.approx(two["pretrained"]["knn_k20"], abs=0.3)
+
+
+def test_one_set_is_tested_on_the_others(here, capsys):
+    rng = np.random.default_rng(0)
+    for name, shade in (("dark", 60), ("light", 200)):
+        Path("own", name).mkdir(parents=True)
+        for i in range(8):
+            noise = rng.integers(0, 40, (32, 32, 3)) + shade
+            Image.fromarray(noise.astype(np.uint8)).save(f"own/{name}/{i}.png")
+    words = ["eval_data=folder", "eval_data.root=own", "eval_data.test_fraction=0"]
+    words += ["eval_data.resize=32", "eval_data.size=32"]
+    assert run("eval", "ckpt=runs/a", *words, *ALL) == 0
+    values = json.loads(Path("runs/a/results.json").read_text())["results"]["pretrained"]
+    assert values["knn_k10"] > 50
+    assert "recall_at_1" in values
+    assert "linear" not in values
+
+
+@pytest.mark.parametrize("kind", ["several", "numbers"])
+def test_other_labels_have_their_own_measures(here, kind):
+    rng = np.random.default_rng(0)
+    shades = rng.random((60, 3))
+    pixels = (shades[:, None, None] * 200 + rng.integers(0, 40, (60, 32, 32, 3))).astype(np.uint8)
+    np.save("images.npy", pixels)
+    np.save("labels.npy", (shades > 0.5).astype(np.int64) if kind == "several" else shades[:, 0])
+    words = ["eval_data=arrays", "eval_data.file=images.npy", "eval_data.labels=labels.npy"]
+    words += ["eval_data.resize=32", "eval_data.size=32", "evaluation.baselines=null"]
+    assert run("eval", "ckpt=runs/a", *words, *ALL) == 0
+    values = json.loads(Path("runs/a/results.json").read_text())["results"]["pretrained"]
+    assert list(values) == (["label_map"] if kind == "several" else ["r2", "mae"])
+    head = "several_labels" if kind == "several" else "regression"
+    assert load_head(f"runs/a/heads/{head}.pt").outputs == ("labels" if kind == "several" else kind)
+
+
+def test_tasks_run_without_labelled_images(here):
+    words = ["eval_data=none", "tasks=[linear_dino]"]
+    assert run("eval", "ckpt=runs/a", *words, *QUICK) == 2  # it needs labels
+    words = ["tasks=[linear_dino]", "evaluation.tasks.linear_dino.epochs=0.2"]
+    words += ["evaluation.tasks.linear_dino.lrs=[0.1]"]
+    assert run("eval", "ckpt=runs/a", *words, *QUICK) == 0
+    content = json.loads(Path("runs/a/results.json").read_text())
+    assert "linear_dino" in content["results"]["pretrained"]
+    assert "linear_dino" in content["intervals"]["pretrained"]
+    assert Path("runs/a/heads/linear_dino.pt").is_file()
+
+
+def test_wrong_input_is_answered_in_a_line(here, capsys):
+    images(Path("plain"), 4)
+    images(Path("single/only"), 4)
+    for words, code, said in (
+        (["model=xcit_nano_12_p16"], 2, "not xcit_nano_12_p16"),
+        (["eval_data=folder", "eval_data.root=plain"], 2, "no labels"),
+        (["eval_data=folder", "eval_data.root=single"], 2, "one class only"),
+        (["evaluation.feature_dtype=int8"], 2, "float16 or float32"),
+        (["evaluation.evaluators.knn.index=flat"], 2, "ivf, hnsw or null"),
+        (["tasks=[segmentaton]"], 2, "segmentation"),
+        (["tasks=[segmentation]"], 2, "evaluation.tasks.segmentation.root is needed"),
+        (["tasks=[segmentation]", "evaluation.tasks.segmentation.root=nowhere"], 2, "nowhere"),
+        (["device=cuda:9"], 2, "try device=cpu"),
+        (["eval_data=none"], 2, "there are no labelled images"),
+    ):
+        assert run("eval", "ckpt=runs/a", *words, *QUICK) == code, words
+        error = capsys.readouterr().err
+        assert said in error, (words, error)
+        assert "Traceback" not in error
+    assert run("eval", "ckpt=[]", *QUICK) == 2
+
+
+def test_features_that_are_not_finite_end_with_exit_code_1(here, capsys):
+    content = torch.load("runs/a/checkpoints/" + newest("runs/a"), weights_only=True)
+    content["state_dict"]["teacher.backbone.norm.weight"][0] = torch.nan
+    torch.save(content, "broken.ckpt")
+    assert run("eval", "ckpt=broken.ckpt", "eval_data=photos", *QUICK) == 1
+    error = capsys.readouterr().err
+    assert "features that are not finite" in error
+    assert ".png" in error
+
+
+def newest(folder):
+    return max(f.name for f in Path(folder, "checkpoints").glob("step-*.ckpt"))

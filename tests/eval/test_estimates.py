@@ -1,0 +1,68 @@
+"""Intervals and paired tests against scipy, statistics written out, and their promise."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from ssl_xcit.eval.estimates import Estimate, compare, holm, mcnemar, wilson
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 10), (10, 10), (7, 10), (830, 1000)])
+def test_wilson_is_scipys(hits, count):
+    expected = binomtest(hits, count).proportion_ci(method="wilson")
+    assert wilson(hits, count) == pytest.approx((100 * expected.low, 100 * expected.high), abs=1e-3)
+
+
+def test_a_share_is_a_float_with_its_interval():
+    estimate = Estimate(np.arange(200) % 4 > 0)
+    assert estimate == 75.0
+    assert estimate.interval == wilson(150, 200)
+
+
+def test_the_bootstrap_of_a_mean_is_near_the_normal_interval():
+    items = np.random.default_rng(0).normal(0.4, 0.1, size=500)
+    low, high = Estimate(items).interval
+    error = 1.96 * 100 * items.std() / 500**0.5
+    assert low == pytest.approx(100 * items.mean() - error, abs=0.15)
+    assert high == pytest.approx(100 * items.mean() + error, abs=0.15)
+
+
+def test_intervals_hold_what_they_promise():
+    rng = np.random.default_rng(1)
+    inside = []
+    for _ in range(200):
+        low, high = Estimate(rng.random(80) ** 2).interval
+        inside.append(low <= 100 / 3 <= high)
+    assert 0.89 <= np.mean(inside) <= 0.99
+
+
+def test_mcnemar_is_the_binomial_test_of_the_images_that_differ():
+    rng = np.random.default_rng(2)
+    one, two = rng.random(300) < 0.6, rng.random(300) < 0.75
+    gained, lost = (two & ~one).sum(), (one & ~two).sum()
+    assert mcnemar(one, two) == pytest.approx(binomtest(int(lost), int(gained + lost)).pvalue)
+    assert mcnemar(one, one) == 1.0
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_a_paired_difference(real):
+    rng = np.random.default_rng(3)
+    one = rng.random(400) if real else rng.random(400) < 0.5
+    shift = rng.normal(0.05, 0.02, 400) if real else rng.random(400) < 0.1
+    two = one + shift if real else one | shift
+    found = compare(Estimate(one), Estimate(two))
+    assert found.value == pytest.approx(100 * (two.mean() - one.mean()))
+    assert 0 < found.low < found.value < found.high
+    assert found.p < 0.01
+    same = compare(Estimate(one), Estimate(rng.permutation(one)))
+    assert same.low < 0 < same.high
+    assert same.p > 0.05
+
+
+def test_pairs_need_the_same_images():
+    with pytest.raises(ValueError, match="3 and 4 images"):
+        compare(Estimate(np.ones(3, bool)), Estimate(np.ones(4, bool)))
+
+
+def test_holm_by_its_steps():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
+    assert holm([]) == []

@@ -1,0 +1,254 @@
+"""Features on the disk: the same numbers, made once, after every interruption."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from ssl_xcit.eval import feature_cache, features
+from ssl_xcit.eval.feature_cache import cached, data_digest, extract_pair
+from ssl_xcit.eval.features import KINDS, extract
+from ssl_xcit.eval.frozen import Frozen
+
+from ssl_xcit.data.module import plain_loader
+from ssl_xcit.data.preprocess import normalise
+from ssl_xcit.data.sources import Files, LabelledPair, Subset
+from ssl_xcit.errors import RunFailed
+from ssl_xcit.models.xcit import XCiT
+
+
+@pytest.fixture
+def source(photos_pair, tmp_path):
+    """Copies of a few photographs, an hour old."""
+    files = []
+    for i in range(0, len(photos_pair.test), 25):
+        files.append(str(tmp_path / f"{i}.png"))
+        shutil.copy(photos_pair.test.name(i), files[-1])
+        os.utime(files[-1], (1e9, 1e9))
+    return Files(files, "", np.arange(len(files)) % 3, ["a", "b", "c"])
+
+
+@pytest.fixture
+def frozen(tmp_path):
+    torch.manual_seed(1)
+    return Frozen(XCiT(32, 2, 2, patch_size=8), batch_size=7, num_workers=0, cache=tmp_path / "c")
+
+
+def count_images(monkeypatch):
+    seen = []
+
+    def looked_at(backbone, images, parts, _real=features.looked_at):
+        seen.append(len(images))
+        return _real(backbone, images, parts)
+
+    monkeypatch.setattr(features, "looked_at", looked_at)
+    return seen
+
+
+ALL = KINDS["last4_patch"]
+
+
+def test_the_parts_are_what_hooks_see(source, frozen):
+    found, _ = extract(frozen, source, 64, 48, ALL)
+    backbone, seen = frozen.backbone.eval(), {}
+    for name, block in [("block_2", backbone.blocks[0]), ("block_1", backbone.blocks[1])]:
+        block.register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out))
+    backbone.cls_attn_blocks[0].register_forward_hook(
+        lambda m, i, out: seen.__setitem__("cls_1", out[0])
+    )
+    (pixels, _), *_ = plain_loader(source, 64, 48, 99, 0, frozen.how)
+    images = normalise(pixels, frozen.how)
+    with torch.no_grad():
+        whole = backbone.forward_features(images)
+        cls = backbone(images)
+        expected = {name: backbone.norm(x).mean(dim=1) for name, x in seen.items()}
+    expected |= {"cls": cls, "patch": whole.patches.mean(dim=(2, 3))}
+    for name in ALL:
+        assert np.allclose(found[name], expected[name], atol=1e-4), name
+
+
+def test_a_second_time_nothing_is_extracted(source, frozen, monkeypatch):
+    seen = count_images(monkeypatch)
+    first, rows = cached(frozen, source, 64, 48, ["cls"])
+    assert sum(seen) == len(source)
+    again, same = cached(frozen, source, 64, 48, ["cls"])
+    assert sum(seen) == len(source)
+    assert isinstance(again["cls"], np.memmap)
+    assert np.array_equal(first["cls"], again["cls"])
+    assert np.array_equal(rows, same)
+    plain, _ = extract(frozen, source, 64, 48)
+    assert np.array_equal(plain["cls"], again["cls"])
+    more, _ = cached(frozen, source, 64, 48, ALL)  # what is there stays
+    assert np.array_equal(more["cls"], first["cls"])
+
+
+@pytest.mark.parametrize("change", ["weights", "image", "size", "dtype"])
+def test_whatever_changes_makes_other_features(source, frozen, monkeypatch, change):
+    cached(frozen, source, 64, 48)
+    seen = count_images(monkeypatch)
+    size, dtype = 48, "float32"
+    if change == "weights":
+        with torch.no_grad():
+            frozen.backbone.norm.bias[3] += 1.0
+    elif change == "image":
+        shutil.copy(source.name(1), source.name(0))
+    elif change == "size":
+        size = 40
+    else:
+        dtype = "float16"
+    found, _ = cached(frozen, source, 64, size, dtype=dtype)
+    assert sum(seen) == len(source)
+    expected, _ = extract(frozen, source, 64, size)
+    assert found["cls"].dtype == dtype
+    assert np.allclose(found["cls"], expected["cls"], atol=0 if dtype == "float32" else 2e-3)
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_extraction_goes_on(source, frozen, monkeypatch, signal, capsys):
+    """Ctrl-C notes how far it is; after a kill the last note counts (here after each batch)."""
+    monkeypatch.setattr(feature_cache, "NOTED", 1e9 if signal is KeyboardInterrupt else -1.0)
+    seen = count_images(monkeypatch)
+    counting = features.looked_at
+
+    def interrupted(backbone, images, parts):
+        if len(seen) == 3:
+            raise signal
+        return counting(backbone, images, parts)
+
+    monkeypatch.setattr(features, "looked_at", interrupted)
+    with pytest.raises(signal):
+        cached(frozen, source, 64, 48)
+    assert not list(frozen.cache.glob("*/about.json"))
+    monkeypatch.setattr(features, "looked_at", counting)
+    found, rows = cached(frozen, source, 64, 48)
+    assert sum(seen) == len(source)  # none twice
+    assert "going on from image 21" in capsys.readouterr().out
+    expected, all_rows = extract(frozen, source, 64, 48)
+    assert np.allclose(found["cls"], expected["cls"], atol=1e-5)
+    assert np.array_equal(rows, all_rows)
+    folder = next(frozen.cache.glob("*/about.json")).parent
+    assert sorted(f.name for f in folder.iterdir()) == [
+        ".lock", "about.json", "cls.npy", "rows.npy",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "about", "note"])
+def test_a_damaged_cache_is_made_again(source, frozen, damage):
+    before, _ = cached(frozen, source, 64, 48)
+    expected = np.array(before["cls"])
+    folder = next(frozen.cache.glob("*/about.json")).parent
+    file = folder / "cls.npy"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+    elif damage == "flip":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "about":
+        (folder / "about.json").write_text("{")
+    else:
+        (folder / "about.json").unlink()
+        (folder / "progress.json").write_text(json.dumps({"parts": ["cls"], "done": 5}))
+        (folder / ".cls.part").write_bytes(b"too short")
+    found, _ = cached(frozen, source, 64, 48)
+    assert np.array_equal(found["cls"], expected)
+
+
+def test_bad_images_keep_their_labels_away(source, frozen):
+    with open(source.name(2), "wb") as file:
+        file.write(b"<html>")
+    found, rows = cached(frozen, source, 64, 48)
+    assert len(found["cls"]) == len(source) - 1
+    assert 2 not in rows
+    again, same = cached(frozen, source, 64, 48)
+    assert np.array_equal(rows, same)
+    assert len(again["cls"]) == len(rows)
+
+
+def test_features_that_are_not_finite_are_named_and_not_kept(source, frozen):
+    with torch.no_grad():
+        frozen.backbone.norm.weight[0] = torch.nan
+    with pytest.raises(RunFailed, match=r"not finite, such as .*png"):
+        cached(frozen, source, 64, 48)
+    assert not list(frozen.cache.glob("*/about.json"))
+
+
+def test_another_process_at_the_same_features_is_not_waited_for(source, frozen):
+    """The lock is the process's own, so the other one is played by a child."""
+    expected, _ = cached(frozen, source, 64, 48)
+    folder = next(frozen.cache.glob("*/about.json")).parent
+    (folder / "about.json").unlink()
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        with feature_cache.held(folder / ".lock") as mine:
+            found, _ = (None, None) if not mine else (1, 1)
+            (folder / "ready").touch()
+            while not (folder / "done").exists():
+                pass
+        os._exit(0 if found else 1)
+    while not (folder / "ready").exists():
+        pass
+    found, _ = cached(frozen, source, 64, 48)
+    assert np.array_equal(found["cls"], expected["cls"])
+    assert not (folder / "about.json").exists()
+    (folder / "done").touch()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_disk_that_cannot_be_written_is_done_without(source, frozen, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_cache.np, "memmap", full)
+    found, _ = cached(frozen, source, 64, 48)
+    assert "features are not kept" in caplog.text
+    assert len(found["cls"]) == len(source)
+
+
+def test_the_oldest_go_when_there_are_too_many(source, frozen, monkeypatch):
+    cached(frozen, source, 64, 48)
+    (old,) = frozen.cache.glob("*/about.json")
+    os.utime(old.parent, (1, 1))
+    monkeypatch.setattr(feature_cache, "LIMIT", 10)
+    cached(frozen, source, 64, 40)
+    (left,) = frozen.cache.glob("*/about.json")
+    assert left != old
+
+
+def test_images_are_hashed_again_only_when_a_file_changes(source, tmp_path, monkeypatch):
+    first = data_digest(source, tmp_path / "c")
+    reads = []
+    read = Files.read
+    monkeypatch.setattr(Files, "read", lambda self, i: reads.append(i) or read(self, i))
+    assert data_digest(source, tmp_path / "c") == first
+    assert not reads
+    assert data_digest(source, None) == first
+    part = Subset(source, np.arange(3))
+    assert data_digest(part, tmp_path / "c") != first
+    os.utime(source.name(0), (1e9 + 1, 1e9 + 1))
+    reads.clear()
+    assert data_digest(source, tmp_path / "c") == first
+    assert len(reads) == len(source)
+
+
+def test_several_devices_give_the_same_features(source, frozen):
+    two = Frozen(frozen.backbone, batch_size=3, num_workers=0, more_devices=("cpu",))
+    one, _ = extract(frozen, source, 64, 48, ALL)
+    both, _ = extract(two, source, 64, 48, ALL)
+    for name in ALL:
+        assert np.allclose(one[name], both[name], atol=1e-5)
+
+
+def test_one_set_is_extracted_once(source, frozen, monkeypatch):
+    seen = count_images(monkeypatch)
+    pair = LabelledPair(source, source, "one", 64, 48)
+    found = extract_pair(Frozen(frozen.backbone, num_workers=0, pair=pair), ["cls_patch"])
+    assert found.one_set
+    assert sum(seen) == len(source)
+    joined = found.of("cls_patch")
+    assert joined.one_set
+    assert joined.train.shape == (len(source), 64)
+    with pytest.raises(ValueError, match="features=cls_path: one of"):
+        extract_pair(Frozen(frozen.backbone, pair=pair), ["cls_path"])
