@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ssl_xcit.data.sources import label_kind
 from ssl_xcit.files import replacing, write_json
 from ssl_xcit.table import (
     Results,
@@ -56,8 +57,9 @@ class Evaluation:
 
     def note_classes(self, row: str, metric: str, labels: np.ndarray, names: Sequence[str]) -> None:
         """Accuracy of each class, where a metric is one number a test image."""
-        estimate = self.results[row][metric]
-        if isinstance(estimate, Estimate) and estimate.items.shape == labels.shape:
+        estimate: Any = self.results[row][metric]
+        one_each = isinstance(estimate, Estimate) and estimate.items.shape == labels.shape
+        if one_each and label_kind(labels) == "classes":
             found = accuracy_by_class(estimate.items, labels)
             self.by_class.setdefault(row, {})[metric] = {
                 names[i] if i < len(names) else str(i): values for i, values in found.items()

@@ -8,6 +8,13 @@ from PIL import Image
 
 from ssl_xcit import cli
 
+EVALUATION = [  # k-NN and a short linear probe
+    "evaluation.evaluators.linear.epochs=2",
+    *(
+        f"evaluation.evaluators.{name}=null"
+        for name in ("few_shot", "logistic", "clustering", "retrieval")
+    ),
+]
 SMALL = [
     "epochs=0.05",
     "batch_size=8",
@@ -25,11 +32,7 @@ SMALL = [
     "callbacks.online.max_images=100",
     "callbacks.checkpoints.every_steps=3",
     "callbacks.online.eval_budget=null",
-    "evaluation.evaluators.linear.epochs=2",
-    *(
-        f"evaluation.evaluators.{name}=null"
-        for name in ("few_shot", "logistic", "clustering", "retrieval")
-    ),
+    *EVALUATION,
 ]
 NO_ONLINE = [o for o in SMALL if not o.startswith("callbacks.online")]
 

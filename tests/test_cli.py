@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import NO_ONLINE, SMALL, images, metrics, run
+from commands import EVALUATION, NO_ONLINE, SMALL, images, metrics, run
 
 from ssl_xcit.run_folder import run_name
 
@@ -31,6 +31,8 @@ def test_pretrain_then_eval(capsys):
         "checkpoints", "config.yaml", "metrics.csv", "run.json", "summary.json",
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
+        "best.ckpt",
+        "best.json",
         "manifest.json",
         "step-000006.ckpt",
         "step-000009.ckpt",
@@ -46,9 +48,7 @@ def test_pretrain_then_eval(capsys):
     with open(folder / "checkpoints/step-000009.ckpt", "rb") as file:
         assert torch.serialization.get_unsafe_globals_in_checkpoint(file) == []
 
-    assert (
-        run("eval", "ckpt=runs/run", "num_workers=0", "evaluation.evaluators.linear.epochs=2") == 0
-    )
+    assert run("eval", "ckpt=runs/run", "num_workers=0", *EVALUATION) == 0
     assert "built-in photos" in capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())["results"]
     assert results == summary["results"]  # the same numbers by either command

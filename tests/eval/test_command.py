@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import SMALL, images, run
+from commands import EVALUATION, SMALL, images, run
 from PIL import Image
 from ssl_xcit.eval.heads import load_head
 
@@ -19,8 +19,7 @@ from ssl_xcit.models.weights import load_backbone
 ALL = ["num_workers=0", "evaluation.evaluators.linear.epochs=2", "evaluation.cache=false"]
 ALL += ["evaluation.evaluators.few_shot.draws=2", "evaluation.evaluators.clustering.redo=1"]
 ALL += ["evaluation.evaluators.logistic.strengths=[0.1,0.001]"]
-QUICK = [*ALL, *(o for o in SMALL if o.startswith("evaluation.evaluators.") and "null" in o)]
-QUICK += ["evaluation.baselines=null"]
+QUICK = [*ALL, *EVALUATION, "evaluation.baselines=null"]
 
 
 @pytest.fixture(scope="module")
