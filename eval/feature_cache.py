@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -72,9 +73,10 @@ def stamp_of(source: Source) -> str | None:
             status = os.stat(name)
         except OSError:
             return None
-        newest = max(newest, status.st_mtime_ns)
+        newest = max(newest, status.st_ctime_ns)  # which, unlike mtime, nobody can set back
         digest.update(os.fsencode(name) + b"\0")
-        digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        digest.update(f"{status.st_size} {status.st_ino} {times} ".encode())
     return digest.hexdigest() if time.time_ns() - newest > SETTLED else None
 
 
@@ -116,6 +118,7 @@ class Folder:
     def __init__(self, path: Path, dtype: str):
         self.path = path
         self.dtype = np.dtype(dtype)
+        self.known: set[str] = set()  # to be sound
 
     def about(self) -> dict[str, Any]:
         """What is finished: `files` with SHA-256 by name; nothing where nothing is."""
@@ -124,20 +127,35 @@ class Folder:
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
-    def load(self, parts: Sequence[str]) -> tuple[Parts, Rows] | None:
-        """Mapped into memory; None unless all parts are there and as they were written."""
-        files, arrays = self.about(), {}
-        for name in ("rows", *parts):
-            file = self.path / f"{name}.npy"
-            if name not in files or not file.is_file():
-                return None
-            if sha256_of(file) != files[name]:
-                log.warning("%s is damaged; its features are made again", file)
-                return None
-            arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+    def is_sound(self, name: str) -> bool:
+        """Whether a file is there as it was written."""
+        file, files = self.path / f"{name}.npy", self.about()
+        if name in self.known:
+            return True
+        if name not in files or not file.is_file():
+            return False
+        if sha256_of(file) != files[name]:
+            log.warning("%s is damaged; its features are made again", file)
+            return False
+        self.known.add(name)
+        return True
+
+    def missing(self, parts: Sequence[str]) -> list[str]:
+        """Those that have to be made: not sound, or of other rows than the rest."""
+        lost = [p for p in parts if not (self.is_sound(p) and self.is_sound(f"{p}.rows"))]
+        rows = {self.array(f"{p}.rows").tobytes() for p in parts if p not in lost}
+        return lost if len(rows) < 2 else list(parts)
+
+    def array(self, name: str) -> np.ndarray:
+        """Mapped into memory."""
+        return np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+    def load(self, parts: Sequence[str]) -> tuple[Parts, Rows]:
+        """Sound parts."""
         with suppress(OSError):
             os.utime(self.path)  # used now
-        return {name: arrays[name] for name in parts}, np.array(arrays["rows"])
+        arrays = {name: self.array(name) for name in parts}
+        return arrays, np.array(self.array(f"{parts[0]}.rows"))
 
     def fill(
         self,
@@ -162,11 +180,11 @@ class Folder:
             if content["parts"] == list(parts) and sizes == {whole_size} and len(noted) <= N:
                 done, good[: len(noted)] = len(noted), noted
         if done == 0:
+            note.unlink(missing_ok=True)  # first: it would speak of other files
             for file in names.values():
-                file.unlink(missing_ok=True)
-        mode: Any = "r+" if done else "w+"
+                make_room(file, whole_size)
         arrays = {
-            name: np.memmap(file, self.dtype, mode, shape=(N, C)) for name, file in names.items()
+            name: np.memmap(file, self.dtype, "r+", shape=(N, C)) for name, file in names.items()
         }
         if done:
             print(f"{title or source.name(0)}: going on from image {done:,} of {N:,}")
@@ -195,13 +213,14 @@ class Folder:
         rows = np.flatnonzero(good)
         if not len(rows):
             raise UserError(f"none of {N:,} images can be read, such as {source.name(0)}")
-        whole = {name: np.asarray(a)[rows] if len(rows) < N else a for name, a in arrays.items()}
-        for values in whole.values():
+        for name in list(arrays):
+            whole = arrays.pop(name)
+            values = whole if len(rows) == N else whole[rows]
             check_features(values, rows, source)
-        self.keep({**whole, "rows": rows.astype(np.int64)})
-        del whole, arrays
-        for file in (*names.values(), note):
-            file.unlink(missing_ok=True)
+            self.keep({name: values, f"{name}.rows": rows.astype(np.int64)})
+            del whole, values
+            names.pop(name).unlink()
+        note.unlink(missing_ok=True)
 
     def keep(self, arrays: dict[str, np.ndarray]) -> None:
         """Give finished arrays their names, then enter them."""
@@ -211,6 +230,7 @@ class Folder:
                 with part.open("wb") as file:
                     np.save(file, np.asarray(array), allow_pickle=False)
                 files[name] = sha256_of(part)
+            self.known.add(name)
         write_json({"format": FORMAT, "files": files}, self.path / "about.json")
 
 
@@ -248,12 +268,13 @@ def cached(
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         with held(folder.path / ".lock") as mine:
-            found = folder.load(parts)
-            if found is None and mine:
-                missing = [p for p in parts if p not in folder.about()]
-                folder.fill(frozen, source, resize, size, missing or list(parts), title)
+            if mine and (missing := folder.missing(parts)):
+                folder.fill(frozen, source, resize, size, missing, title)
+                missing = folder.missing(parts)
+                if missing:  # an image could be read the one time and not the other
+                    folder.fill(frozen, source, resize, size, missing, title)
                 forget_oldest(frozen.cache)
-                found = folder.load(parts)
+            found = None if folder.missing(parts) else folder.load(parts)
     except OSError as error:
         log.warning("features are not kept: %s", error)
         found = None
@@ -272,9 +293,22 @@ def held(lock: Path) -> Iterator[bool]:
             yield True
 
 
+def make_room(file: Path, size: int) -> None:
+    """A file of so many zeros that the disk has set aside: a full one is found out now, and not by
+    a signal when the map is written.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    with file.open("wb") as made:
+        if size:
+            os.posix_fallocate(made.fileno(), 0, size)
+
+
 def forget_oldest(cache: Path) -> None:
     """Remove the folders not used for longest while all of them are above `LIMIT`."""
-    folders = sorted((f for f in cache.iterdir() if (f / "about.json").exists()), key=used)
+    ours = (f for f in cache.iterdir() if re.fullmatch("[0-9a-f]{24}", f.name))
+    folders = sorted((f for f in ours if (f / ".lock").exists()), key=used)
     sizes = [sum(file.stat().st_size for file in f.iterdir()) for f in folders]
     for place, folder in enumerate(folders[:-1]):
         if sum(sizes[place:]) <= LIMIT:

@@ -7,6 +7,7 @@ several joined.
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -143,19 +144,21 @@ def batches(
         images = normalise(pixels.to(device, non_blocking=True), frozen.how)
         return looked_at(backbone, images, parts)
 
-    with frozen.in_eval_mode(), ThreadPoolExecutor(len(frozen.replicas)) as pool:
+    with frozen.in_eval_mode(), ExitStack() as stack:
+        # a replica takes one batch at a time
+        pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in frozen.replicas]
         for copied, _ in frozen.replicas[1:]:
             copied.eval()
         waiting: deque[tuple[Future[dict[str, Tensor]], Tensor]] = deque()
         for number, (pixels, good) in enumerate(
             track(loader, title or "", transient=True, disable=not shown)
         ):
-            where = frozen.replicas[number % len(frozen.replicas)]
-            if len(frozen.replicas) == 1:
-                yield run(where, pixels), good
+            turn = number % len(pools)
+            if len(pools) == 1:
+                yield run(frozen.replicas[0], pixels), good
                 continue
-            waiting.append((pool.submit(run, where, pixels), good))
-            if len(waiting) > 2 * len(frozen.replicas):
+            waiting.append((pools[turn].submit(run, frozen.replicas[turn], pixels), good))
+            if len(waiting) > 2 * len(pools):
                 done, readable = waiting.popleft()
                 yield done.result(), readable
         for done, readable in waiting:
@@ -168,7 +171,11 @@ def check_features(features: Features, rows: Rows, source: Source) -> None:
     Raises:
         RunFailed: one is not finite (names the image).
     """
-    bad = rows[~np.isfinite(features).all(axis=1)]
+    finite = [
+        np.isfinite(features[start : start + 65_536]).all(axis=1)
+        for start in range(0, len(features), 65_536)
+    ]
+    bad = rows[~np.concatenate(finite)]
     if len(bad):
         raise RunFailed(
             f"{len(bad):,} of {len(features):,} images have features that are not finite, such as "

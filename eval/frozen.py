@@ -1,6 +1,7 @@
 """A backbone that is only looked through, and what evaluators need to look with it."""
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ class Frozen:
 def placed(backbone: nn.Module, device: str) -> list[torch.device]:
     """Move the backbone to the first of the devices that a setting names.
 
-    `auto` is every GPU there is, or else the CPU; several are joined by `+` (cuda:0+cuda:1).
+    `auto` is every GPU there is (under torchrun the rank's own), or else the CPU; several are
+    joined by `+` (cuda:0+cuda:1).
 
     Raises:
         UserError: there is no such device.
@@ -90,6 +92,8 @@ def placed(backbone: nn.Module, device: str) -> list[torch.device]:
     if device == "auto":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         names = [f"cuda:{i}" for i in range(count)] or ["cpu"]
+        if count and "LOCAL_RANK" in os.environ:  # of torchrun's ranks each has its own
+            names = [f"cuda:{int(os.environ['LOCAL_RANK']) % count}"]
     else:
         names = device.split("+")
     try:

@@ -22,6 +22,7 @@ from .search import (
     nearest,
     similarities,
 )
+from .settings import several
 
 Labels = Int64[np.ndarray, " N"]
 KNOWN_KINDS = ("ivf", "hnsw")
@@ -130,24 +131,19 @@ class KNN:
 
     def __init__(
         self,
-        k: Sequence[int] = (10, 20, 100, 200),
+        k: int | Sequence[int] = (10, 20, 100, 200),
         temperature: float | Sequence[float] = 0.07,
         index: str | None = "ivf",
         exact_up_to: int = 2_000_000,
         recall: float = 0.95,
     ):
-        temperatures = list(temperature) if isinstance(temperature, Sequence) else [temperature]
-        if not k or min(k) < 1 or not temperatures or min(temperatures) <= 0.0:
-            raise UserError(
-                f"k={list(k)}, temperature={temperature}: k from 1, temperature above 0"
-            )
         if index not in (None, *KNOWN_KINDS) or exact_up_to < 1 or not 0.0 < recall <= 1.0:
             raise UserError(
                 f"index={index}, exact_up_to={exact_up_to}, recall={recall}: ivf, hnsw or null, "
                 "rows from 1, a share above 0 up to 1"
             )
-        self.k = sorted(k)
-        self.temperatures = temperatures
+        self.k = sorted(several("knn.k", k, int))
+        self.temperatures = several("knn.temperature", temperature)
         self.index = None if index is None else Approximate(index, exact_up_to, recall)
 
     def __call__(self, features: FeatureSet) -> Iterator[tuple[str, float]]:
@@ -187,12 +183,12 @@ class FewShot:
         temperature: float = 0.07,
         seed: int = 0,
     ):
-        if not shots or min(shots) < 1 or draws < 1 or temperature <= 0.0:
+        self.shots = sorted(several("few_shot.shots", shots, int))
+        if type(draws) is not int or draws < 1 or temperature <= 0.0:
             raise UserError(
-                f"shots={list(shots)}, draws={draws}, temperature={temperature}: whole numbers "
-                "from 1, temperature above 0"
+                f"few_shot: draws={draws}, temperature={temperature}: a whole number from 1, and "
+                "above 0"
             )
-        self.shots = sorted(shots)
         self.draws = draws
         self.temperature = temperature
         self.seed = seed
@@ -215,7 +211,7 @@ class FewShot:
                 )
                 right[n][:, draw] = names[winner] == features.test_labels
         for n in self.shots:
-            yield f"fewshot_{n}", Estimate(right[n].mean(axis=1))
+            yield f"fewshot_{n}", Estimate(right[n].astype(np.float64))
             spread = 100.0 * right[n].mean(axis=0)
             yield f"fewshot_{n}_std", float(spread.std(ddof=1)) if self.draws > 1 else 0.0
 
@@ -233,7 +229,7 @@ def place_in_class(classes: Labels, generator: np.random.Generator) -> Int64[np.
 def accuracy_by_class(
     items: Float[np.ndarray, " Q"] | Bool[np.ndarray, " Q"], labels: Labels
 ) -> dict[int, tuple[float, int]]:
-    """Percent and number of test images of each class id."""
+    """Percent and number of test images of each class id; items may be the mean of draws."""
     ids, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     sums = np.bincount(classes, items.astype(np.float64))
     return {

@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from ssl_xcit.data.sources import stratified
+from ssl_xcit.data.sources import Labels, stratified
 from ssl_xcit.errors import UserError
 
 from .estimates import Estimate
 from .features import FeatureSet, parts_of
 from .heads import Heads, LinearHead, Setting, Tally, cosine, known_classes
+from .settings import several
 
 ROWS = 4096  # at once, where nothing is trained
 
@@ -59,9 +60,19 @@ def tallied(heads: Heads, features: dict[str, Tensor], classes: Int64[Tensor, " 
 
 
 def right(head: LinearHead, x: Tensor, classes: Int64[Tensor, " Q"]) -> Bool[np.ndarray, " Q"]:
-    """Which rows a head classifies as they are."""
-    found = [head(rows).argmax(dim=1) for rows in x.split(ROWS)]
-    return (torch.cat(found) == classes).numpy()
+    """Which rows a head classifies as they are; a diverged head none."""
+    logits = torch.cat([head(rows) for rows in x.split(ROWS)])
+    return ((logits.argmax(dim=1) == classes) & logits.isfinite().all(dim=1)).numpy()
+
+
+def held_out_rows(classes: Labels, fraction: float, seed: int) -> Bool[np.ndarray, " N"]:
+    """`stratified`; raises UserError where no class has two images."""
+    held = stratified(classes, fraction, seed)
+    if not held.any():
+        raise UserError(
+            "every class has one training image only, and a second is needed to be held out"
+        )
+    return held
 
 
 class LinearProbe:
@@ -91,16 +102,15 @@ class LinearProbe:
         val_fraction: float = 0.2,
         seed: int = 0,
     ):
-        if not lrs or min(lrs) <= 0.0 or epochs < 1 or not 0.0 < val_fraction < 1.0:
+        whole = type(epochs) is int and type(batch_size) is int and min(epochs, batch_size) >= 1
+        if not whole or not 0.0 < val_fraction < 1.0:
             raise UserError(
-                f"lrs={list(lrs)}, epochs={epochs}, val_fraction={val_fraction}: rates "
-                "above 0, at least one epoch, a share in (0, 1)"
+                f"linear: epochs={epochs}, batch_size={batch_size}, val_fraction={val_fraction}: "
+                "whole numbers from 1, a share in (0, 1)"
             )
-        if not weight_decays or min(weight_decays) < 0.0 or batch_size < 1 or not kinds:
-            raise UserError(
-                f"weight_decays={list(weight_decays)}, kinds={list(kinds)}, "
-                f"batch_size={batch_size}: decays from 0, at least one kind and one row"
-            )
+        lrs = several("linear.lrs", lrs)
+        weight_decays = several("linear.weight_decays", weight_decays, low=0.0)
+        kinds = several("linear.kinds", kinds, str)
         parts_of(kinds)
         self.grid = [Setting(k, lr, wd) for k, wd, lr in product(kinds, weight_decays, lrs)]
         self.kinds = tuple(kinds)
@@ -122,7 +132,7 @@ class LinearProbe:
         grid = [s for s in self.grid if s.kind in kinds]
         train = {kind: as_tensor(features.of(kind).train) for kind in kinds}
         classes = torch.from_numpy(ids.astype(np.int64))
-        held = torch.from_numpy(stratified(ids.astype(np.int64), self.val_fraction, self.seed))
+        held = torch.from_numpy(held_out_rows(classes.numpy(), self.val_fraction, self.seed))
 
         def fit(rows: Tensor, settings: Sequence[Setting]) -> Heads:
             x = {s.kind: train[s.kind][rows] for s in settings}

@@ -21,13 +21,14 @@ from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from ssl_xcit.data.sources import some_rows, stratified
+from ssl_xcit.data.sources import some_rows
 from ssl_xcit.errors import UserError
 
-from .estimates import Estimate, percent
+from .estimates import Estimate, mean
 from .features import FeatureSet, parts_of
 from .heads import LinearHead, known_classes
-from .linear import as_tensor
+from .linear import as_tensor, held_out_rows
+from .settings import several
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits (N, K), targets) -> mean
 STRENGTHS = [a * 10.0**-b for b in range(1, 7) for a in (1.0, 0.3)]
@@ -205,14 +206,11 @@ class Logistic:
         seed: int = 0,
     ):
         strengths = STRENGTHS if strengths is None else strengths
-        if not strengths or min(strengths) <= 0.0 or not 0.0 < val_fraction < 1.0 or not kinds:
-            raise UserError(
-                f"strengths={list(strengths)}, kinds={list(kinds)}, val_fraction={val_fraction}: "
-                "strengths above 0, at least one kind, a share in (0, 1)"
-            )
-        parts_of(kinds)
-        self.strengths = list(strengths)
-        self.kinds = tuple(kinds)
+        if not 0.0 < val_fraction < 1.0:
+            raise UserError(f"val_fraction={val_fraction}: a share in (0, 1)")
+        self.strengths = several("strengths", strengths)
+        self.kinds = tuple(several("kinds", kinds, str))
+        parts_of(self.kinds)
         self.val_fraction = val_fraction
         self.seed = seed
         self.head: LinearHead | None = None
@@ -235,7 +233,7 @@ class Logistic:
         if features.one_set:
             return  # nothing to be tested on
         classes = ids.astype(np.int64)
-        held = stratified(classes, self.val_fraction, self.seed)
+        held = held_out_rows(classes, self.val_fraction, self.seed)
         path = Path(fit_classes, mean_error, "classes")
         kinds = self.usable(features)
         head = self.keep(path(features, kinds, classes, len(names), held, self.strengths))
@@ -257,7 +255,7 @@ class MultiLabel(Logistic):
             return
         targets, truth = features.train_labels, features.test_labels
         N, K = targets.shape
-        held = some_rows(N, self.val_fraction, self.seed)
+        held = held_rows(N, self.val_fraction, self.seed)
 
         def error(logits: Tensor, wanted: Tensor) -> float:
             return float(binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype)))
@@ -266,6 +264,13 @@ class MultiLabel(Logistic):
         head = self.keep(path(features, self.usable(features), targets, K, held, self.strengths))
         scores = head(as_tensor(features.of(head.kind).test)).numpy()
         yield "label_map", Estimate(ranked(scores, truth), mean_average_precision)
+
+
+def held_rows(count: int, fraction: float, seed: int) -> np.ndarray:
+    """`some_rows`, of enough images; raises UserError."""
+    if count < 2:
+        raise UserError("two training images at least are needed: one of them is held out")
+    return some_rows(count, fraction, seed)
 
 
 def ranked(
@@ -311,7 +316,10 @@ class Regression(Logistic):
             for y in (features.train_labels, features.test_labels)
         )
         N, K = targets.shape
-        held = some_rows(N, self.val_fraction, self.seed)
+        for part, values in (("training", targets), ("test", truth)):
+            if not (values.max(axis=0) > values.min(axis=0)).any():
+                raise UserError(f"the {part} images' numbers are all the same: nothing to explain")
+        held = held_rows(N, self.val_fraction, self.seed)
 
         def error(found: Tensor, wanted: Tensor) -> float:
             return float((found - wanted).square().mean(dim=0).div(spread).mean())
@@ -324,15 +332,15 @@ class Regression(Logistic):
         yield "mae", Estimate(np.abs(found - truth).mean(axis=1), mean)
 
 
-def mean(items: Float64[np.ndarray, " Q"], weights: Float64[np.ndarray, " Q"]) -> float:
-    """Weighted mean."""
-    return percent(items, weights) / 100.0
-
-
 def explained(items: Float64[np.ndarray, "Q two_D"], weights: Float64[np.ndarray, " Q"]) -> float:
-    """R^2 in percent of predictions (the first D columns) and truth."""
+    """R^2 in percent of predictions (the first D columns) and truth; columns that do not vary are
+    left out.
+    """
     found, truth = np.split(items, 2, axis=1)
     w = weights / weights.sum()
     residual = w @ (found - truth) ** 2
     variance = w @ (truth - w @ truth) ** 2
-    return 100.0 * float((1.0 - residual / np.maximum(variance, 1e-12)).mean())
+    varies = variance > 1e-12 * np.abs(truth).max(axis=0) ** 2
+    if not varies.any():
+        return 0.0
+    return 100.0 * float((1.0 - residual[varies] / variance[varies]).mean())

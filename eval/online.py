@@ -44,13 +44,13 @@ class OnlineEvaluation(lightning.Callback):
         eval_budget: the part of the training time that evaluation may take: after the first, one
             that would lead beyond it is left out; None: none is.
         networks: teacher, student or both; the student's numbers are called `student_...`.
-        best: the teacher's number by whose highest value `checkpoints/best.ckpt` is kept; None:
-            none is.
+        best: the number by whose highest value `checkpoints/best.ckpt` is kept, of the steps that
+            were evaluated; None: none is.
     """
 
     def __init__(
         self,
-        evaluators: Mapping[str, Evaluator],
+        evaluators: Mapping[str, Evaluator | None],
         every_steps: int = 500,
         max_images: int = 10_000,
         batch_size: int = 64,
@@ -70,7 +70,9 @@ class OnlineEvaluation(lightning.Callback):
                 f"callbacks.online.eval_budget={eval_budget}: a share of the training time above "
                 "0, or null for no limit"
             )
-        self.evaluators = evaluators
+        self.evaluators = {k: e for k, e in evaluators.items() if e is not None}
+        if not self.evaluators:
+            raise UserError("callbacks.online.evaluators: none; to do without: ~callbacks.online")
         self.every_steps = every_steps
         self.max_images = max_images
         self.batch_size = batch_size
@@ -81,6 +83,7 @@ class OnlineEvaluation(lightning.Callback):
         self.pair: LabelledPair | None = None
         self.started = self.spent = self.last = 0.0
         self.done = self.left_out = 0
+        self.warned = False
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Choose the images, and look up what was best before."""
@@ -92,6 +95,7 @@ class OnlineEvaluation(lightning.Callback):
         self.started = time.monotonic()
         with suppress(OSError, ValueError, KeyError, TypeError):
             content = json.loads(self.best_file(trainer).read_text())
+            self.last = float(content["seconds"])
             # a run that goes on from before its best finds it again
             if content["metric"] == self.best and content["step"] <= trainer.global_step:
                 self.best_value = float(content["value"])
@@ -105,7 +109,7 @@ class OnlineEvaluation(lightning.Callback):
         training = time.monotonic() - self.started - self.spent
         fits = (
             self.eval_budget is None
-            or not self.done
+            or not self.last
             or self.spent + self.last <= self.eval_budget * (training + self.spent)
         )
         return bool(trainer.strategy.broadcast(fits))
@@ -134,7 +138,8 @@ class OnlineEvaluation(lightning.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({**values, **cost}, step)
             trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
-        self.keep_best(trainer, values.get(self.best or "", -np.inf))
+        if self.best is not None and not getattr(module, "skipped_in_a_row", 0):
+            self.keep_best(trainer, values)
 
     def measured(self, trainer: lightning.Trainer, module: DINO, network: str) -> dict[str, float]:
         """A network's numbers, on rank 0."""
@@ -155,24 +160,30 @@ class OnlineEvaluation(lightning.Callback):
         found = (pair for e in self.evaluators.values() for pair in e(features))
         return {f"{prefix}{name}": float(value) for name, value in found}
 
-    def keep_best(self, trainer: lightning.Trainer, value: float) -> None:
+    def keep_best(self, trainer: lightning.Trainer, values: Mapping[str, float]) -> None:
         """Save `best.ckpt` when the number is higher than ever; all ranks write it together."""
-        value = float(trainer.strategy.broadcast(value))
+        if trainer.is_global_zero and self.best not in values and not self.warned:
+            self.warned = True
+            log.warning(
+                "callbacks.online.best=%s is not measured, so no best.ckpt is kept: null, or one "
+                "of %s", self.best, ", ".join(values),
+            )  # fmt: skip
+        value = float(trainer.strategy.broadcast(values.get(self.best or "", -np.inf)))
         if value <= self.best_value:
             return
-        self.best_value = value
         trainer.save_checkpoint(self.best_file(trainer).with_name(BEST))
         files: Any = trainer.strategy.checkpoint_io
-        if not trainer.is_global_zero:
-            return
-        if files.error is not None:
-            log.error("%s could not be written (%s); training goes on", BEST, files.error)
-            return
-        content = {"step": trainer.global_step, "metric": self.best, "value": value}
-        try:
-            write_json(content, self.best_file(trainer))
-        except OSError as error:
-            log.error("%s could not be written (%s)", self.best_file(trainer), error)
+        error: OSError | None = files.error
+        if trainer.is_global_zero and error is None:
+            content = {"step": trainer.global_step, "metric": self.best, "value": value}
+            try:
+                write_json({**content, "seconds": self.last}, self.best_file(trainer))
+            except OSError as problem:
+                error = problem
+        if trainer.strategy.broadcast(error is None):
+            self.best_value = value
+        if trainer.is_global_zero and error is not None:
+            log.error("%s could not be written (%s); training goes on", BEST, error)
 
     def on_train_end(self, trainer: lightning.Trainer, *_: object) -> None:
         """Say what it cost, where that has mattered."""

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from ssl_xcit.data.sources import label_kind
 from ssl_xcit.files import replacing, write_json
 from ssl_xcit.table import (
     Results,
+    console,
     metrics_of,
     print_table,
     shown,
@@ -39,6 +39,7 @@ class Evaluation:
         chosen: row -> evaluator -> the setting that it chose.
         heads: row -> evaluator -> the classifier that it made.
         by_class: row -> metric -> class name -> (percent, number of test images).
+        left_out: evaluator or task -> why it has no numbers.
     """
 
     results: Results = field(default_factory=dict)
@@ -46,12 +47,17 @@ class Evaluation:
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
     heads: dict[str, dict[str, LinearHead]] = field(default_factory=dict)
     by_class: dict[str, dict[str, dict[str, tuple[float, int]]]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def intervals(self) -> dict[str, dict[str, list[float]]]:
         """95 % of every estimate, row -> metric -> [low, high]."""
         return {
-            row: {m: list(v.interval) for m, v in values.items() if isinstance(v, Estimate)}
+            row: {
+                m: list(v.interval)
+                for m, v in values.items()
+                if isinstance(v, Estimate) and v.interval is not None
+            }
             for row, values in self.results.items()
         }
 
@@ -72,7 +78,7 @@ def differences(one: Mapping[str, float], two: Mapping[str, float]) -> dict[str,
     return {
         m: compare(a, b)
         for m, (a, b) in pairs.items()
-        if isinstance(a, Estimate) and isinstance(b, Estimate) and len(a.items) == len(b.items)
+        if isinstance(a, Estimate) and isinstance(b, Estimate) and len(a.items) == len(b.items) > 1
     }
 
 
@@ -102,13 +108,14 @@ def compared(results: Results, first: str, second: str) -> Table:
 
 def print_all(evaluation: Evaluation, title: str, rows: Sequence[str], per_class: bool) -> None:
     """The table, differences where there are several backbones, classes on request."""
-    print_table(evaluation.results, title, evaluation.intervals)
+    # of several the table of differences has them
+    print_table(evaluation.results, title, evaluation.intervals if len(rows) == 1 else None)
     for second in rows[1:]:
-        Console().print(compared(evaluation.results, rows[0], second))
+        console().print(compared(evaluation.results, rows[0], second))
     if per_class:
         for row in rows:
             for metric, classes in chosen_classes(evaluation, row).items():
-                Console().print(class_table(f"{row}, {title_of(metric)}", classes))
+                console().print(class_table(f"{row}, {title_of(metric)}", classes))
 
 
 def chosen_classes(evaluation: Evaluation, row: str) -> dict[str, dict[str, tuple[float, int]]]:
@@ -210,6 +217,7 @@ def write(
         "chosen": evaluation.chosen,
         "by_class": evaluation.by_class,
         "seconds": evaluation.seconds,
+        "left_out": evaluation.left_out,
     }
     write_json(
         {**content, "results": evaluation.results} | {k: v for k, v in parts.items() if v}, out

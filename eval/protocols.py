@@ -27,7 +27,7 @@ from ssl_xcit.data.fused import ATTEMPTS, cut, draw_boxes
 from ssl_xcit.data.loader import Restarting, default_workers, loader_options
 from ssl_xcit.data.order import crop_seed, image_at
 from ssl_xcit.data.preprocess import Preprocess, normalise
-from ssl_xcit.data.sources import LabelledPair, Source, Subset, label_kind, stratified
+from ssl_xcit.data.sources import LabelledPair, Source, Subset, label_kind
 from ssl_xcit.errors import UserError
 
 from .estimates import Estimate
@@ -35,7 +35,8 @@ from .features import KINDS, batches, looked_at, parts_of
 from .frozen import Frozen
 from .heads import Heads, LinearHead, Setting, Tally, cosine, known_classes
 from .knn import Labels
-from .linear import right
+from .linear import held_out_rows, right
+from .settings import several
 
 
 class RandomCrops(Dataset[tuple[UInt8[Tensor, "channels size size"], int]]):
@@ -110,16 +111,21 @@ class AugmentedProbe:
         length = steps if epochs is None else epochs
         if (epochs is None) == (steps is None) or length is None or length <= 0:
             raise UserError(f"epochs={epochs}, steps={steps}: one of them, above 0")
-        if not lrs or min(lrs) <= 0.0 or not kinds or min(weight_decays, default=-1.0) < 0.0:
+        scale = several(f"{name}.scale", scale)
+        if (
+            type(batch_size) is not int
+            or batch_size < 1
+            or not 0.0 < val_fraction < 1.0
+            or len(scale) != 2
+            or not scale[0] <= scale[1] <= 1.0
+        ):
             raise UserError(
-                f"lrs={list(lrs)}, weight_decays={list(weight_decays)}, kinds={list(kinds)}: rates "
-                "above 0, decays from 0, at least one of each"
-            )
-        if batch_size < 1 or not 0.0 < val_fraction < 1.0 or not 0.0 < scale[0] <= scale[1] <= 1.0:
-            raise UserError(
-                f"batch_size={batch_size}, val_fraction={val_fraction}, scale={list(scale)}: at "
+                f"{name}: batch_size={batch_size}, val_fraction={val_fraction}, scale={scale}: at "
                 "least one image, a share in (0, 1), 0 < low <= high <= 1"
             )
+        lrs = several(f"{name}.lrs", lrs)
+        weight_decays = several(f"{name}.weight_decays", weight_decays, low=0.0)
+        kinds = several(f"{name}.kinds", kinds, str)
         parts_of(kinds)
         self.name = name
         self.grid = [Setting(k, lr, wd) for k, wd, lr in product(kinds, weight_decays, lrs)]
@@ -131,19 +137,28 @@ class AugmentedProbe:
         self.head: LinearHead | None = None
         self.chosen: dict[str, object] = {}
 
-    def __call__(self, frozen: Frozen) -> Iterator[tuple[str, float]]:
-        """Train on a part of the training images, choose on the rest, test once."""
-        pair = frozen.pair
+    def check(self, pair: LabelledPair | None) -> None:
+        """Before anything is measured.
+
+        Raises:
+            UserError: there are no classes to learn, or no test images.
+        """
         if pair is None or label_kind(pair.train.labels) != "classes":
             raise UserError(
                 f"tasks: {self.name} needs labelled images: eval_data=folder eval_data.root=DIR"
             )
         if pair.test is pair.train:
             raise UserError(f"tasks: {self.name} needs test images: eval_data.test_fraction=0.2")
+
+    def __call__(self, frozen: Frozen) -> Iterator[tuple[str, float]]:
+        """Train on a part of the training images, choose on the rest, test once."""
+        self.check(frozen.pair)
+        pair = frozen.pair
+        assert pair is not None
         assert pair.train.labels is not None
         names, ids = np.unique(pair.train.labels, return_inverse=True)
         ids = ids.astype(np.int64)
-        held = stratified(ids, self.val_fraction, self.seed)
+        held = held_out_rows(ids, self.val_fraction, self.seed)
         heads = self.trained(frozen, pair, ids, np.flatnonzero(~held), len(names))
         tally = Tally(heads)
         val = Subset(pair.train, np.flatnonzero(held))

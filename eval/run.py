@@ -5,9 +5,11 @@ of two checkpoints whether their differences mean anything.
 import json
 import logging
 import os
+import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ssl_xcit.data.module import check_labelled
 from ssl_xcit.data.preprocess import MAX_PIXELS, Preprocess, of_weights
 from ssl_xcit.data.sources import LabelledPair, label_kind
-from ssl_xcit.errors import UserError
+from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.files import sha256_of
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
@@ -36,6 +38,7 @@ from .output import Evaluation, print_all, write
 
 log = logging.getLogger(__name__)
 PRETRAINED = "pretrained"
+NOTHING = "it needs test images other than the training images: eval_data.test_fraction=0.2"
 Baseline = Callable[[Frozen, Sequence[str]], FeatureSet]
 
 
@@ -74,31 +77,47 @@ def evaluate(
     if feature_dtype not in ("float16", "float32"):
         raise UserError(f"evaluation.feature_dtype={feature_dtype}: float16 or float32")
     networks = backbone if isinstance(backbone, Mapping) else {PRETRAINED: backbone}
-    used = {k: e for k, e in evaluators.items() if e is not None}  # linear=null switches one off
+    # linear=null switches one off
+    used = {k: e for k, e in (evaluators or {}).items() if e is not None and pair is not None}
     if pair is not None:
         kind = label_kind(pair.train.labels)
         used = {k: e for k, e in used.items() if getattr(e, "labels", "classes") == kind}
+    wanted = {k: t for k, t in (tasks or {}).items() if t is not None}
+    if not used and not wanted:
+        raise UserError(
+            "nothing to measure: evaluation.evaluators and evaluation.tasks have nothing for these "
+            "labels"
+        )
+    for task in wanted.values():
+        if hasattr(task, "check"):
+            task.check(pair)
     kinds = kinds_of(used)
     done = Evaluation()
 
     def frozen_of(network: XCiT) -> Frozen:
         first, *others = placed(network, device)
         how = of_weights(network.preprocess, max_pixels)
-        where = default_features() if cache is True else Path(str(cache)).expanduser()
         return Frozen(
             network, how, first, batch_size, num_workers, pair, shown_in_terminal(),
-            where if cache else None, others, ranks,
+            cache_folder(cache), others, ranks,
         )  # fmt: skip
 
     here = not ranks or dist.get_rank() == 0
 
     def note(row: str, name: str, measuring: Any, subject: Any) -> dict[str, float]:
         started = time.perf_counter()
-        found = dict(measuring(subject))
+        try:
+            found = dict(measuring(subject))
+        except (UserError, RunFailed) as error:  # the others' numbers are not lost
+            done.left_out[name] = str(error)
+            return {}
+        if not found:
+            done.left_out[name] = NOTHING
+            return {}
         done.seconds.setdefault(row, {})[name] = time.perf_counter() - started
         done.results.setdefault(row, {}).update(found)
         for attribute, kept in (("chosen", done.chosen), ("head", done.heads)):
-            if found and (value := getattr(measuring, attribute, None)):
+            if value := getattr(measuring, attribute, None):
                 kept.setdefault(row, {})[name] = value
         return found
 
@@ -108,7 +127,7 @@ def evaluate(
             for metric in note(row, name, evaluator, features):
                 done.note_classes(row, metric, features.test_labels, features.class_names)
 
-    if pair is not None:
+    if used:
         frozen = frozen_of(next(iter(networks.values())))
         for name, baseline in (baselines or {}).items():
             started = time.perf_counter()
@@ -116,18 +135,26 @@ def evaluate(
                 measure(name.replace("_", " "), started, baseline(frozen, kinds))
     for row, network in networks.items():
         frozen, started = frozen_of(network), time.perf_counter()
-        if pair is not None:
+        if used:
             measure(row, started, extract_pair(frozen, kinds, row, feature_dtype))
-        for name, task in (tasks or {}).items() if here else ():
-            if task is not None:
-                note(row, name, task, frozen)
+        for name, task in wanted.items() if here else ():
+            note(row, name, task, frozen)
     for times in done.seconds.values():
         times.update({name: round(seconds, 3) for name, seconds in times.items()})
     return done
 
 
+def cache_folder(cache: bool | str | None) -> Path | None:
+    """Where features are kept; None: nowhere."""
+    if cache is True:
+        return default_features()
+    return Path(str(cache)).expanduser() if cache else None
+
+
 def main(cfg: DictConfig) -> None:
     """`ssl-xcit eval`: prints tables, writes `results.json` and `results.md`."""
+    if cfg.get("evaluation") is None:
+        raise UserError("nothing to measure: add evaluation=standard")
     if cfg.which not in ("teacher", "student"):
         raise UserError(f"which={cfg.which}: teacher or student")
     if cfg.batch_size < 1 or (cfg.num_workers or 0) < 0:
@@ -140,6 +167,7 @@ def main(cfg: DictConfig) -> None:
     tasks = {k: v for k, v in (cfg.evaluation.get("tasks") or {}).items() if v is not None}
     hows = [of_weights(b.preprocess, cfg.max_pixels) for b in backbones]
     check_comparable(paths, hows)
+    out = out_file(cfg, paths)
     if pair is not None:
         check_labelled(pair, hows[0])
     elif not tasks:
@@ -172,13 +200,32 @@ def main(cfg: DictConfig) -> None:
             return
     subject = " and ".join(dict.fromkeys(models))
     title = f"{subject} on {pair.name}" if pair is not None else subject
-    print_all(evaluation, title, names, cfg.per_class)
-    out = Path(cfg.out) if cfg.out else default_out(paths[0], len(paths))
+    if evaluation.results.get(names[0]):
+        print_all(evaluation, title, names, cfg.per_class)
+    for name, why in evaluation.left_out.items():
+        log.warning("%s is left out: %s", name, why)
     content = about(cfg, paths, backbones, pair) | {
         "total_seconds": round(time.perf_counter() - started, 1)
     }
     for path in write(evaluation, title, names, content, out):
         print(f"written: {path}")
+    failed = [name for name in tasks if name in evaluation.left_out]
+    if failed:  # it was asked for by name
+        raise UserError(f"tasks: {failed[0]}: {evaluation.left_out[failed[0]]}")
+
+
+def out_file(cfg: DictConfig, paths: Sequence[Path]) -> Path:
+    """Where the numbers go.
+
+    Raises:
+        UserError: `out` is no name of a JSON file.
+    """
+    if cfg.out is None:
+        return default_out(paths[0], len(paths), HydraConfig.get().runtime.choices["eval_data"])
+    out = Path(str(cfg.out)).expanduser()
+    if out.suffix != ".json" or out.is_dir():
+        raise UserError(f"out={cfg.out}: a file ending in .json; .md and heads/ go beside it")
+    return out
 
 
 def checkpoints_in(ckpt: Any) -> list[str]:
@@ -216,12 +263,11 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def join_ranks() -> bool:
-    """Under torchrun: one process group, and each rank takes the GPU that is its own."""
+    """Under torchrun: one process group."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
         return False
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("gloo")
+    # rank 0 alone runs evaluators and tasks, which the others wait for
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
     return True
 
 
@@ -244,14 +290,28 @@ def about(
         labels = {k: np.asarray(part.labels) for k, part in parts.items()}
         content |= {"data": pair.name, "classes": len(np.unique(labels["train"]))}
         content |= {f"{k}_images": len(part) for k, part in parts.items()}
-        where = default_features()
-        content |= {f"{k}_sha256": data_digest(part, where) for k, part in parts.items()}
+        content |= {f"{k}_sha256": digest for k, digest in digests(cfg, pair).items()}
         content |= {"resize": pair.resize, "size": pair.size}
     return content | {
         "protocol": OmegaConf.to_container(cfg.evaluation, resolve=True),
         "overrides": list(HydraConfig.get().overrides.task),
         "versions": versions(),
-        "device": cfg.device,
+        "device": torch.cuda.get_device_name() if on_gpu(cfg) else platform.processor() or "cpu",
+    }
+
+
+def on_gpu(cfg: DictConfig) -> bool:
+    """Whether features came from one."""
+    return torch.cuda.is_available() and str(cfg.device) != "cpu"
+
+
+def digests(cfg: DictConfig, pair: LabelledPair) -> dict[str, str]:
+    """SHA-256 of the training and of the test images."""
+    where = cache_folder(cfg.evaluation.get("cache", False))
+    shown = shown_in_terminal()
+    return {
+        name: data_digest(part, where, f"hashing {name} images" if shown else None)
+        for name, part in (("train", pair.train), ("test", pair.test))
     }
 
 
@@ -263,12 +323,17 @@ def expected(cfg: DictConfig) -> dict[str, Any] | None:
     return {k: v for k, v in architecture.items() if k not in ("layer_scale", "num_classes")}
 
 
-def default_out(path: Path, count: int = 1) -> Path:
-    """`results.json` in the run folder, or beside a lone weights file; `comparison.json` there for
-    several.
+def folder_of(path: Path) -> Path:
+    """The run folder of weights, or the folder that a lone file lies in."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
+def default_out(path: Path, count: int, data: str) -> Path:
+    """In the folder of the weights: `results.json`, `comparison.json` for several; on other data
+    than the run's own its name is added, `results-cifar10.json`.
     """
-    folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    return folder / ("results.json" if count == 1 else "comparison.json")
+    name = "results" if count == 1 else "comparison"
+    return folder_of(path) / (f"{name}.json" if data == "of_run" else f"{name}-{data}.json")
 
 
 def data_of_run(ckpt: Any) -> LabelledPair | None:
@@ -284,7 +349,7 @@ def data_of_run(ckpt: Any) -> LabelledPair | None:
         UserError: the weights do not lie in a run folder.
     """
     ckpt = checkpoints_in(ckpt)[0]
-    file = default_out(checkpoint_path(ckpt)).with_name("run.json")
+    file = folder_of(checkpoint_path(ckpt)) / "run.json"
     if not file.is_file():
         raise UserError(
             f"ckpt={ckpt} is no run folder, so its evaluation data is unknown: add "

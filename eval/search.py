@@ -23,6 +23,8 @@ Indices = Int64[np.ndarray, "Q k"]
 BLOCK = 1 << 29  # bytes of the bank at once
 MARGIN = 8  # neighbours looked at beyond those asked for
 ROUNDING = 4e-6  # above what float32 loses in the product of two unit vectors
+ROUNDING64 = 1e-12  # the same of float64
+QUERIES = 1 << 17  # at once
 GATHERED = 1 << 25  # numbers of neighbours' features at once
 
 
@@ -31,6 +33,12 @@ def unit(rows: Float[np.ndarray, "N C"]) -> Float32[np.ndarray, "N C"]:
     rows = np.asarray(rows, dtype=np.float32)
     norms = np.sqrt(np.einsum("nc,nc->n", rows, rows))
     return rows / np.maximum(norms, np.float32(1e-12))[:, None]
+
+
+def unit64(rows: Float[np.ndarray, "N C"]) -> Float64[np.ndarray, "N C"]:
+    """The same in float64."""
+    exact = rows.astype(np.float64)
+    return exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
 
 
 def blocks(bank: Bank) -> Iterator[tuple[int, Float32[np.ndarray, "n C"]]]:
@@ -48,12 +56,8 @@ def similarities(bank: Bank, queries: Queries, indices: Indices) -> Float64[np.n
     for start in range(0, len(queries), at_once):
         here = slice(start, start + at_once)
         wanted, places = np.unique(indices[here], return_inverse=True)
-        rows = bank[wanted].astype(np.float64)
-        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        few = queries[here].astype(np.float64)
-        few /= np.maximum(np.linalg.norm(few, axis=1, keepdims=True), 1e-12)
-        near = rows[places.reshape(indices[here].shape)]
-        found[here] = np.einsum("qkc,qc->qk", near, few)
+        near = unit64(bank[wanted])[places.reshape(indices[here].shape)]
+        found[here] = np.einsum("qkc,qc->qk", near, unit64(queries[here]))
     return found
 
 
@@ -91,17 +95,27 @@ def gpus() -> int:
     return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
 
 
-def brute_force(
-    bank: Bank, query: Float[np.ndarray, " C"], k: int
-) -> tuple[Float64[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
-    """One query against all rows in float64."""
-    found = np.empty(len(bank))
-    rows = max(1, GATHERED // bank.shape[1])
-    for start in range(0, len(bank), rows):
-        places = np.arange(start, min(start + rows, len(bank)))[None]
-        found[start : start + rows] = similarities(bank, query[None], places)[0]
-    order = np.lexsort((np.arange(len(bank)), -found))[:k]
-    return found[order], order
+def brute_force(bank: Bank, queries: Queries, k: int) -> tuple[Similarity, Indices]:
+    """All rows of the bank in float64: the k nearest, of equals the first.
+
+    Products of matrices say who may be among them; those few are compared one by one, so that
+    equal rows have equal similarities wherever they stand.
+    """
+    N, C = bank.shape
+    best, places = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
+    at_once, rows = max(1, GATHERED // N), max(1, GATHERED // C)
+    for first in range(0, len(queries), at_once):
+        few = unit64(queries[first : first + at_once])
+        found = np.empty((len(few), N))
+        for start in range(0, N, rows):
+            found[:, start : start + rows] = few @ unit64(bank[start : start + rows]).T
+        kth = np.partition(found, N - k, axis=1)[:, N - k]
+        for row, similarity in enumerate(found):
+            wanted = np.flatnonzero(similarity >= kth[row] - ROUNDING64)[None]
+            query = queries[first + row][None]
+            exact = ordered(similarities(bank, query, wanted), wanted)
+            best[first + row], places[first + row] = exact[0][0, :k], exact[1][0, :k]
+    return best, places
 
 
 def open_cuts(similarity: Similarity, cuts: Sequence[int], whole: bool) -> Bool[np.ndarray, " Q"]:
@@ -134,6 +148,18 @@ def nearest(
         cuts: smaller numbers of neighbours that must be exact too.
         itself: (Q,) the row of the bank that each query is, and which is left out.
     """
+    if len(queries) > QUERIES:  # those of one set may be as many as the bank
+        parts = [
+            nearest(
+                bank,
+                queries[start : start + QUERIES],
+                k,
+                cuts,
+                None if itself is None else itself[start : start + QUERIES],
+            )
+            for start in range(0, len(queries), QUERIES)
+        ]
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
     k = min(k, len(bank) - (itself is not None))
     own = int(itself is not None)
     similarity, indices = scan(bank, queries, min(k + own + MARGIN, len(bank)))
@@ -147,14 +173,12 @@ def nearest(
         similarity, indices = similarity.astype(np.float64), indices.copy()
         similarity[doubtful], indices[doubtful] = exact, places
         if not whole:  # equals may go on beyond the margin
-            for row, values in zip(doubtful.tolist(), exact, strict=True):
-                if values[k - 1] - values[-1] <= ROUNDING:
-                    count = similarity.shape[1]
-                    found, places = brute_force(bank, queries[row], count + own)
-                    if itself is not None:
-                        kept = places != itself[row]
-                        found, places = found[kept], places[kept]
-                    similarity[row], indices[row] = found[:count], places[:count]
+            rows = doubtful[exact[:, k - 1] - exact[:, -1] <= ROUNDING]
+            if len(rows):
+                found, places = brute_force(bank, queries[rows], similarity.shape[1] + own)
+                if itself is not None:
+                    found, places = left_out(found, places, itself[rows])
+                similarity[rows], indices[rows] = found, places
     return similarity[:, :k], indices[:, :k]
 
 
@@ -170,7 +194,8 @@ def left_out(
 
 @dataclass(frozen=True)
 class Approximate:
-    """Search in a bank of more than `above` rows by an index of faiss.
+    """Search in a bank of more than `above` rows by an index of faiss, which holds a copy of the
+    bank in memory.
 
     Its effort (lists probed, or candidates kept) is doubled until, on a sample of the queries, so
     much of what exact search finds is found.

@@ -173,6 +173,9 @@ def report(command: str, error: Exception) -> None:
         fail(explain(command, str(cause)))
     if isinstance(cause, UserError):
         fail(str(cause))
+    if isinstance(cause, ValueError) and "Config group override" in str(cause):  # Hydra's, unnamed
+        nulls = [word for word in sys.argv if word.endswith("=null") and "." not in word]
+        fail(f"{' '.join(nulls)}: a group needs one of its options; ~GROUP leaves it out")
     if isinstance(cause, FloatingPointError | RunFailed):
         fail(str(cause), exit_code=1)
     traceback.print_exception(cause)

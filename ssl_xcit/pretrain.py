@@ -243,6 +243,8 @@ def conclude(
             max_pixels=data.dataset.how.max_pixels,
         )
         measured = {"results": found.results, "intervals": found.intervals}
+        for name, why in found.left_out.items():
+            log.warning("%s is left out: %s", name, why)
     health = [c.verdict for c in trainer.callbacks if isinstance(c, Health)]  # type: ignore[attr-defined]
     summary = {
         **measured,

@@ -41,7 +41,12 @@ def title_of(metric: str) -> str:
 
 def print_table(results: Results, title: str, intervals: Intervals | None = None) -> None:
     """In percent where nothing else is said; the interval is the last column's."""
-    Console().print(made_table(results, title, intervals))
+    console().print(made_table(results, title, intervals))
+
+
+def console() -> Console:
+    """As wide as the terminal; a file has room."""
+    return Console() if shown_in_terminal() else Console(width=140)
 
 
 def made_table(results: Results, title: str, intervals: Intervals | None = None) -> Table:

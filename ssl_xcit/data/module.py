@@ -242,13 +242,18 @@ def check_labelled(pair: LabelledPair, how: Preprocess) -> None:
         if not len(source):
             raise UserError(
                 f"{pair.name}: no {part} images are left: two of a class are needed to hold one "
-                "out, or name others with eval_data.test_root=DIR"
+                "out, or name others with eval_data.test_root, test_file or test_split"
             )
     for source in dict.fromkeys((pair.train, pair.test)):
         check_images(source, pair.size, how)
     kind = label_kind(pair.train.labels)
     if label_kind(pair.test.labels) != kind:
         raise UserError(f"{pair.name}: training and test labels are of different kinds")
+    widths = [np.asarray(source.labels).shape[1:] for source in (pair.train, pair.test)]
+    if widths[0] != widths[1]:
+        raise UserError(
+            f"{pair.name}: training images have {widths[0]} labels each, test images {widths[1]}"
+        )
     if kind == "classes":
         check_classes(pair)
 

@@ -24,6 +24,8 @@ from ssl_xcit.data.sources import (
 )
 from ssl_xcit.errors import MissingPath, UserError
 
+MAX_NAMES = 1_000_000
+
 
 class Arrays:
     """Images of one size in an array (N, H, W) or (N, H, W, channels), perhaps a memory map.
@@ -91,10 +93,7 @@ class HuggingFace:
                 )
             self.labels = ids.astype(np.int64)
             feature = dataset.features[label]
-            count = int(self.labels.max()) + 1 if len(self.labels) else 0
-            self.class_names = tuple(
-                getattr(feature, "names", None) or [str(i) for i in range(count)]
-            )
+            self.class_names = tuple(getattr(feature, "names", None) or numbered(self.labels))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -138,9 +137,14 @@ def arrays(file: str | None, labels: str | None = None) -> Arrays | None:
     if labels is None:
         return Arrays(images, Path(file).name)
     known = load_labels(labels, len(images))
-    classes = label_kind(known) == "classes" and len(known)
-    names = [str(i) for i in range(int(known.max()) + 1)] if classes else []
-    return Arrays(images, Path(file).name, known, names)
+    return Arrays(images, Path(file).name, known, numbered(known))
+
+
+def numbered(labels: np.ndarray) -> list[str]:
+    """Names of classes that have none; none for ids that are no small numbers."""
+    if label_kind(labels) != "classes" or not len(labels) or labels.max() >= MAX_NAMES:
+        return []
+    return [str(i) for i in range(int(labels.max()) + 1)]
 
 
 def labelled_arrays(

@@ -122,10 +122,13 @@ def test_one_set_is_tested_on_the_others(here, capsys):
     words = ["eval_data=folder", "eval_data.root=own", "eval_data.test_fraction=0"]
     words += ["eval_data.resize=32", "eval_data.size=32"]
     assert run("eval", "ckpt=runs/a", *words, *ALL) == 0
-    values = json.loads(Path("runs/a/results.json").read_text())["results"]["pretrained"]
+    content = json.loads(Path("runs/a/results-folder.json").read_text())
+    values = content["results"]["pretrained"]
     assert values["knn_k10"] > 50
     assert "recall_at_1" in values
     assert "linear" not in values
+    assert set(content["left_out"]) == {"few_shot", "linear", "logistic"}
+    assert "linear is left out: it needs test images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["several", "numbers"])
@@ -138,7 +141,7 @@ def test_other_labels_have_their_own_measures(here, kind):
     words = ["eval_data=arrays", "eval_data.file=images.npy", "eval_data.labels=labels.npy"]
     words += ["eval_data.resize=32", "eval_data.size=32", "evaluation.baselines=null"]
     assert run("eval", "ckpt=runs/a", *words, *ALL) == 0
-    values = json.loads(Path("runs/a/results.json").read_text())["results"]["pretrained"]
+    values = json.loads(Path("runs/a/results-arrays.json").read_text())["results"]["pretrained"]
     assert list(values) == (["label_map"] if kind == "several" else ["r2", "mae"])
     head = "several_labels" if kind == "several" else "regression"
     assert load_head(f"runs/a/heads/{head}.pt").outputs == ("labels" if kind == "several" else kind)
@@ -159,6 +162,7 @@ def test_tasks_run_without_labelled_images(here):
 def test_wrong_input_is_answered_in_a_line(here, capsys):
     images(Path("plain"), 4)
     images(Path("single/only"), 4)
+    images(Path("two/a"), 4), images(Path("two/b"), 4)
     for words, code, said in (
         (["model=xcit_nano_12_p16"], 2, "not xcit_nano_12_p16"),
         (["eval_data=folder", "eval_data.root=plain"], 2, "no labels"),
@@ -169,9 +173,25 @@ def test_wrong_input_is_answered_in_a_line(here, capsys):
         (["tasks=[segmentation]"], 2, "evaluation.tasks.segmentation.root is needed"),
         (["tasks=[segmentation]", "evaluation.tasks.segmentation.root=nowhere"], 2, "nowhere"),
         (["device=cuda:9"], 2, "try device=cpu"),
+        (["out=results.md"], 2, "a file ending in .json"),
+        (["evaluation=null"], 2, "evaluation=null"),
+        (["~evaluation"], 2, "nothing to measure"),
+        (["evaluation.evaluators=null"], 2, "nothing to measure"),
+        (["evaluation.evaluators.linear.lrs=-0.1"], 2, "numbers above 0"),
+        (
+            [
+                "tasks=[linear_dino]",
+                "eval_data.test_fraction=0",
+                "eval_data=folder",
+                "eval_data.root=two",
+            ],
+            2,
+            "needs test images",
+        ),
         (["eval_data=none"], 2, "there are no labelled images"),
     ):
-        assert run("eval", "ckpt=runs/a", *words, *QUICK) == code, words
+        quick = [] if words[0].startswith(("evaluation", "~")) else QUICK
+        assert run("eval", "ckpt=runs/a", *quick, *words) == code, words
         error = capsys.readouterr().err
         assert said in error, (words, error)
         assert "Traceback" not in error

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, sem, t
+from ssl_xcit.eval.clustering import ari, nmi
 from ssl_xcit.eval.estimates import Estimate, compare, holm, mcnemar, wilson
 
 
@@ -18,12 +19,49 @@ def test_a_share_is_a_float_with_its_interval():
     assert estimate.interval == wilson(150, 200)
 
 
-def test_the_bootstrap_of_a_mean_is_near_the_normal_interval():
-    items = np.random.default_rng(0).normal(0.4, 0.1, size=500)
-    low, high = Estimate(items).interval
-    error = 1.96 * 100 * items.std() / 500**0.5
-    assert low == pytest.approx(100 * items.mean() - error, abs=0.15)
-    assert high == pytest.approx(100 * items.mean() + error, abs=0.15)
+def test_a_mean_has_students_interval_and_halves_come_to_the_same():
+    items = np.random.default_rng(0).normal(0.4, 0.1, size=301)
+    expected = t.interval(0.95, 300, 100 * items.mean(), 100 * sem(items))
+    assert Estimate(items).interval == pytest.approx(expected)
+    by_halves = Estimate(items, lambda x, w: 100 * float(w @ x / w.sum())).interval
+    assert by_halves == pytest.approx(expected, abs=0.2)
+
+
+def test_clusters_without_signal_lie_within_their_interval():
+    """A bootstrap's lies above: images drawn twice are together by necessity."""
+    rng = np.random.default_rng(0)
+    for signal in (0.0, 0.5):
+        classes = rng.integers(17, size=700)
+        clusters = np.where(rng.random(700) < signal, classes, rng.integers(17, size=700))
+        for statistic in (nmi, ari):
+            estimate = Estimate(np.stack((classes, clusters), axis=1), statistic)
+            low, high = estimate.interval
+            assert low < estimate < high
+            assert high - low < 12
+
+
+def test_draws_add_to_the_uncertainty():
+    """Of 300 images and 10 draws which shift all images together."""
+    rng = np.random.default_rng(0)
+    inside = []
+    for _ in range(150):
+        shift = rng.normal(0, 0.05, 10)
+        items = (rng.random((300, 1)) < 0.6) * 0.5 + 0.2 + shift + rng.normal(0, 0.05, (300, 10))
+        low, high = Estimate(items).interval
+        inside.append(low <= 50 <= high)
+    assert np.mean(inside) > 0.88
+
+
+def test_a_single_image_has_no_interval():
+    assert Estimate(np.array([True])).interval is None
+    assert Estimate(np.array([0.5])).interval is None
+
+
+def test_what_cannot_vary_is_certain():
+    same = Estimate(np.full(20, 0.25))
+    assert same.interval == (25.0, 25.0)
+    assert compare(same, same).p == 1.0
+    assert compare(same, Estimate(np.full(20, 0.5))).p == 0.0
 
 
 def test_intervals_hold_what_they_promise():

@@ -130,7 +130,7 @@ def test_an_interrupted_extraction_goes_on(source, frozen, monkeypatch, signal, 
     assert np.array_equal(rows, all_rows)
     folder = next(frozen.cache.glob("*/about.json")).parent
     assert sorted(f.name for f in folder.iterdir()) == [
-        ".lock", "about.json", "cls.npy", "rows.npy",
+        ".lock", "about.json", "cls.npy", "cls.rows.npy",
     ]  # fmt: skip
 
 
@@ -201,10 +201,62 @@ def test_a_disk_that_cannot_be_written_is_done_without(source, frozen, monkeypat
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(feature_cache.np, "memmap", full)
+    monkeypatch.setattr(feature_cache.os, "posix_fallocate", full)
     found, _ = cached(frozen, source, 64, 48)
     assert "features are not kept" in caplog.text
     assert len(found["cls"]) == len(source)
+
+
+def test_a_note_of_other_parts_is_not_believed(source, frozen, monkeypatch):
+    """Interrupted; other parts begun and killed before their first note; the first ones again."""
+    counting, seen = features.looked_at, []
+
+    def interrupted(stop):
+        def looked_at(*args):
+            seen.append(1)
+            if len(seen) > 3:
+                raise stop
+            return counting(*args)
+
+        return looked_at
+
+    for parts, stop in ((["cls"], KeyboardInterrupt), (["cls", "patch"], SystemExit)):
+        seen.clear()
+        monkeypatch.setattr(features, "looked_at", interrupted(stop))
+        with pytest.raises(stop):
+            cached(frozen, source, 64, 48, parts)
+    monkeypatch.setattr(features, "looked_at", counting)
+    found, _ = cached(frozen, source, 64, 48, ["cls"])
+    expected, _ = extract(frozen, source, 64, 48)
+    assert np.allclose(found["cls"], expected["cls"], atol=1e-5)
+
+
+def test_an_image_that_can_be_read_only_sometimes_does_not_shift_the_rows(
+    source, frozen, monkeypatch
+):
+    cached(frozen, source, 64, 48, ["cls"])
+    read = Files.read
+    digest = feature_cache.data_digest(source, frozen.cache)
+    monkeypatch.setattr(feature_cache, "data_digest", lambda *args: digest)
+
+    def failing(self, index):
+        if index == 4:
+            raise feature_cache.BadImage("the network file system is away")
+        return read(self, index)
+
+    monkeypatch.setattr(Files, "read", failing)
+    found, rows = cached(frozen, source, 64, 48, ["cls", "patch"])
+    assert len(rows) == len(found["cls"]) == len(found["patch"]) == len(source) - 1
+
+
+def test_another_folder_in_the_cache_is_nobodys(source, frozen, monkeypatch):
+    foreign = frozen.cache / "my own"
+    foreign.mkdir(parents=True)
+    (foreign / "about.json").write_text("{}")
+    monkeypatch.setattr(feature_cache, "LIMIT", 1)
+    cached(frozen, source, 64, 48)
+    cached(frozen, source, 64, 40)
+    assert (foreign / "about.json").exists()
 
 
 def test_the_oldest_go_when_there_are_too_many(source, frozen, monkeypatch):
@@ -218,6 +270,7 @@ def test_the_oldest_go_when_there_are_too_many(source, frozen, monkeypatch):
 
 
 def test_images_are_hashed_again_only_when_a_file_changes(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "SETTLED", -1)
     first = data_digest(source, tmp_path / "c")
     reads = []
     read = Files.read
@@ -234,11 +287,12 @@ def test_images_are_hashed_again_only_when_a_file_changes(source, tmp_path, monk
 
 
 def test_several_devices_give_the_same_features(source, frozen):
-    two = Frozen(frozen.backbone, batch_size=3, num_workers=0, more_devices=("cpu",))
+    three = Frozen(frozen.backbone, batch_size=1, num_workers=0, more_devices=("cpu", "cpu"))
     one, _ = extract(frozen, source, 64, 48, ALL)
-    both, _ = extract(two, source, 64, 48, ALL)
-    for name in ALL:
-        assert np.allclose(one[name], both[name], atol=1e-5)
+    for _ in range(3):
+        several, _ = extract(three, source, 64, 48, ALL)
+        for name in ALL:
+            assert np.allclose(one[name], several[name], atol=1e-5)
 
 
 def test_one_set_is_extracted_once(source, frozen, monkeypatch):

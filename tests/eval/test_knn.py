@@ -168,6 +168,27 @@ def test_a_bank_in_half_precision_on_the_disk(tmp_path):
     )
 
 
+def test_nearly_equal_features_are_told_apart_in_float64():
+    """As those of an untrained deep network: all cosines within float32's rounding."""
+    rng = np.random.default_rng(0)
+    rows = (1.0 + 1e-4 * rng.normal(size=(700, 32))).astype(np.float32)
+    bank, queries, labels = rows[:600], rows[600:], rng.integers(4, size=600)
+    found = search.nearest(bank, queries, 20)[1]
+    for query, places in zip(queries, found, strict=True):
+        assert set(places) == set(exact_neighbours(bank, query, 20))
+    assert np.array_equal(
+        knn_predict(bank, labels, queries, 20), brute_force(bank, labels, queries, 20, 0.07)
+    )
+
+
+def test_many_queries_are_taken_in_parts(monkeypatch):
+    bank = clusters()[0]
+    whole = search.nearest(bank, bank, 10, itself=np.arange(len(bank)))
+    monkeypatch.setattr(search, "QUERIES", 150)
+    parts = search.nearest(bank, bank, 10, itself=np.arange(len(bank)))
+    assert np.array_equal(whole[1], parts[1])
+
+
 def test_accuracy_by_class():
     found = accuracy_by_class(np.array([True, False, True, True]), np.array([7, 7, 9, 9]))
     assert found == {7: (50.0, 2), 9: (100.0, 2)}
@@ -189,10 +210,18 @@ def test_evaluator_yields_percent_for_each_k():
 
 
 @pytest.mark.parametrize(
-    "options", [{"k": []}, {"k": [0]}, {"temperature": 0.0}, {"temperature": []}, {"index": "flat"}]
+    "options",
+    [
+        {"k": []},
+        {"k": [0]},
+        {"k": [2.5]},
+        {"temperature": 0.0},
+        {"temperature": []},
+        {"index": "flat"},
+    ],
 )
 def test_bad_settings(options):
-    with pytest.raises(ValueError, match=r"k from 1|ivf, hnsw or null"):
+    with pytest.raises(ValueError, match=r"above 0|ivf, hnsw or null"):
         KNN(**options)
-    with pytest.raises(ValueError, match=r"whole numbers from 1|temperature above 0"):
+    with pytest.raises(ValueError, match="above 0"):
         FewShot(shots=[0])

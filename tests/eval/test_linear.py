@@ -163,5 +163,5 @@ def test_one_class_is_an_error():
      {"kinds": ["clss"]}, {"kinds": []}],
 )  # fmt: skip
 def test_bad_settings(options):
-    with pytest.raises(ValueError, match=r"rates above 0|decays from 0|one of cls, patch"):
+    with pytest.raises(ValueError, match=r"above 0|from 0|one of cls, patch|whole numbers|words"):
         LinearProbe(**options)

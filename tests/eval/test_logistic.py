@@ -6,6 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, r2_score
 from ssl_xcit.eval.features import FeatureSet
+from ssl_xcit.eval.linear import LinearProbe
 from ssl_xcit.eval.logistic import (
     Logistic,
     MultiLabel,
@@ -97,8 +98,26 @@ def test_ridge_is_scikit_learns_and_so_is_what_it_explains():
 
 @pytest.mark.parametrize("options", [{"strengths": []}, {"strengths": [0.0]}, {"kinds": []}])
 def test_bad_settings(options):
-    with pytest.raises(ValueError, match="strengths above 0"):
+    with pytest.raises(ValueError, match=r"strengths=.*above 0|kinds="):
         Logistic(**options)
+
+
+def test_numbers_that_do_not_vary_are_refused_or_left_out():
+    rows, _ = labelled_problem()
+    flat = FeatureSet(rows[:800], np.ones(800), rows[800:], np.ones(800))
+    with pytest.raises(ValueError, match="all the same"):
+        dict(Regression()(flat))
+    targets = np.stack((rows[:, 0], np.full(len(rows), 3.0)), axis=1).astype(np.float64)
+    found = dict(Regression()(FeatureSet(rows[:800], targets[:800], rows[800:], targets[800:])))
+    assert found["r2"] > 90  # of the column that varies
+
+
+def test_one_image_a_class_cannot_be_held_out():
+    data = problem(n=5)
+    few = FeatureSet(data.train, np.arange(5), data.test, np.arange(5))
+    for probe in (Logistic(), LinearProbe()):
+        with pytest.raises(ValueError, match="one training image only"):
+            dict(probe(few))
 
 
 def test_one_class_is_an_error():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import SMALL, metrics, run
+from ssl_xcit.eval.knn import KNN
 from ssl_xcit.eval.online import OnlineEvaluation
 
 from ssl_xcit.models.weights import load_backbone
@@ -64,10 +65,20 @@ def test_a_budget_is_kept_and_what_was_left_out_is_said(tmp_path, monkeypatch, c
     assert "eval_budget=null sets no limit" in said
 
 
+def test_a_best_that_is_not_measured_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("pretrain", "name=typo", *WORDS, "callbacks.online.best=knn_k21") == 0
+    assert "best=knn_k21 is not measured" in capsys.readouterr().err
+    assert not Path("runs/typo/checkpoints/best.ckpt").exists()
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"every_steps": 0}, {"networks": []}, {"networks": ["techer"]}, {"eval_budget": 0.0}],
-)
+    [{"every_steps": 0}, {"networks": []}, {"networks": ["techer"]}, {"eval_budget": 0.0},
+     {"evaluators": {"knn": None}}],
+)  # fmt: skip
 def test_bad_settings(options):
-    with pytest.raises(ValueError, match=r"at least 1 and 2|both|null for no limit"):
-        OnlineEvaluation({}, **options)
+    with pytest.raises(
+        ValueError, match=r"at least 1 and 2|both|null for no limit|evaluators: none"
+    ):
+        OnlineEvaluation(**{"evaluators": {"knn": KNN()}, **options})

@@ -108,5 +108,5 @@ def test_without_labels_or_test_images(pair, backbone):
      {"val_fraction": 0.0}, {"scale": [0.5, 0.2]}, {"weight_decays": []}],
 )  # fmt: skip
 def test_bad_settings(options):
-    with pytest.raises(ValueError, match=r"above 0|one of cls|a share in"):
+    with pytest.raises(ValueError, match=r"above 0|one of cls|a share in|from 0"):
         AugmentedProbe("x", **{"lrs": [0.1], **options})
