@@ -45,7 +45,7 @@ Baseline = Callable[[Frozen, Sequence[str]], FeatureSet]
 def evaluate(
     backbone: XCiT | Mapping[str, XCiT],
     pair: LabelledPair | None,
-    evaluators: Mapping[str, Evaluator | None],
+    evaluators: Mapping[str, Evaluator | None] | None,
     baselines: Mapping[str, Baseline | None] | None = None,
     tasks: Mapping[str, Task | None] | None = None,
     batch_size: int = 64,

@@ -214,7 +214,6 @@ def test_evaluator_yields_percent_for_each_k():
     [
         {"k": []},
         {"k": [0]},
-        {"k": [2.5]},
         {"temperature": 0.0},
         {"temperature": []},
         {"index": "flat"},
