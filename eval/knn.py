@@ -178,7 +178,7 @@ class FewShot:
 
     def __init__(
         self,
-        shots: Sequence[int] = (1, 2, 5, 10),
+        shots: int | Sequence[int] = (1, 2, 5, 10),
         draws: int = 10,
         temperature: float = 0.07,
         seed: int = 0,

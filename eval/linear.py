@@ -94,9 +94,9 @@ class LinearProbe:
 
     def __init__(
         self,
-        lrs: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
-        weight_decays: Sequence[float] = (0.0,),
-        kinds: Sequence[str] = ("cls",),
+        lrs: float | Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+        weight_decays: float | Sequence[float] = (0.0,),
+        kinds: str | Sequence[str] = ("cls",),
         epochs: int = 100,
         batch_size: int = 128,
         val_fraction: float = 0.2,

@@ -200,8 +200,8 @@ class Logistic:
 
     def __init__(
         self,
-        strengths: Sequence[float] | None = None,
-        kinds: Sequence[str] = ("cls",),
+        strengths: float | Sequence[float] | None = None,
+        kinds: str | Sequence[str] = ("cls",),
         val_fraction: float = 0.2,
         seed: int = 0,
     ):

@@ -98,13 +98,13 @@ class AugmentedProbe:
     def __init__(
         self,
         name: str,
-        lrs: Sequence[float],
-        weight_decays: Sequence[float] = (0.0,),
-        kinds: Sequence[str] = ("cls",),
+        lrs: float | Sequence[float],
+        weight_decays: float | Sequence[float] = (0.0,),
+        kinds: str | Sequence[str] = ("cls",),
         epochs: float | None = 100,
         steps: int | None = None,
         batch_size: int = 128,
-        scale: Sequence[float] = (0.08, 1.0),
+        scale: float | Sequence[float] = (0.08, 1.0),
         val_fraction: float = 0.1,
         seed: int = 0,
     ):
