@@ -2,17 +2,17 @@
 clusters as classes; no label is used to make them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import faiss
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 from scipy.optimize import linear_sum_assignment
 
 from ssl_xcit.errors import UserError
 
-from .estimates import Estimate
+from .estimates import Estimate, Statistic
 from .features import FeatureSet
 from .search import unit
 
@@ -52,20 +52,34 @@ def ari(items: Pairs, weights: Weights) -> float:
     return 100.0 * ((together - chance) / (most - chance) if most > chance else 1.0)
 
 
+def mean_of_runs(statistic: Callable[[Pairs, Weights], float]) -> Statistic:
+    """Of (Q, 1 + R) items: the class, and the clusters of R runs."""
+
+    def value(items: Int64[np.ndarray, "Q columns"], weights: Weights) -> float:
+        runs = range(1, items.shape[1])
+        return float(np.mean([statistic(items[:, [0, r]], weights) for r in runs]))
+
+    return value
+
+
+NMI, ARI = mean_of_runs(nmi), mean_of_runs(ari)
+
+
 class Clustering:
     """k-means of the test images' features, in percent: `nmi`, `ari`, and `cluster_accuracy`, where
-    each cluster stands for the class that the best one-to-one assignment gives it.
+    each cluster stands for the class that the best one-to-one assignment gives it. Each is the mean
+    of several runs, because k-means ends differently from other starts by many points.
 
     Args:
-        redo: k-means from so many starts, the tightest is taken.
+        runs: of k-means, each from a start of its own.
         iterations: of each.
         seed: of the starts.
     """
 
-    def __init__(self, redo: int = 5, iterations: int = 50, seed: int = 0):
-        if redo < 1 or iterations < 1:
-            raise UserError(f"redo={redo}, iterations={iterations}: both start at 1")
-        self.redo = redo
+    def __init__(self, runs: int = 10, iterations: int = 50, seed: int = 0):
+        if type(runs) is not int or type(iterations) is not int or min(runs, iterations) < 1:
+            raise UserError(f"clustering: runs={runs}, iterations={iterations}: both start at 1")
+        self.runs = runs
         self.iterations = iterations
         self.seed = seed
 
@@ -73,26 +87,37 @@ class Clustering:
         """(name, percent)."""
         rows = unit(features.test)
         names, classes = np.unique(features.test_labels, return_inverse=True)
-        if len(rows) < len(names) or len(names) < 2:
-            return
+        if len(names) < 2:
+            raise UserError("the test images have one class only; clusters are compared with two")
+        runs = [self.clustered(rows, len(names), run) for run in range(self.runs)]
+        items = np.stack((classes, *runs), axis=1).astype(np.int64)
+        ones = np.ones(len(items))
+        for name, statistic, mean in (("nmi", nmi, NMI), ("ari", ari, ARI)):
+            values = [statistic(items[:, [0, r]], ones) for r in range(1, self.runs + 1)]
+            noise = float(np.std(values, ddof=1)) / self.runs**0.5 if self.runs > 1 else 0.0
+            yield name, Estimate(items, mean, noise)
+        right = np.empty((len(items), self.runs))
+        for run, clusters in enumerate(runs):
+            table = contingency(items[:, [0, run + 1]], ones)
+            of_class, of_cluster = linear_sum_assignment(table, maximize=True)
+            stands_for = np.full(table.shape[1], -1)
+            stands_for[of_cluster] = of_class
+            right[:, run] = stands_for[clusters] == classes
+        yield "cluster_accuracy", Estimate(right)
+
+    def clustered(
+        self, rows: Float32[np.ndarray, "Q C"], count: int, run: int
+    ) -> Int64[np.ndarray, " Q"]:
+        """The cluster of each row."""
         faiss.omp_set_num_threads(torch.get_num_threads())
         kmeans = faiss.Kmeans(
             rows.shape[1],
-            len(names),
+            count,
             niter=self.iterations,
-            nredo=self.redo,
-            seed=self.seed + 1,
+            seed=1 + self.seed + run,
             spherical=True,
             min_points_per_centroid=1,
             max_points_per_centroid=1000,
         )
         kmeans.train(rows)
-        clusters = kmeans.index.search(rows, 1)[1][:, 0]
-        items = np.stack((classes, clusters), axis=1).astype(np.int64)
-        yield "nmi", Estimate(items, nmi)
-        yield "ari", Estimate(items, ari)
-        table = contingency(items, np.ones(len(items)))
-        of_class, of_cluster = linear_sum_assignment(table, maximize=True)
-        stands_for = np.full(table.shape[1], -1)
-        stands_for[of_cluster] = of_class
-        yield "cluster_accuracy", Estimate(stands_for[clusters] == classes)
+        return kmeans.index.search(rows, 1)[1][:, 0]

@@ -43,16 +43,21 @@ class Estimate(float):
         items: (Q, ...), one entry an image; bool where right or wrong is all there is; of a mean
             also (Q, S) with what S random draws made of each image.
         statistic: (items, weights (Q,)) -> value; the number itself has all weights at 1.
+        noise: the standard error from what else was drawn at random, such as k-means' starts.
     """
 
     items: np.ndarray
     statistic: Statistic
+    noise: float
 
-    def __new__(cls, items: Items, statistic: Statistic = percent) -> "Estimate":
+    def __new__(
+        cls, items: Items, statistic: Statistic = percent, noise: float = 0.0
+    ) -> "Estimate":
         """The statistic of all items."""
         self = super().__new__(cls, statistic(items, np.ones(len(items))))
         self.items = items
         self.statistic = statistic
+        self.noise = noise
         return self
 
     @cached_property
@@ -62,7 +67,8 @@ class Estimate(float):
             return None
         if is_share(self):
             return wilson(int(self.items.sum()), len(self.items))
-        half = quantile(len(self.items)) * standard_error(self.items, self.statistic)
+        error = math.hypot(standard_error(self.items, self.statistic), self.noise)
+        half = quantile(len(self.items)) * error
         low, high = float(self) - half, float(self) + half
         return (max(0.0, low), min(100.0, high)) if self.statistic is percent else (low, high)
 
@@ -143,6 +149,7 @@ def compare(one: Estimate, two: Estimate) -> Difference:
             one.items.size + two.items.size,
             lambda drawn: two.statistic(two.items, drawn) - one.statistic(one.items, drawn),
         )
+    error = math.hypot(error, one.noise, two.noise)
     half = quantile(Q) * error
     if is_share(one) and is_share(two):
         p = mcnemar(one.items, two.items)

@@ -17,7 +17,7 @@ from ssl_xcit.eval.heads import load_head
 from ssl_xcit.models.weights import load_backbone
 
 ALL = ["num_workers=0", "evaluation.evaluators.linear.epochs=2", "evaluation.cache=false"]
-ALL += ["evaluation.evaluators.few_shot.draws=2", "evaluation.evaluators.clustering.redo=1"]
+ALL += ["evaluation.evaluators.few_shot.draws=2", "evaluation.evaluators.clustering.runs=2"]
 ALL += ["evaluation.evaluators.logistic.strengths=[0.1,0.001]"]
 QUICK = [*ALL, *EVALUATION, "evaluation.baselines=null"]
 

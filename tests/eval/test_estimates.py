@@ -52,6 +52,17 @@ def test_draws_add_to_the_uncertainty():
     assert np.mean(inside) > 0.88
 
 
+def test_other_noise_adds_to_the_error():
+    items = np.random.default_rng(0).normal(0.4, 0.1, size=301)
+    plain, noisy = Estimate(items), Estimate(items, noise=2.0)
+    half = (noisy.interval[1] - noisy.interval[0]) / 2
+    assert half**2 == pytest.approx(
+        ((plain.interval[1] - plain.interval[0]) / 2) ** 2 + (2.0 * t.ppf(0.975, 300)) ** 2
+    )
+    assert compare(noisy, Estimate(items + 0.03, noise=2.0)).p > 0.2
+    assert compare(plain, Estimate(items + 0.03)).p == 0.0
+
+
 def test_a_single_image_has_no_interval():
     assert Estimate(np.array([True])).interval is None
     assert Estimate(np.array([0.5])).interval is None
