@@ -285,6 +285,12 @@ def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
         print(NO_LABELS)
         follow_up = f"ssl-xcit eval ckpt={run_dir} eval_data=folder eval_data.root=DIR"
     print(f"{run_dir}: config.yaml, metrics.csv, checkpoints/, summary.json")
+    with suppress(OSError, ValueError, KeyError, TypeError):  # of online evaluation, if there was
+        best = json.loads((run_dir / "checkpoints" / "best.json").read_text())
+        print(
+            f"{run_dir}/checkpoints/best.ckpt: step {best['step']}, with {best['value']:.1f} the "
+            f"highest {best['metric']} of online evaluation"
+        )
     print(f"next: {follow_up}")
 
 

@@ -101,7 +101,7 @@ def test_own_labelled_images(tmp_path, capsys):
     words += ["eval_data.root=in", "eval_data.size=32", "eval_data.resize=32"]
     assert run("pretrain", "name=own", *words) == 0
     assert "in (2 class folders)" in capsys.readouterr().out
-    assert run("eval", "ckpt=runs/own", "num_workers=0") == 0
+    assert run("eval", "ckpt=runs/own", "num_workers=0", *EVALUATION) == 0
     assert "in (2 class folders)" in capsys.readouterr().out
 
 

@@ -171,7 +171,7 @@ class Place:
         """Rows without those columns that measure time."""
         with (self.run_dir / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        timed = ("images_per_second", "data_wait")
+        timed = ("images_per_second", "data_wait", "online_seconds", "online_share")
         return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 

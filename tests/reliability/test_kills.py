@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
+from commands import EVALUATION
 from runs import STEPS, TOY, assert_equal_runs
 
 from ssl_xcit.data.order import image_at
@@ -237,7 +238,7 @@ def test_a_signal_before_training_leaves_at_once(place):
 def test_a_signal_after_training_ends_the_evaluation(place):
     """Everything is saved; the same command evaluates."""
     words = [w for w in TOY if not w.startswith("eval_data")]
-    more = ["evaluation.baselines=null", "evaluation.evaluators.linear.epochs=2"]
+    more = ["evaluation.baselines=null", *EVALUATION]
     run = place.start(*more, words=words, call=["signal_after_training"])
     assert run.wait() == 75, run.err
     assert "goes on from step-000040" in run.out
@@ -290,7 +291,7 @@ def test_row_17_around_an_epochs_end_after_validation_with_accumulation(place, z
         "trainer.accumulate=2", "eval_data=photos",
         "callbacks.online.every_steps=10", "callbacks.online.max_images=60",
         "callbacks.online.evaluators.knn.k=[5]", "evaluation.baselines=null",
-            "evaluation.evaluators.linear.epochs=2",
+        "callbacks.online.eval_budget=null", "callbacks.online.best=knn_k5", *EVALUATION,
     ]  # fmt: skip
     words = [w for w in TOY if not w.startswith(("eval_data", "~callbacks"))]
     words = [w for w in words if w != "batch_size=8"]
