@@ -21,6 +21,7 @@ from ssl_xcit.errors import UserError
 from .estimates import Estimate
 from .frozen import Frozen
 from .masks import IGNORED, Mask, check_side, find_pairs, finite, read_batches, resize_mask
+from .settings import number
 
 
 def largest(attention: Float[Tensor, "*maps h w"], mass: float) -> Bool[Tensor, "*maps h w"]:
@@ -60,24 +61,28 @@ class AttentionJaccard:
         UserError: a setting out of its range.
     """
 
-    def __init__(self, root: str, size: int = 480, mass: float = 0.6):
-        if type(size) is not int or size < 1 or not 0.0 < mass < 1.0:
-            raise UserError(
-                f"attention_masks: size={size}, mass={mass}: a whole number from 1, a share in "
-                "(0, 1)"
-            )
+    def __init__(self, root: str, size: int = 480, mass: float = 0.6, name: str = "attention"):
+        number("attention_masks: size", size, int, 1)
+        number("attention_masks: mass", mass, high=1.0)
         self.pairs = find_pairs(root, "val")
         self.root = root
         self.size = size
         self.mass = mass
+        self.name = name
+
+    def check(self, frozen: Frozen) -> None:
+        """Before anything is measured; raises UserError."""
+        check_side(self.size, frozen.backbone.patch_size)
 
     def __call__(self, frozen: Frozen) -> Iterator[tuple[str, float]]:
         """Attention of every image against its objects."""
-        check_side(self.size, frozen.backbone.patch_size)
+        self.check(frozen)
         best, mean = [], []
         with frozen.looking() as backbone:
-            for images, masks in read_batches(frozen, self.pairs, self.size, "attention masks"):
-                attention = finite(backbone.attention(images).float())
+            for images, masks, files in read_batches(
+                frozen, self.pairs, self.size, "attention masks"
+            ):
+                attention = finite(backbone.attention(images).float(), *files)
                 both = torch.cat((attention, attention.mean(1, keepdim=True)), dim=1)
                 for maps, mask in zip(largest(both, self.mass), masks, strict=True):
                     objects = jaccards(maps, mask)
@@ -86,5 +91,5 @@ class AttentionJaccard:
                         mean.append(objects[:, -1].mean())
         if not best:
             raise UserError(f"root={self.root}: no mask has an object (an index of 1 to 254)")
-        yield "attention_jaccard", Estimate(np.array(best))
-        yield "attention_jaccard_mean", Estimate(np.array(mean))
+        yield f"{self.name}_jaccard", Estimate(np.array(best))
+        yield f"{self.name}_jaccard_mean", Estimate(np.array(mean))

@@ -23,10 +23,11 @@ from ssl_xcit.data.preprocess import Pixels
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.xcit import XCiT
 
-from .estimates import Estimate
+from .estimates import grouped
 from .frozen import Frozen
 from .ranking import BLOCK, Vectors, average_precision, embed, positions, resized
 from .search import unit
+from .settings import number
 
 PER_BLOCK = 100  # 200100.jpg is an original, 200101.jpg and on are its copies
 LEAST = 1e-5  # of the largest variance; directions with less are left out
@@ -126,10 +127,13 @@ class CopyDetection:
         gem: float | None = 4.0,
         distractors: str | Path | None = None,
         whiten_root: str | Path | None = None,
+        name: str = "copy",
     ):
-        if size < 1 or (gem is not None and gem <= 0.0):
-            raise UserError(f"size={size}, gem={gem}: from 1, and above 0 (or null)")
+        number("copy_detection: size", size, int, 1)
+        if gem is not None:
+            number("copy_detection: gem", gem)
         home = Path(root).expanduser()
+        self.name = name
         self.size = size
         self.gem = gem
         self.originals = images_below(home / "original")
@@ -148,6 +152,11 @@ class CopyDetection:
                     f"{file}: none of {len(blocks):,} files in {home / 'original'} is its "
                     f"original, {block_of(file) * PER_BLOCK}"
                 )
+
+    def check(self, frozen: Frozen) -> None:
+        """Before anything is measured; raises UserError."""
+        if self.size < frozen.backbone.patch_size:
+            raise UserError(f"copy_detection: size={self.size}: below the patch; DINO has 320")
 
     def __call__(self, frozen: Frozen) -> Iterator[tuple[str, float]]:
         """(name, percent); distractors that cannot be read are left out, with a warning."""
@@ -171,4 +180,5 @@ class CopyDetection:
             rows = slice(first, first + rows_at_once)
             for similarity, right in zip(wanted[rows] @ bank.T, self.right[rows], strict=True):
                 precisions.append(average_precision(positions(similarity, right, none)))
-        yield "copy_map", Estimate(np.array(precisions))
+        blocks = [block_of(file) for file in self.copies]
+        yield f"{self.name}_map", grouped(np.array(precisions), blocks)

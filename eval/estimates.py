@@ -73,6 +73,20 @@ class Estimate(float):
         return (max(0.0, low), min(100.0, high)) if self.statistic is percent else (low, high)
 
 
+def ratio(items: Items, weights: Weights) -> float:
+    """100 times the sum of the first column over that of the second."""
+    total, count = weights @ items
+    return 100.0 * float(total / count)
+
+
+def grouped(values: Items, groups: Iterable[Any]) -> Estimate:
+    """The mean in percent of values that were drawn in groups, as objects of one video are: the
+    groups are what is drawn at random.
+    """
+    _, which = np.unique(np.array(list(groups)), return_inverse=True)
+    return Estimate(np.stack((np.bincount(which, values), np.bincount(which)), axis=1), ratio)
+
+
 def is_share(estimate: Estimate) -> bool:
     """A share of right answers."""
     return estimate.statistic is percent and estimate.items.dtype == bool
@@ -108,7 +122,7 @@ def deviation(Q: int, size: int, value_of: Callable[[Weights], float]) -> float:
     """The standard error that random halves of Q images tell; fewer halves where the images have
     many numbers together (`size`).
     """
-    count = int(np.clip(4e9 / max(1, size), 100, HALVES))
+    count = int(np.clip(1e8 / max(1, size), 100, HALVES))
     generator = np.random.Generator(np.random.Philox(0))
     values = np.empty(count)
     for r in range(count):
@@ -155,7 +169,8 @@ def compare(one: Estimate, two: Estimate) -> Difference:
         p = mcnemar(one.items, two.items)
     else:
         p = float(2 * t.sf(abs(value) / error, Q - 1)) if error > 0 else float(value == 0)
-    return Difference(value, value - half, value + half, p)
+        p = max(p, 2 * 0.5 ** min(Q, 1000))  # no fewer images than so many coins tell more
+    return Difference(value, value - half, value + half, min(1.0, p))
 
 
 def mcnemar(one: Bool[np.ndarray, " Q"], two: Bool[np.ndarray, " Q"]) -> float:

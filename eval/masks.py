@@ -23,7 +23,7 @@ from ssl_xcit.data.decode import BadImage, as_bad_image, check_size, read_file, 
 from ssl_xcit.data.folders import image_files
 from ssl_xcit.data.loader import usable_cores
 from ssl_xcit.data.preprocess import Pixels, Preprocess
-from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.errors import MissingPath, RunFailed, UserError
 
 from .frozen import Frozen
 
@@ -202,19 +202,24 @@ def check_side(size: int, patch_size: int) -> None:
         raise UserError(f"size={size}: a multiple of the patch size {patch_size}; try {fit}")
 
 
-def finite(features: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """As they are; raises UserError where one is not finite."""
+def finite(features: Float[Tensor, "*shape"], *files: Path) -> Float[Tensor, "*shape"]:
+    """As they are, of one image or of a batch; raises RunFailed where one is not finite."""
     if not features.isfinite().all():
-        raise UserError(
-            "patch features are not finite: the weights are damaged or the training diverged"
+        good = features.isfinite().flatten(1).all(dim=1).tolist()
+        file = files[0] if len(files) == 1 else files[good.index(False)]
+        raise RunFailed(
+            f"{file}: features that are not finite: the weights are damaged or the training "
+            "diverged"
         )
     return features
 
 
 def read_batches(
     frozen: Frozen, pairs: Sequence[Pair], size: int, title: str
-) -> Iterator[tuple[Float[Tensor, "B channels size size"], list[Mask]]]:
-    """The backbone's input, every image squeezed to a square, and the masks as they are."""
+) -> Iterator[tuple[Float[Tensor, "B channels size size"], list[Mask], list[Path]]]:
+    """The backbone's input, every image squeezed to a square, the masks as they are, and the
+    images' files.
+    """
 
     def read(pair: Pair) -> tuple[Pixels, Mask]:
         image, mask = read_pair(pair, frozen.how)
@@ -224,5 +229,7 @@ def read_batches(
     starts = range(0, len(pairs), frozen.batch_size)
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for start in track(starts, title, disable=not frozen.show, transient=True):
-            batch = list(pool.map(read, pairs[start : start + frozen.batch_size]))
-            yield frozen.images(*(image for image, _ in batch)), [mask for _, mask in batch]
+            here = pairs[start : start + frozen.batch_size]
+            batch = list(pool.map(read, here))
+            images = frozen.images(*(image for image, _ in batch))
+            yield images, [mask for _, mask in batch], [pair.image for pair in here]

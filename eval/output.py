@@ -39,7 +39,7 @@ class Evaluation:
         chosen: row -> evaluator -> the setting that it chose.
         heads: row -> evaluator -> the classifier that it made.
         by_class: row -> metric -> class name -> (percent, number of test images).
-        left_out: evaluator or task -> why it has no numbers.
+        left_out: row -> evaluator or task -> why it has no numbers.
     """
 
     results: Results = field(default_factory=dict)
@@ -47,7 +47,8 @@ class Evaluation:
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
     heads: dict[str, dict[str, LinearHead]] = field(default_factory=dict)
     by_class: dict[str, dict[str, dict[str, tuple[float, int]]]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, dict[str, Exception]] = field(default_factory=dict)
+    compared: dict[tuple[str, str], dict[str, Difference]] = field(default_factory=dict)
 
     @property
     def intervals(self) -> dict[str, dict[str, list[float]]]:
@@ -72,14 +73,19 @@ class Evaluation:
             }
 
 
-def differences(one: Mapping[str, float], two: Mapping[str, float]) -> dict[str, Difference]:
-    """Of the metrics that both have as estimates on the same images."""
+def differences(evaluation: Evaluation, first: str, second: str) -> dict[str, Difference]:
+    """Of the metrics that both rows have as estimates on the same images; computed once."""
+    one, two = (evaluation.results.get(row, {}) for row in (first, second))
+    if (first, second) in evaluation.compared:
+        return evaluation.compared[first, second]
     pairs = {m: (a, two[m]) for m, a in one.items() if m in two}
-    return {
+    found = {
         m: compare(a, b)
         for m, (a, b) in pairs.items()
         if isinstance(a, Estimate) and isinstance(b, Estimate) and len(a.items) == len(b.items) > 1
     }
+    evaluation.compared[first, second] = found
+    return found
 
 
 def verdicts(found: Mapping[str, Difference]) -> dict[str, bool]:
@@ -87,12 +93,12 @@ def verdicts(found: Mapping[str, Difference]) -> dict[str, bool]:
     return dict(zip(found, holm(d.p for d in found.values()), strict=True))
 
 
-def compared(results: Results, first: str, second: str) -> Table:
+def compared(evaluation: Evaluation, first: str, second: str) -> Table:
     """A table of differences, and whether they mean anything."""
-    found = differences(results[first], results[second])
+    found = differences(evaluation, first, second)
     holds = verdicts(found)
     table = Table(title=f"{second} less {first}, on the same images", title_justify="left")
-    for heading in ("", "difference", "95 %", "p", "more than chance"):
+    for heading in ("", "difference", "95 %", "p", "more than chance (Holm)"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for metric, d in found.items():
         decimals = 3 if metric == "mae" else 1
@@ -111,7 +117,7 @@ def print_all(evaluation: Evaluation, title: str, rows: Sequence[str], per_class
     # of several the table of differences has them
     print_table(evaluation.results, title, evaluation.intervals if len(rows) == 1 else None)
     for second in rows[1:]:
-        console().print(compared(evaluation.results, rows[0], second))
+        console().print(compared(evaluation, rows[0], second))
     if per_class:
         for row in rows:
             for metric, classes in chosen_classes(evaluation, row).items():
@@ -121,7 +127,7 @@ def print_all(evaluation: Evaluation, title: str, rows: Sequence[str], per_class
 def chosen_classes(evaluation: Evaluation, row: str) -> dict[str, dict[str, tuple[float, int]]]:
     """Of the k of k-NN that is best, and of the linear probe."""
     found = evaluation.by_class.get(row, {})
-    values = evaluation.results[row]
+    values = evaluation.results.get(row, {})
     neighbours = [m for m in found if m.startswith("knn_k")]
     best = max(neighbours, key=lambda m: values[m], default=None)
     return {m: found[m] for m in (best, "linear") if m is not None and m in found}
@@ -141,6 +147,10 @@ def class_table(title: str, classes: Mapping[str, tuple[float, int]]) -> Table:
 def markdown(evaluation: Evaluation, title: str, rows: Sequence[str], about: Sequence[str]) -> str:
     """The same tables to paste."""
     results, intervals = evaluation.results, evaluation.intervals
+
+    def range_of(row: str, metric: str) -> str:
+        return shown_interval(metric, intervals.get(row, {}).get(metric))
+
     lines = [f"## {title}", ""]
     lines += table_lines(
         ["in %", *(heading for row in results for heading in columns_of(row, rows))],
@@ -149,7 +159,7 @@ def markdown(evaluation: Evaluation, title: str, rows: Sequence[str], about: Seq
                 cell
                 for row, values in results.items()
                 for cell in (
-                    [shown(metric, values), shown_interval(metric, intervals[row].get(metric))]
+                    [shown(metric, values), range_of(row, metric)]
                     if row in rows
                     else [shown(metric, values)]
                 )
@@ -158,11 +168,11 @@ def markdown(evaluation: Evaluation, title: str, rows: Sequence[str], about: Seq
         ],
     )  # fmt: skip
     for second in rows[1:]:
-        found = differences(results[rows[0]], results[second])
+        found = differences(evaluation, rows[0], second)
         holds = verdicts(found)
         lines += ["", f"{second} less {rows[0]}, on the same images:", ""]
         lines += table_lines(
-            ["", "difference", "95 %", "p", "more than chance"],
+            ["", "difference", "95 %", "p", "more than chance (Holm)"],
             [
                 [title_of(m), f"{d.value:+.2f}", f"{d.low:+.2f} to {d.high:+.2f}", f"{d.p:.2g}",
                  "yes" if holds[m] else "no"]
@@ -206,7 +216,7 @@ def write(
     out.parent.mkdir(parents=True, exist_ok=True)
     found = {}
     for second in rows[1:]:
-        changes = differences(evaluation.results[rows[0]], evaluation.results[second])
+        changes = differences(evaluation, rows[0], second)
         holds = verdicts(changes)
         found[f"{second} less {rows[0]}"] = {
             m: {**asdict(d), "more_than_chance": holds[m]} for m, d in changes.items()
@@ -217,12 +227,19 @@ def write(
         "chosen": evaluation.chosen,
         "by_class": evaluation.by_class,
         "seconds": evaluation.seconds,
-        "left_out": evaluation.left_out,
+        "left_out": {
+            row: {name: str(error) for name, error in missing.items()}
+            for row, missing in evaluation.left_out.items()
+        },
     }
     write_json(
         {**content, "results": evaluation.results} | {k: v for k, v in parts.items() if v}, out
     )
-    about = [f"{key}: {value}" for key, value in content.items() if isinstance(value, str | int)]
+    about = [
+        f"{key}: {value if not isinstance(value, list) else ', '.join(map(str, value))}"
+        for key, value in content.items()
+        if isinstance(value, str | int | list)
+    ]
     page = out.with_suffix(".md")
     with replacing(page) as part:
         part.write_text(markdown(evaluation, title, rows, about))

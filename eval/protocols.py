@@ -137,12 +137,13 @@ class AugmentedProbe:
         self.head: LinearHead | None = None
         self.chosen: dict[str, object] = {}
 
-    def check(self, pair: LabelledPair | None) -> None:
+    def check(self, frozen: Frozen) -> None:
         """Before anything is measured.
 
         Raises:
             UserError: there are no classes to learn, or no test images.
         """
+        pair = frozen.pair
         if pair is None or label_kind(pair.train.labels) != "classes":
             raise UserError(
                 f"tasks: {self.name} needs labelled images: eval_data=folder eval_data.root=DIR"
@@ -152,7 +153,7 @@ class AugmentedProbe:
 
     def __call__(self, frozen: Frozen) -> Iterator[tuple[str, float]]:
         """Train on a part of the training images, choose on the rest, test once."""
-        self.check(frozen.pair)
+        self.check(frozen)
         pair = frozen.pair
         assert pair is not None
         assert pair.train.labels is not None

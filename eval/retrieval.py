@@ -29,11 +29,12 @@ from ssl_xcit.data.preprocess import Pixels
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.models.xcit import XCiT
 
-from .estimates import Estimate
+from .estimates import Estimate, grouped
 from .features import FeatureSet
 from .frozen import Frozen
 from .ranking import BLOCK, Places, average_precision, embed, positions, resized
 from .search import unit
+from .settings import number, several, switch
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 HOME = "http://cmp.felk.cvut.cz/revisitop/"
@@ -180,9 +181,9 @@ def precision_at(places: Places, k: int) -> float:
 
 
 class Retrieval:
-    """Mean average precision in percent, `roxford_easy`, `roxford_medium`, `roxford_hard`, and mean
-    precision, `roxford_medium_precision_at_1`, `_5`, `_10`. A setting in which no query has an
-    image to find is left out.
+    """Mean average precision in percent, `roxford_easy`, `roxford_medium`, `roxford_hard`, and of
+    the last two mean precision, `roxford_medium_precision_at_1`, `_5`, `_10`. A setting in which no
+    query has an image to find is left out.
 
     Args:
         root: holds gnd_roxford5k.pkl (or another gnd_NAME.pkl) and jpg/NAME.jpg.
@@ -204,9 +205,10 @@ class Retrieval:
         scales: Sequence[float] = (1.0,),
         crop_queries: bool = True,
     ):
-        if size < 1 or not scales or min(scales) <= 0.0:
-            raise UserError(f"size={size}, scales={list(scales)}: from 1, and above 0")
-        home = Path(root).expanduser()
+        number("retrieval: size", size, int, 1)
+        scales = several("retrieval: scales", scales)
+        switch("retrieval: crop_queries", crop_queries)
+        home = Path(str(root)).expanduser()
         found = sorted(home.glob("gnd_*.pkl"))
         if len(found) != 1:
             raise MissingPath(
@@ -240,18 +242,21 @@ class Retrieval:
         )
         similarity = wanted @ bank.T  # (Q, N)
         for setting, (right, passed) in SETTINGS.items():
-            places = [
-                positions(row, gather(query, right), gather(query, passed))
+            asked = [
+                (row, query)
                 for row, query in zip(similarity, self.queries, strict=True)
                 if len(gather(query, right))
             ]
-            if not places:
+            if not asked:
                 continue
-            yield f"{self.name}_{setting}", Estimate(np.array(list(map(average_precision, places))))
-            if setting == "medium":
-                for k in (1, 5, 10):
-                    precisions = np.array([precision_at(p, k) for p in places])
-                    yield f"{self.name}_medium_precision_at_{k}", Estimate(precisions)
+            places = [positions(r, gather(q, right), gather(q, passed)) for r, q in asked]
+            # several queries show one landmark, all_souls_000013 and all_souls_000026
+            landmarks = [re.sub(r"_\d+$", "", query.name) for _, query in asked]
+            precisions = np.array(list(map(average_precision, places)))
+            yield f"{self.name}_{setting}", grouped(precisions, landmarks)
+            for k in (1, 5, 10) if setting != "easy" else ():
+                first = np.array([precision_at(p, k) for p in places])
+                yield f"{self.name}_{setting}_precision_at_{k}", grouped(first, landmarks)
 
 
 def gather(query: Query, kinds: Sequence[str]) -> Int64[np.ndarray, " _"]:

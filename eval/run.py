@@ -88,9 +88,6 @@ def evaluate(
             "nothing to measure: evaluation.evaluators and evaluation.tasks have nothing for these "
             "labels"
         )
-    for task in wanted.values():
-        if hasattr(task, "check"):
-            task.check(pair)
     kinds = kinds_of(used)
     done = Evaluation()
 
@@ -103,16 +100,21 @@ def evaluate(
         )  # fmt: skip
 
     here = not ranks or dist.get_rank() == 0
+    for network in networks.values():
+        for task in wanted.values():
+            if hasattr(task, "check"):
+                task.check(frozen_of(network))
 
     def note(row: str, name: str, measuring: Any, subject: Any) -> dict[str, float]:
         started = time.perf_counter()
         try:
             found = dict(measuring(subject))
+            if not found:
+                raise UserError(NOTHING)
+            if again := sorted(found.keys() & done.results.get(row, {}).keys()):
+                raise UserError(f"{again[0]} is measured already: give one of both another name=")
         except (UserError, RunFailed) as error:  # the others' numbers are not lost
-            done.left_out[name] = str(error)
-            return {}
-        if not found:
-            done.left_out[name] = NOTHING
+            done.left_out.setdefault(row, {})[name] = error
             return {}
         done.seconds.setdefault(row, {})[name] = time.perf_counter() - started
         done.results.setdefault(row, {}).update(found)
@@ -200,18 +202,29 @@ def main(cfg: DictConfig) -> None:
             return
     subject = " and ".join(dict.fromkeys(models))
     title = f"{subject} on {pair.name}" if pair is not None else subject
-    if evaluation.results.get(names[0]):
+    if any(evaluation.results.values()):
         print_all(evaluation, title, names, cfg.per_class)
-    for name, why in evaluation.left_out.items():
-        log.warning("%s is left out: %s", name, why)
+    say_left_out(evaluation)
     content = about(cfg, paths, backbones, pair) | {
         "total_seconds": round(time.perf_counter() - started, 1)
     }
     for path in write(evaluation, title, names, content, out):
         print(f"written: {path}")
-    failed = [name for name in tasks if name in evaluation.left_out]
-    if failed:  # it was asked for by name
-        raise UserError(f"tasks: {failed[0]}: {evaluation.left_out[failed[0]]}")
+    for row in names:
+        for name, error in evaluation.left_out.get(row, {}).items():
+            if name in tasks:  # it was asked for
+                raise type(error)(f"tasks: {name}: {error}")
+
+
+def say_left_out(evaluation: Evaluation) -> None:
+    """What has no numbers, and why, once each."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for row, missing in evaluation.left_out.items():
+        for name, error in missing.items():
+            said.setdefault((name, str(error)), []).append(row)
+    for (name, why), rows in said.items():
+        of = "" if len(rows) == len(evaluation.results) else f" of {', '.join(rows)}"
+        log.warning("%s%s is left out: %s", name, of, why)
 
 
 def out_file(cfg: DictConfig, paths: Sequence[Path]) -> Path:

@@ -11,8 +11,10 @@ IoU of a class = hits / (predicted + true - hits) over the pixels of all validat
 its mean over the classes that masks or predictions have.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,7 +37,9 @@ from .masks import (
     read_batches,
     resize_mask,
 )
+from .settings import number, several, switch
 
+log = logging.getLogger(__name__)
 BLOCK = 2**25  # numbers at once: 128 MiB
 Head = Callable[[Float[Tensor, "M C"]], Float[Tensor, "M K"]]  # patches -> a score for each class
 Counts = Int64[np.ndarray, "Q 3 K"]  # of each image: pixels hit, predicted, true by class
@@ -194,6 +198,7 @@ class Segmentation:
         iterations: int = 100,
         held_fraction: float = 0.2,
         seed: int = 0,
+        name: str = "segmentation",
     ):
         counts = {
             "size": size,
@@ -202,24 +207,21 @@ class Segmentation:
             "k": k,
             "iterations": iterations,
         }
-        for name, value in counts.items():
-            if type(value) is not int or value < 1:
-                raise UserError(f"segmentation: {name}={value}: a whole number from 1")
-        if (
-            temperature <= 0.0
-            or not strengths
-            or min(strengths) <= 0.0
-            or not 0.0 < held_fraction < 1.0
-        ):
-            raise UserError(
-                f"segmentation: temperature={temperature}, strengths={list(strengths)}, "
-                f"held_fraction={held_fraction}: above 0, all above 0, a share in (0, 1)"
-            )
+        for setting, value in counts.items():
+            number(f"segmentation: {setting}", value, int, 1)
+        number("segmentation: seed", seed, int, 0)
+        number("segmentation: temperature", temperature)
+        number("segmentation: held_fraction", held_fraction, high=1.0)
+        strengths = several("segmentation: strengths", strengths)
+        switch("segmentation: ignore_zero", ignore_zero)
         self.train, self.val = find_pairs(root, "train"), find_pairs(root, "val")
         if len(self.train) < 2:
             raise UserError(
                 f"root={root}: one training image; a second is needed to choose the strength"
             )
+        if not ignore_zero and (Path(root).expanduser() / "annotations").is_dir():
+            log.warning("%s looks like ADE20K, where 0 is no class: ignore_zero=true", root)
+        self.name = name
         self.root = root
         self.size = size
         self.ignore_zero = ignore_zero
@@ -228,17 +230,21 @@ class Segmentation:
         self.linear = (list(strengths), iterations, held_fraction, seed)
         self.seed = seed
 
+    def check(self, frozen: Frozen) -> None:
+        """Before anything is measured; raises UserError."""
+        check_side(self.size, frozen.backbone.patch_size)
+
     def __call__(self, frozen: Frozen) -> Iterator[tuple[str, float]]:
         """Learn from the training patches, then score both heads on every validation pixel."""
-        check_side(self.size, frozen.backbone.patch_size)
+        self.check(frozen)
         patches = self.training_patches(frozen)
         linear, strength = fit_linear(patches, *self.linear)
         heads = {"linear": linear, "knn": bank_head(patches, *self.bank)}
         counts = self.validate(frozen, heads, patches.indices)
-        for name in heads:
-            yield f"segmentation_{name}_miou", Estimate(counts[name], miou)
-            yield f"segmentation_{name}_accuracy", Estimate(counts[name], pixel_accuracy)
-        yield "segmentation_linear_l2", strength
+        for head in heads:
+            yield f"{self.name}_{head}_miou", Estimate(counts[head], miou)
+            yield f"{self.name}_{head}_accuracy", Estimate(counts[head], pixel_accuracy)
+        yield f"{self.name}_linear_l2", strength
 
     def labels(self, mask: Mask) -> Mask:
         """With 0 ignored, where it is to be."""
@@ -254,8 +260,10 @@ class Segmentation:
         found: list[Tensor] = []
         owner: list[Tensor] = []
         with frozen.looking() as backbone:
-            for images, masks in read_batches(frozen, pairs, self.size, "segmentation: train"):
-                maps = backbone.forward_features(images).patches.float()
+            for images, masks, files in read_batches(
+                frozen, pairs, self.size, "segmentation: train"
+            ):
+                maps = finite(backbone.forward_features(images).patches.float(), *files)
                 for patches, mask in zip(maps, masks, strict=True):
                     grid = (patches.shape[1], patches.shape[2])
                     labels = patch_labels(self.labels(mask), grid, backbone.patch_size)
@@ -273,7 +281,7 @@ class Segmentation:
             )
         where = frozen.device
         return Patches(
-            finite(torch.cat(features)),
+            torch.cat(features),
             torch.from_numpy(classes.astype(np.int64)).to(where),
             torch.cat(owner).to(where),
             indices.astype(np.uint8),
@@ -287,8 +295,10 @@ class Segmentation:
         """
         counts: dict[str, list[np.ndarray]] = {name: [] for name in heads}
         with frozen.looking() as backbone:
-            for images, masks in read_batches(frozen, self.val, self.size, "segmentation: val"):
-                maps = backbone.forward_features(images).patches.float()
+            for images, masks, files in read_batches(
+                frozen, self.val, self.size, "segmentation: val"
+            ):
+                maps = finite(backbone.forward_features(images).patches.float(), *files)
                 for patches, mask in zip(maps, map(self.labels, masks), strict=True):
                     if (mask == IGNORED).all():
                         continue

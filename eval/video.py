@@ -31,7 +31,7 @@ from ssl_xcit.data.preprocess import Pixels
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.models.xcit import XCiT
 
-from .estimates import Estimate
+from .estimates import grouped
 from .frozen import Frozen
 from .masks import (
     IGNORED,
@@ -44,6 +44,7 @@ from .masks import (
     resize_image,
     resize_mask,
 )
+from .settings import number
 
 TOLERANCE = 0.008  # of the image's diagonal: how far apart two boundaries may lie and still match
 ROWS = 8  # of patches whose labels are propagated at once
@@ -118,13 +119,13 @@ def boundary_f(predicted: Region, true: Region) -> float:
 
 
 def frame_features(
-    frozen: Frozen, backbone: XCiT, image: Pixels, size: int
+    frozen: Frozen, backbone: XCiT, image: Pixels, size: int, path: Path
 ) -> Float[Tensor, "C h w"]:
     """Patch features of norm 1; the short side at `size`, both rounded down to whole patches."""
     p, short = backbone.patch_size, min(image.shape[:2])
     height, width = (max(p, side * size // short // p * p) for side in image.shape[:2])
     images = frozen.images(resize_image(image, height, width))
-    return normalize(finite(backbone.forward_features(images).patches[0].float()), dim=0)
+    return normalize(finite(backbone.forward_features(images).patches[0].float(), path), dim=0)
 
 
 def find_frames(home: Path, sequence: str) -> list[Pair]:
@@ -176,6 +177,7 @@ class VideoSegmentation:
         neighbourhood: int = 12,
         topk: int = 5,
         temperature: float = 0.1,
+        name: str = "davis",
     ):
         counts = {
             "size": (size, 1),
@@ -183,31 +185,35 @@ class VideoSegmentation:
             "neighbourhood": (neighbourhood, 0),
             "topk": (topk, 1),
         }
-        for name, (value, low) in counts.items():
-            if type(value) is not int or value < low:
-                raise UserError(f"video: {name}={value}: a whole number from {low}")
-        if temperature <= 0.0:
-            raise UserError(f"video: temperature={temperature}: above 0")
+        for setting, (value, low) in counts.items():
+            number(f"video: {setting}", value, int, low)
+        number("video: temperature", temperature)
         home = existing(root)
-        names = read_names(home / "ImageSets" / "2017" / "val.txt")
+        names = list(dict.fromkeys(read_names(home / "ImageSets" / "2017" / "val.txt")))
         self.sequences = [find_frames(home, name) for name in names]
+        self.name = name
         self.size = size
         self.num_context = num_context
         self.nearest = (neighbourhood, topk, temperature)
 
-    def __call__(self, frozen: Frozen) -> Iterator[tuple[str, float]]:
-        """Propagate through every sequence, score every object."""
+    def check(self, frozen: Frozen) -> None:
+        """Before anything is measured; raises UserError."""
         if self.size < frozen.backbone.patch_size:
             raise UserError(f"video: size={self.size}: below the patch; the protocol has 480")
+
+    def __call__(self, frozen: Frozen) -> Iterator[tuple[str, float]]:
+        """Propagate through every sequence, score every object."""
+        self.check(frozen)
         videos = track(
             self.sequences, "video segmentation", disable=not frozen.show, transient=True
         )
         with frozen.looking() as backbone:
-            objects = np.concatenate([self.scores(frozen, backbone, frames) for frames in videos])
-        j, f = objects.T
-        yield "davis_j", Estimate(j)
-        yield "davis_f", Estimate(f)
-        yield "davis_jf", Estimate((j + f) / 2)
+            scores = [self.scores(frozen, backbone, frames) for frames in videos]
+        j, f = np.concatenate(scores).T
+        sequence = np.repeat(np.arange(len(scores)), [len(objects) for objects in scores])
+        yield f"{self.name}_j", grouped(j, sequence)
+        yield f"{self.name}_f", grouped(f, sequence)
+        yield f"{self.name}_jf", grouped((j + f) / 2, sequence)
 
     def scores(
         self, frozen: Frozen, backbone: XCiT, frames: list[Pair]
@@ -218,7 +224,7 @@ class VideoSegmentation:
         objects = range(1, int(first.max()) + 1)
         if not objects:
             raise UserError(f"{frames[0].mask}: the first frame's mask has no object to follow")
-        features = frame_features(frozen, backbone, image, self.size)
+        features = frame_features(frozen, backbone, image, self.size, frames[0].image)
         small = torch.from_numpy(resize_mask(first, features.shape[1], features.shape[2]).copy())
         given = one_hot(small.long(), len(objects) + 1).permute(2, 0, 1).to(features)
         start, recent = (features, given), deque[tuple[Tensor, Tensor]](maxlen=self.num_context)
@@ -227,7 +233,7 @@ class VideoSegmentation:
             image, true = read_pair(frame, frozen.how)
             if true.shape != first.shape:
                 raise UserError(f"{frame.image}: another size than the first frame's")
-            features = frame_features(frozen, backbone, image, self.size)
+            features = frame_features(frozen, backbone, image, self.size, frame.image)
             context, labels = map(torch.stack, zip(start, *recent, strict=True))
             found = propagate(features, context, labels, *self.nearest)
             recent.append((features, found))

@@ -243,8 +243,9 @@ def conclude(
             max_pixels=data.dataset.how.max_pixels,
         )
         measured = {"results": found.results, "intervals": found.intervals}
-        for name, why in found.left_out.items():
-            log.warning("%s is left out: %s", name, why)
+        for missing in found.left_out.values():
+            for name, why in missing.items():
+                log.warning("%s is left out: %s", name, why)
     health = [c.verdict for c in trainer.callbacks if isinstance(c, Health)]  # type: ignore[attr-defined]
     summary = {
         **measured,

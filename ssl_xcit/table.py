@@ -36,6 +36,17 @@ def title_of(metric: str) -> str:
         return TITLES[metric]
     if match := re.fullmatch(r"fewshot_(\d+)", metric):
         return f"{match[1]} image{'s' * (match[1] != '1')} a class"
+    if match := re.fullmatch(r"(\w+?)_(easy|medium|hard)(?:_precision_at_(\d+))?", metric):
+        return f"{match[1]}, {match[2]}, " + (f"mP@{match[3]}" if match[3] else "mAP")
+    if match := re.fullmatch(r"(\w+)_(linear|knn)_(miou|accuracy|l2)", metric):
+        what = {"miou": "mIoU", "accuracy": "pixels", "l2": "its penalty"}[match[3]]
+        return f"{'  ' * (match[3] == 'l2')}{match[1]}, {match[2].replace('knn', 'k-NN')}, {what}"
+    if match := re.fullmatch(r"(\w+)_(j|f|jf)", metric):
+        return f"{match[1]}, {'J&F' if match[2] == 'jf' else match[2].upper()}"
+    for ending, title in (("_jaccard", "Jaccard"), ("_jaccard_mean", "Jaccard, mean of heads"),
+                          ("_map", "mAP"), ("_lr", "  its learning rate")):  # fmt: skip
+        if metric.endswith(ending):
+            return f"{metric.removesuffix(ending)}, {title}"
     return metric.replace("knn_k", "k-NN ").replace("_t", ", T ", metric.startswith("knn"))
 
 

@@ -127,7 +127,7 @@ def test_one_set_is_tested_on_the_others(here, capsys):
     assert values["knn_k10"] > 50
     assert "recall_at_1" in values
     assert "linear" not in values
-    assert set(content["left_out"]) == {"few_shot", "linear", "logistic"}
+    assert set(content["left_out"]["pretrained"]) == {"few_shot", "linear", "logistic"}
     assert "linear is left out: it needs test images" in capsys.readouterr().err
 
 

@@ -29,7 +29,7 @@ from ssl_xcit.eval.segmentation import (
 from ssl_xcit.data.decode import RGB, read_image
 from ssl_xcit.data.photos import photographs
 from ssl_xcit.data.preprocess import normalise
-from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.errors import MissingPath, RunFailed, UserError
 from ssl_xcit.models.xcit import XCiT
 
 CLASSES = {3: "hubble_deep_field", 7: "coffee", 40: "grass", 200: "ihc"}  # index: photograph
@@ -430,7 +430,7 @@ def test_features_that_are_not_finite_are_an_error(root, frozen):
     broken = XCiT(32, 1, 2, patch_size=8)
     with torch.no_grad():
         broken.norm.weight[0] = torch.nan
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(RunFailed, match=r"png: features that are not finite"):
         dict(Segmentation(str(root), **QUICK)(Frozen(broken, RGB, torch.device("cpu"))))
 
 

@@ -176,9 +176,9 @@ def test_scores_are_the_protocols(root, frozen):
             pairs = [(p == o, t == o) for p, t in zip(found[1:], truth[1:], strict=True)]
             j.append(np.mean([jaccard_score(t.ravel(), p.ravel()) for p, t in pairs]))
             f.append(np.mean([slow_boundary_f(p, t) for p, t in pairs]))
-    assert np.allclose(values["davis_j"].items, j, atol=2e-3)
-    assert np.allclose(values["davis_f"].items, f, atol=5e-3)
-    assert values["davis_j"] == pytest.approx(100 * np.mean(values["davis_j"].items))
+    assert values["davis_j"] == pytest.approx(100 * np.mean(j), abs=0.2)
+    assert values["davis_f"] == pytest.approx(100 * np.mean(f), abs=0.5)
+    assert values["davis_j"].items[:, 1].sum() == len(j)  # by sequence
     assert values["davis_jf"] == pytest.approx((values["davis_j"] + values["davis_f"]) / 2)
     assert 30 < values["davis_j"] < 100
 
