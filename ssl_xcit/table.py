@@ -34,6 +34,8 @@ def title_of(metric: str) -> str:
     """What a row is called: `knn_k20` is shown as `k-NN 20`."""
     if metric in TITLES:
         return TITLES[metric]
+    if metric.endswith("_lr"):
+        return "  its learning rate"
     if match := re.fullmatch(r"fewshot_(\d+)", metric):
         return f"{match[1]} image{'s' * (match[1] != '1')} a class"
     if match := re.fullmatch(r"(\w+?)_(easy|medium|hard)(?:_precision_at_(\d+))?", metric):
@@ -44,7 +46,7 @@ def title_of(metric: str) -> str:
     if match := re.fullmatch(r"(\w+)_(j|f|jf)", metric):
         return f"{match[1]}, {'J&F' if match[2] == 'jf' else match[2].upper()}"
     for ending, title in (("_jaccard", "Jaccard"), ("_jaccard_mean", "Jaccard, mean of heads"),
-                          ("_map", "mAP"), ("_lr", "  its learning rate")):  # fmt: skip
+                          ("_map", "mAP")):  # fmt: skip
         if metric.endswith(ending):
             return f"{metric.removesuffix(ending)}, {title}"
     return metric.replace("knn_k", "k-NN ").replace("_t", ", T ", metric.startswith("knn"))
