@@ -1,0 +1,1 @@
+"""What a backbone has learned, as pictures and pages that people look at."""
