@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo test test-slow test-reliability lint type format build clean
+.PHONY: help install demo test test-slow test-reliability test-browser lint type format build clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -19,13 +19,16 @@ demo: $(STAMP)  ## pretrain on real photographs, then k-NN and linear probe (min
 	$(BIN)/ssl-xcit pretrain name=demo
 
 test: $(STAMP)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow and not reliability'
+	$(BIN)/python -m pytest -m 'not slow and not reliability and not browser'
 
 test-slow: $(STAMP)  ## the slow ones: the wheel installed elsewhere, the demo's numbers
 	$(BIN)/python -m pytest -m slow
 
 test-reliability: $(STAMP)  ## runs killed, filled and hung in every way (docs/reliability.md)
 	$(BIN)/python -m pytest tests/reliability --junitxml=benchmarks/results/reliability.xml
+
+test-browser: $(STAMP)  ## the pages in headless Chromium (Debian: chromium, chromium-driver)
+	$(BIN)/python -m pytest -m browser
 
 lint: $(STAMP)  ## ruff, rules and format
 	$(BIN)/ruff check .

@@ -31,8 +31,7 @@ from ..run import checkpoints_in, folder_of
 from .pictures import Picture, visible
 
 NO_IMAGES = (
-    "neighbours and prototypes need the images of a data set: eval_data=photos, or "
-    "eval_data=folder eval_data.root=DIR"
+    "the images of a data set are needed: eval_data=photos, or eval_data=folder eval_data.root=DIR"
 )
 RESIZE, SIZE = 256, 224  # where a setting has none
 

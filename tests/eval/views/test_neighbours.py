@@ -199,8 +199,8 @@ def test_without_a_data_set(here, capsys):
     published(here / "bare.pth")
     for words, said in (
         (["ckpt=bare.pth"], "no run folder"),
-        (["ckpt=run", "eval_data=none"], "need the images of a data set"),
-        (["ckpt=run", "eval_data=folder"], "need the images of a data set"),
+        (["ckpt=run", "eval_data=none"], "the images of a data set are needed"),
+        (["ckpt=run", "eval_data=folder"], "the images of a data set are needed"),
         (["ckpt=run", "eval_data=folder", "eval_data.root=nowhere"], "nowhere"),
         (["ckpt=run", "images=nowhere"], "no file fits"),
         (["ckpt=run", "columns=0"], "columns=0"),
