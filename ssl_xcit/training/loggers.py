@@ -6,10 +6,33 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 log = logging.getLogger(__name__)
+Image = UInt8[np.ndarray, "height width 3"]
+
+
+def takes_images(logger: Any) -> bool:
+    """Whether `give_images` has somewhere to put them; a tolerant logger finds out by itself."""
+    return hasattr(logger, "log_image") or hasattr(board_of(logger), "add_image")
+
+
+def give_images(logger: Any, key: str, images: Sequence[Image], step: int | None = None) -> None:
+    """To wandb (`log_image`) or TensorBoard (`experiment.add_image`); others get none."""
+    if hasattr(logger, "log_image"):
+        logger.log_image(key, list(images), step=step)
+    elif hasattr(board := board_of(logger), "add_image"):
+        for number, image in enumerate(images):
+            name = key if len(images) == 1 else f"{key}/{number}"
+            board.add_image(name, image, step, dataformats="HWC")
+
+
+def board_of(logger: Any) -> Any:
+    """What TensorBoard's logger writes to; None of others."""
+    return getattr(logger, "experiment", None)
 
 
 class Tolerant(Logger):
@@ -69,9 +92,13 @@ class Tolerant(Logger):
 
     def call(self, method: str, *args: Any) -> None:
         """A method of the logger inside."""
+        self.attempt(lambda inner: getattr(inner, method)(*args))
+
+    def attempt(self, work: Callable[[Logger], object]) -> None:
+        """Something with the logger inside; it is left out when that fails."""
         if self.inner is not None:
             try:
-                getattr(self.inner, method)(*args)
+                work(self.inner)
             except Exception as error:
                 self.warn(error, "the run goes on without it")
                 self.inner = None
@@ -82,6 +109,12 @@ class Tolerant(Logger):
         """Hand on."""
         self.begin()
         self.call("log_metrics", metrics, step)
+
+    @rank_zero_only
+    def log_image(self, key: str, images: Sequence[Image], step: int | None = None) -> None:
+        """Hand on, as Lightning's loggers take them; those that take no images get none."""
+        self.begin()
+        self.attempt(lambda inner: give_images(inner, key, images, step))
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
