@@ -1,15 +1,36 @@
-"""What the machine at hand can do: bfloat16, a compiler."""
+"""What the machine at hand is and can do: its name, bfloat16, a compiler."""
 
 import logging
 import os
+import platform
+import re
 import shlex
 import shutil
+from contextlib import suppress
 
 import torch
 
 from ssl_xcit.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+def machine() -> dict[str, str]:
+    """System, processor and GPUs by name."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": f"{processor()}, {os.cpu_count()} cores",
+        "GPU": ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "none",
+    }
+
+
+def processor() -> str:
+    """Its name, where the system tells."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        if found := re.search(r"model name\s*: (.+)", file.read(20_000)):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def has_bfloat16(on_cpu: bool) -> bool:

@@ -180,7 +180,8 @@ def train(
     resume = newest_valid(run_dir, may_rename=trainer.is_global_zero)
     if trainer.is_global_zero:
         with disk_trouble(run_dir):
-            write_settings(cfg, asdict(plan), run_dir)
+            resumed_at = None if resume is None else int(resume.stem.removeprefix("step-"))
+            write_settings(cfg, asdict(plan), run_dir, resumed_at)
         announce(cfg, plan, module, data.eval_data, run_dir)
         if resume is not None:
             print(f"going on from {resume}")
@@ -218,6 +219,8 @@ def is_finished(run_dir: Path) -> bool:
         return False
     print(f"{run_dir} is finished; to train again, choose another name=... or remove the folder\n")
     finish(run_dir, json.loads(path.read_text()))
+    page = run_dir / "report.html"
+    print(f"report: {page if page.is_file() else f'ssl-xcit report run={run_dir}'}")
     return True
 
 
@@ -260,15 +263,35 @@ def conclude(
     with disk_trouble(run_dir):
         write_json(summary, run_dir / "summary.json")
     finish(run_dir, summary)
+    leave_report(cfg, run_dir, str(trainer.strategy.root_device))
+
+
+def leave_report(cfg: DictConfig, run_dir: Path, device: str) -> None:
+    """A page about the finished run, by what `report` names; trouble with it is none of the
+    run's.
+    """
+    if cfg.get("report") is None:
+        return
+    try:
+        page = instantiate(cfg.report)(run_dir, device=device, num_workers=cfg.num_workers)
+        print(f"report: {page}; open it in a browser")
+    except Exception as error:
+        log.warning(
+            "no report was written (%s: %s); ssl-xcit report run=%s tries again",
+            type(error).__name__, error, run_dir,
+        )  # fmt: skip
 
 
 def say_stopped(stopped: Stopped, run_dir: Path) -> None:
-    """Where the same command goes on."""
+    """Where the same command goes on, and what shows how far it has come."""
     found = checkpoints_of(run_dir)
     where = f"goes on from {found[-1].stem}" if found else "starts again"
+    if (run_dir / "summary.json").is_file():  # stopped while the report was made
+        where = "finds it finished"
     unsaved = "" if stopped.saved or stopped.step is None else "; this step could not be saved"
     with suppress(OSError):  # Ctrl-C has ended what we are piped to as well
         print(f"{stopped}{unsaved}; {run_dir}: the same command {where}", flush=True)
+        print(f"report: ssl-xcit report run={run_dir}", flush=True)
 
 
 def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:

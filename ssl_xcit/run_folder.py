@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_xcit import __version__
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.files import replacing, sweep, write_json
+from ssl_xcit.hardware import machine
 from ssl_xcit.models.weights import checkpoints_of
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 FREE_KEYS = (
     "name", "out", "num_workers", "worker_timeout", "logger", "callbacks", "main", "hydra",
     "data.max_bad_fraction", "compile", "checkpoint_blocks", "max_skipped", "collective_timeout",
-    "run_id",
+    "run_id", "report",
 )  # fmt: skip
 FREE_KEYS_DOTTED = tuple(f"{key}." for key in FREE_KEYS)
 FREE_TRAINER_KEYS = (
@@ -96,15 +97,26 @@ def settings(cfg: Any) -> dict[str, Any]:
     return flat
 
 
-def write_settings(cfg: DictConfig, plan: Mapping[str, Any], run_dir: Path) -> None:
-    """`config.yaml` (resolved) and `run.json` (overrides, choices, derived numbers)."""
+def write_settings(
+    cfg: DictConfig, plan: Mapping[str, Any], run_dir: Path, resumed_at: int | None = None
+) -> None:
+    """`config.yaml` (resolved) and `run.json` (overrides, choices, derived numbers, the machine,
+    the steps at which the run went on).
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     hydra = HydraConfig.get()
+    resumed = about_run(run_dir).get("resumed", [])
+    if resumed_at is None:  # from the start
+        resumed = []
+    elif resumed_at not in resumed:
+        resumed = [*resumed, resumed_at]
     run = {
         "overrides": list(hydra.overrides.task),
         "choices": OmegaConf.to_container(hydra.runtime.choices),
         "plan": dict(plan),
         "versions": versions(),
+        "machine": machine(),
+        "resumed": resumed,
         "run_id": cfg.run_id,
         "fingerprint": fingerprint(settings(cfg)),
     }

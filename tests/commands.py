@@ -32,6 +32,8 @@ SMALL = [
     "callbacks.online.max_images=100",
     "callbacks.checkpoints.every_steps=3",
     "callbacks.online.eval_budget=null",
+    "callbacks.snapshots=null",
+    "report=null",
     *EVALUATION,
 ]
 NO_ONLINE = [o for o in SMALL if not o.startswith("callbacks.online")]

@@ -21,6 +21,8 @@ TOY = [
     "num_workers=0",
     "eval_data=none",
     "~callbacks.online",
+    "callbacks.snapshots=null",
+    "report=null",
     "trainer=cpu",
     "trainer.precision=32-true",
     "model.embed_dim=32",

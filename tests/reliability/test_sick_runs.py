@@ -9,7 +9,7 @@ PHOTOS = [
     "~callbacks.online", "trainer=cpu", "trainer.precision=32-true", "model.embed_dim=64",
     "model.depth=2", "model.num_heads=2", "augment.global_size=32", "augment.local_size=16",
     "augment.num_local=2", "objective.num_prototypes=128", "objective.head.hidden_dim=64",
-    "objective.head.bottleneck_dim=32", "callbacks.metrics.every_steps=5",
+    "objective.head.bottleneck_dim=32", "callbacks.metrics.every_steps=5", "report=null",
 ]  # fmt: skip
 UNIFORM, ONE, ALIKE = "a uniform distribution", "one prototype", "nearly the same"
 
