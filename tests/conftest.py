@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def offline(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", _no_names)
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_service():
+    """wandb's process outlives a test and would write relative paths into that test's folder."""
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
 
 
 def _no_names(host, *args, **kwargs):
