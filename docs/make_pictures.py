@@ -18,7 +18,11 @@ from selenium.webdriver.common.by import By
 from ssl_xcit.data.photos import photographs
 
 DOCS = Path(__file__).parent
-PARTS = {"report.png": ("header", "#results"), "over_time.png": ("#pictures",), "map.png": ("#atlas",)}
+PARTS = {
+    "report.png": ("header", "#results"),
+    "over_time.png": ("#pictures",),
+    "map.png": ("#atlas",),
+}
 WIDTH, MARGIN = 1140, 24  # pixels
 
 

@@ -25,7 +25,7 @@ from ..views.markup import esc
 from . import curves, facts, looks
 from .features import Options, Seen
 from .page import Part, page
-from .run import Run, one_line, read_run
+from .run import Run, one_line, read_run, tell_apart
 from .sets import atlas_part, neighbours_part
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Report:
     """
 
     def __init__(self, runs: Sequence[Run], options: Options):
+        tell_apart(runs)
         self.runs = runs
         self.seen = [Seen(run, options) for run in runs]
         self.parts: list[Part] = []

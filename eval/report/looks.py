@@ -41,12 +41,14 @@ class Film:
     """Fixed images, and what was seen of them at several steps; pictures are URIs.
 
     Args:
-        labels: of the images.
+        names: of the images.
+        labels: likewise, for people; images of a class have the same.
         images: themselves.
         moments: by step.
         note: where they are from, and what was left out.
     """
 
+    names: list[str]
     labels: list[str]
     images: list[str]
     moments: list[Moment]
@@ -71,7 +73,7 @@ def kept_film(run: Run, budget: int) -> Film | None:
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         images = [
-            (str(each["label"] or Path(each["name"]).name), str(each["file"]))
+            (str(each["name"]), str(each["label"] or Path(each["name"]).name), str(each["file"]))
             for each in content["images"]
         ]
         moments = [one for one in content["moments"] if type(one["step"]) is int]
@@ -94,8 +96,9 @@ def kept_film(run: Run, budget: int) -> Film | None:
     if count < len(moments):
         note += f" {count} of {len(moments)} moments are shown."
     return Film(
-        [label for label, _ in images],
-        [picture_at(folder, file) for _, file in images],
+        [name for name, _, _ in images],
+        [label for _, label, _ in images],
+        [picture_at(folder, file) for _, _, file in images],
         [moment_of(folder, one, len(images)) for one in chosen],
         note,
     )
@@ -169,6 +172,7 @@ def drawn_film(seen: Seen) -> Film:
         looked.entropy,
     )
     return Film(
+        [shown.name for shown in artist.shown],
         [shown.label or Path(shown.name).name for shown in artist.shown],
         [jpeg_uri(visible(shown.pixels)) for shown in artist.shown],
         [moment],
@@ -194,7 +198,7 @@ def strip_part(seen: Sequence[Seen]) -> str:
         columns = [(f"step {m.step:,}", m) for m in film.moments]
         return "".join(notes) + strip(film.labels, film.images, columns)
     first = films[0][1]
-    if all(film.labels == first.labels for _, film in films):
+    if all(film.names == first.names for _, film in films):
         columns = [
             (f"{names[id(f)]}, step {f.moments[-1].step:,}", f.moments[-1]) for _, f in films
         ]

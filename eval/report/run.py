@@ -10,7 +10,7 @@ import fcntl
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,7 @@ class Run:
         state: finished, running, stopped or failed.
         words: the state in words.
         problems: what is missing or damaged.
+        name: of the folder; beside a run of that name more of the path.
     """
 
     path: Path
@@ -75,11 +76,10 @@ class Run:
     state: str = STOPPED
     words: str = ""
     problems: list[str] = field(default_factory=list)
+    name: str = ""
 
-    @property
-    def name(self) -> str:
-        """Of the folder."""
-        return self.path.resolve().name
+    def __post_init__(self) -> None:
+        self.name = self.name or self.path.resolve().name
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -174,6 +174,15 @@ def read_run(path: Path) -> Run:
             "there is no checkpoint, so nothing can be drawn of what it has learned"
         )
     return run
+
+
+def tell_apart(runs: Sequence[Run]) -> None:
+    """Names that no two runs share: as much of their paths as that takes."""
+    parts, count = [run.path.resolve().parts for run in runs], 1
+    while len({each[-count:] for each in parts}) < len({*parts}):
+        count += 1
+    for run, each in zip(runs, parts, strict=True):
+        run.name = str(Path(*each[-count:]))
 
 
 def content_of(run: Run, name: str, needed: bool = False) -> dict[str, Any]:
@@ -303,7 +312,11 @@ def as_results(source: str, content: Mapping[str, Any], run: Run) -> Results | N
 
 
 def of_other_weights(run: Run, found: Results) -> str:
-    """Which, where the manifest says that they are not the newest checkpoint's; else nothing."""
+    """Which, where the manifest says that they are not the newest checkpoint's teacher; else
+    nothing.
+    """
+    if found.content.get("which") == "student":
+        return "the student"
     newest = checkpoints_of(run.path)
     entry = read_manifest(run.path / "checkpoints").get(newest[-1].name) if newest else None
     digest = found.content.get("weights_sha256")

@@ -11,12 +11,15 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from ssl_xcit.cli import missing_keys
+
 from .run import Run, one_line
 
 CONF = "ssl_xcit.conf"
 UNTOLD = ("main", "run_id", "name", "hydra")  # no choice of anybody's, or said elsewhere
 ABSENT = "(not there)"
 SEVERAL = "(several settings)"
+NEEDED = "(has to be named)"  # data.root, which has no default
 
 
 class Setting(NamedTuple):
@@ -90,6 +93,8 @@ def defaults_of(run: Run) -> tuple[dict[str, str], dict[str, str], list[str]]:
         plain = compose("pretrain", return_hydra_config=True)
         usual = OmegaConf.to_container(plain.hydra.runtime.choices)
         made: DictConfig = compose("pretrain", overrides=choices)
+        for key in missing_keys(OmegaConf.to_container(made, resolve=False)):
+            OmegaConf.update(made, key, NEEDED)
         settings = flat(OmegaConf.to_container(made, resolve=True))
     assert isinstance(usual, dict)
     return settings, {str(k): as_text(v) for k, v in usual.items()}, notes

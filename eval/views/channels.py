@@ -23,14 +23,13 @@ from torch.nn.functional import linear
 from ssl_xcit.models.xca import CrossCovarianceAttention, channel_attention
 from ssl_xcit.models.xcit import XCABlock, XCiT
 
+from .album import Section, Tile, write_tile
 from .pictures import (
     FAINT,
     INK,
     MARGIN,
     TEXT,
     Picture,
-    Section,
-    Tile,
     canvas,
     colour_table,
     coloured,
@@ -38,7 +37,6 @@ from .pictures import (
     font,
     shortened,
     stretched,
-    write_tile,
 )
 
 SHOWN = 480  # long side of pictures on the page

@@ -27,9 +27,11 @@ from ssl_xcit.training.memory import is_out_of_memory
 
 from ..frozen import Frozen
 from ..masks import finite
-from . import attention, channels, patches, pictures
+from . import album, attention, channels, patches, pictures
+from .album import Section, Tile
 from .attention import Looked
-from .pictures import Cell, Drawn, Picture, Section, Tile
+from .clicks import write_features
+from .pictures import Cell, Drawn, Picture
 
 log = logging.getLogger(__name__)
 THUMB = 224  # long side of small pictures
@@ -126,6 +128,7 @@ class Pass:
             }
         if "pca" in self.kinds:
             self.features.add(looked.patches[0])
+            self.keep_features(shot, looked.patches[0])
             if cfg.patch is not None:
                 self.compare(shot, picture, sides, looked.patches[0])
         if matrices:
@@ -156,6 +159,13 @@ class Pass:
                 raise
             raise BadImage(trouble) from error
 
+    def keep_features(self, shot: Shot, features: Float[Tensor, "C h w"]) -> None:
+        """For the page, where a patch can be clicked."""
+        image = shot.tiles[self.label][0]
+        file = image.file.removesuffix(".png") + "-features.js"
+        write_features(features, self.out / file)
+        shot.tiles[self.label][0] = image._replace(features=file)
+
     def compare(
         self, shot: Shot, picture: Picture, sides: tuple[int, int], features: Float[Tensor, "C h w"]
     ) -> None:
@@ -173,7 +183,7 @@ class Pass:
         """A picture with its thumbnail, noted as the image's."""
         parts = (shot.name, self.inside, f"{drawn.name}.png")
         tile = Tile(drawn.kind, drawn.title, "/".join(part for part in parts if part))
-        pictures.write_tile(drawn.picture, self.out, tile, THUMB)
+        album.write_tile(drawn.picture, self.out, tile, THUMB)
         shot.tiles.setdefault(self.label, []).append(tile)
 
     def components(self) -> dict[str, Any]:

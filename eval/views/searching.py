@@ -13,9 +13,10 @@ from ssl_xcit.errors import UserError
 
 from ..frozen import Frozen
 from . import neighbours, prototypes
+from .album import Section
 from .data_set import DataSet, shelf
 from .grids import Row, grid
-from .pictures import Section, write_png
+from .pictures import write_png
 
 log = logging.getLogger(__name__)
 TITLES = {"neighbours": "Nearest neighbours", "prototypes": "Prototypes"}

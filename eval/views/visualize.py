@@ -35,7 +35,8 @@ from ..run import (
     short_names,
 )
 from ..settings import number, several, switch
-from . import channels, patches, pictures
+from . import album, channels, patches, pictures
+from .clicks import script
 from .data_set import images_of
 from .looking import Shot, image_section, look_through
 from .searching import TITLES, draw_grids, in_words, without_heads
@@ -266,6 +267,7 @@ def write_page(
     if "channels" in kinds:
         parts.append(channels.section(found.numbers, found.summaries, out))
     parts += [image_section(shot, list(paths), out) for shot in shown]
+    clicked = script(float(cfg.overlay)) if "pca" in kinds else ""
     title = "What the backbone sees" if len(models) == 1 else "What the backbones see"
     with replacing(out / "index.html") as part:
-        part.write_text(pictures.page(title, words, parts), encoding="utf-8")
+        part.write_text(album.page(title, words, parts, clicked), encoding="utf-8")

@@ -178,6 +178,24 @@ def test_another_option_is_a_change(here):
     assert "augment=mine is none of the installed options" in page.words
 
 
+def test_data_that_has_to_be_named_leaves_the_other_settings_comparable(here):
+    content = json.loads(Path("runs/b/run.json").read_text())
+    content["choices"] |= {"data": "folder", "eval_data": "folder"}
+    content["overrides"] += ["data=folder", "data.root=photos of mine"]
+    Path("runs/b/run.json").write_text(json.dumps(content))
+    config = Path("runs/b/config.yaml").read_text()
+    Path("runs/b/config.yaml").write_text(
+        config.replace("\ndata:\n", "\ndata:\n  root: photos of mine\n")
+    )
+    page = made("runs/b")
+    assert "could not be composed" not in page.words
+    changed = {row[0]: row[1:] for row in page.rows("changed")}
+    assert changed["data"] == ["folder", "photos", "typed"]
+    assert changed["data.root"] == ["photos of mine", "(has to be named)", "typed"]
+    assert changed["seed"] == ["3", "0", "typed"]
+    assert "optim.weight_decay" not in changed
+
+
 def test_what_files_hold_stays_text(here):
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028"
     folder = here / "runs" / "a<b>&'"
@@ -375,6 +393,40 @@ def test_several_runs_are_compared(here, capsys):
     assert "From comparison.json" in page.words
     again = [row for row in page.rows("numeric") if row[0] == "k-NN 20" and len(row) == 5]
     assert again[-1][:4] == difference[:4]
+
+
+def test_runs_of_one_name_keep_their_own_numbers(here):
+    shutil.copytree("runs/b", "elsewhere/a")
+    page = made("runs/a", "elsewhere/a")
+    assert page.data["runs"] == ["runs/a", "elsewhere/a"]
+    paths = [Path(f, "summary.json") for f in ("runs/a", "elsewhere/a")]
+    ends = [json.loads(path.read_text())["results"]["pretrained"]["knn_k20"] for path in paths]
+    assert ends[0] != ends[1]
+    (row,) = (r for r in page.rows("numeric") if r[0] == "k-NN 20" and "–" in r[2])
+    assert [row[1], row[3]] == [f"{end:.1f}" for end in ends]
+
+
+def test_pictures_of_other_images_are_not_put_beside(here):
+    for name in "ab":
+        folder = Path("runs") / name
+        index = pictures(folder, [9])
+        for place, image in enumerate(index["images"]):
+            image |= {"name": f"{name}/{place}.jpg", "label": "cat"}  # one class, other images
+        (folder / "pictures" / "index.json").write_text(json.dumps(index))
+    page = made("runs/a", "runs/b")
+    images = [k for tag, k in page.tags if tag == "img" and k.get("class") == "image"]
+    assert len(images) == 4
+
+
+def test_numbers_of_the_student_are_not_taken_for_the_runs(here):
+    content = json.loads(Path("runs/a/summary.json").read_text())
+    wanted = content["results"]["pretrained"]["knn_k20"]
+    content |= {"which": "student", "results": {"pretrained": {"knn_k20": 99.9}}, "intervals": {}}
+    Path("runs/a/results.json").write_text(json.dumps(content))
+    page = made("runs/a")
+    assert "results.json is of other weights than the newest: the student" in page.words
+    assert f"{wanted:.1f}" in page.words
+    assert "99.9" not in page.words
 
 
 def test_one_of_several_runs_may_have_nothing(here):
