@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.files import replacing
+from ssl_xcit.run_folder import writable_folder
 from ssl_xcit.table import shown_in_terminal
 
 from ..settings import number
@@ -189,6 +190,8 @@ def out_file(out: Any, folders: Sequence[Path]) -> Path:
         whole = [folder.resolve() for folder in folders]
         common = Path(commonpath(whole)) if len(whole) > 1 else folders[0]
         here = Path.cwd()
+        if common == Path(common.anchor):  # they have nothing in common
+            common = here
         return (common.relative_to(here) if common.is_relative_to(here) else common) / NAME
     path = Path(str(out)).expanduser()
     if path.suffix != ".html" or path.is_dir():
@@ -206,6 +209,10 @@ def main(cfg: DictConfig) -> None:
     folders = folders_of(cfg)
     out = out_file(cfg.out, folders)
     runs = [read_run(folder) for folder in folders]
+    try:
+        writable_folder(out.parent)
+    except UserError as error:
+        raise UserError(f"{error}; out=FILE.html writes the page elsewhere") from error
     for run in runs:
         for problem in run.problems:
             log.warning("%s: %s", run.path, problem)

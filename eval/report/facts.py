@@ -71,8 +71,8 @@ def health_pill(run: Run) -> str:
 def headline_numbers(run: Run) -> str:
     """Up to four, each with its interval and the best baseline; without any the loss."""
     tiles = []
-    if run.results:
-        results = run.results[0]
+    if run.results is not None:
+        results = run.results
         row = list(results.numbers)[-1]
         values = results.numbers[row]
         named = [m for m in HEADLINES if m in values]
@@ -119,14 +119,18 @@ def results_part(runs: Sequence[Run], seen: Sequence[Seen]) -> tuple[str, dict[s
     if len(runs) > 1:
         return compared(runs, seen)
     (run,) = runs
-    if not run.results:
+    others = [details(f"on other data: {r.source}", results_table(r)) for r in run.elsewhere]
+    if run.results is None and others:
+        return paragraph("On the run's own data nothing is measured yet.", "hint") + "".join(
+            others
+        ), {}
+    if run.results is None:
         raise UserError(
             "final numbers are measured at the end of a run that has labelled images, or by "
             "ssl-xcit eval"
         )
-    first, *others = run.results
-    html = [results_table(first)]
-    html += [details(f"on other data: {each.source}", results_table(each)) for each in others]
+    first = run.results
+    html = [results_table(first), *others]
     words = f"From {first.source}, in %. Bars are 95 % intervals over the test images."
     figure = '<div class="figure" data-figure="numbers"></div>'
     return (
@@ -153,7 +157,7 @@ def results_table(results: Results) -> str:
 
 def compared(runs: Sequence[Run], seen: Sequence[Seen]) -> tuple[str, dict[str, Any]]:
     """A column for each run, then what differs by more than chance."""
-    measured = [(run.name, run.results[0]) for run in runs if run.results]
+    measured = [(run.name, run.results) for run in runs if run.results is not None]
     if not measured:
         raise UserError("no run has final numbers")
     rows = {name: list(results.numbers.values())[-1] for name, results in measured}
@@ -173,7 +177,7 @@ def compared(runs: Sequence[Run], seen: Sequence[Seen]) -> tuple[str, dict[str, 
         for metric in metrics_of(rows)
     ]
     headings = ["", *(word for name in rows for word in (name, "95 %"))]
-    missing = [run.name for run in runs if not run.results]
+    missing = [run.name for run in runs if run.results is None]
     html = [paragraph("In %. Bars are 95 % intervals over the test images.", "hint")]
     if missing:
         html.append(paragraph(f"Without final numbers: {', '.join(missing)}.", "hint"))

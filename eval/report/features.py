@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from hydra.errors import InstantiationException
 
 from ssl_xcit.data.preprocess import MAX_PIXELS, of_weights
 from ssl_xcit.data.sources import Source, label_kind
@@ -123,10 +124,13 @@ class Seen:
         for key in ("overrides", "choices"):
             if key not in self.run.about:
                 raise UserError("run.json does not say which images the run was measured on")
-        with composing():
-            pair = data_of_run(str(self.checkpoint))
-            if pair is None:
-                return training_images(str(self.checkpoint))
+        try:
+            with composing():
+                pair = data_of_run(str(self.checkpoint))
+                if pair is None:
+                    return training_images(str(self.checkpoint))
+        except InstantiationException as error:  # what made it says more
+            raise error.__cause__ or error from None
         others = None if pair.test is pair.train else pair.test
         return DataSet(pair.train, others, pair.name, pair.resize, pair.size)
 
@@ -158,9 +162,10 @@ class Seen:
         most = online.get("max_images") if isinstance(online, dict) else None
         if not isinstance(most, int):
             return None
-        for results in self.run.results[:1]:
-            if isinstance(count := results.content.get("test_images"), int):
-                return min(most, count)
+        found = self.run.results
+        count = found.content.get("test_images") if found is not None else None
+        if isinstance(count, int):
+            return min(most, count)
         try:
             part = self.data.images if self.data.others is None else self.data.others
         except Exception:  # the parts that show images say why

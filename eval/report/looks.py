@@ -92,7 +92,7 @@ def kept_film(run: Run, budget: int) -> Film | None:
     while count > 2 and sum(weights[i] for i in evenly(len(moments), count)) > budget:
         count -= 1
     chosen = [moments[i] for i in evenly(len(moments), count)]
-    note = "Drawn while the run was training."
+    note = "Drawn while the run was training, by the teacher."
     if count < len(moments):
         note += f" {count} of {len(moments)} moments are shown."
     return Film(

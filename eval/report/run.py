@@ -57,7 +57,8 @@ class Run:
         config: settings as they were used, nested.
         about: `run.json`: overrides, choices, plan, versions.
         summary: what the run said at its end.
-        results: final numbers, of the run's own data first.
+        results: final numbers on the run's own data.
+        elsewhere: those on other data.
         curves: by column of `metrics.csv`.
         bad: images that could not be used.
         state: finished, running, stopped or failed.
@@ -70,7 +71,8 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
-    results: list[Results] = field(default_factory=list)
+    results: Results | None = None
+    elsewhere: list[Results] = field(default_factory=list)
     curves: dict[str, Curve] = field(default_factory=dict)
     bad: list[Replaced] = field(default_factory=list)
     state: str = STOPPED
@@ -270,19 +272,31 @@ def cells_of(line: str) -> list[str]:
 
 
 def read_results(run: Run) -> None:
-    """Numbers of `results.json` if those are of the newest weights, else of `summary.json`; then
-    those on other data.
+    """Numbers of `results.json` if those are of the newest weights, and of `summary.json` what the
+    former lacks; beside them those on other data.
     """
     own = as_results("results.json", content_of(run, "results.json"), run)
     end = as_results("summary.json", run.summary, run)
     if own is not None and (other := of_other_weights(run, own)):
         run.problems.append(f"results.json is of other weights than the newest: {other}")
         own = None if end is not None else own
-    if first := own or end:
-        run.results.append(first)
+    run.results = joined(own, end) if own is not None and end is not None else own or end
     for file in sorted(run.path.glob("results-*.json")):
         if found := as_results(file.name, content_of(run, file.name), run):
-            run.results.append(found)
+            run.elsewhere.append(found)
+
+
+def joined(own: Results, end: Results) -> Results:
+    """All numbers of `own`, and those of `end` that it has not measured."""
+    numbers, intervals = dict[str, dict[str, float]](), dict[str, dict[str, tuple[float, float]]]()
+    for row in [*end.numbers, *(row for row in own.numbers if row not in end.numbers)]:
+        numbers[row] = end.numbers.get(row, {}) | own.numbers.get(row, {})
+        known = end.intervals.get(row, {})  # of a number measured again only its own interval
+        kept = {m: v for m, v in known.items() if m not in own.numbers.get(row, {})}
+        intervals[row] = kept | own.intervals.get(row, {})
+    more = any(set(end.numbers[row]) - set(own.numbers.get(row, {})) for row in end.numbers)
+    source = f"{own.source} and {end.source}" if more else own.source
+    return Results(source, numbers, intervals, end.content | own.content)
 
 
 def as_results(source: str, content: Mapping[str, Any], run: Run) -> Results | None:

@@ -187,8 +187,12 @@ class Video:
     def expected(self) -> int:
         """Packets, which are read and not decoded."""
         with self.opened() as container:
-            packets = [p for p in self.packets(container) if p.size and not self.late(p.pts or 0)]
-        return max(1, -(-len(packets) // self.selection.every))
+            times = [packet.pts for packet in self.packets(container) if packet.size]
+        first = min((time for time in times if time is not None), default=0)  # a recording's clock
+        wanted = [
+            time for time in times if not self.late((first if time is None else time) - first)
+        ]
+        return max(1, -(-len(wanted) // self.selection.every))
 
     def late(self, time: int) -> bool:
         """Whether a tick lies behind what is wanted."""

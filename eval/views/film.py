@@ -158,7 +158,7 @@ def check(cfg: DictConfig) -> None:
     for name in ("size", "head"):
         if cfg[name] is not None:
             number(name, cfg[name], int, 1)
-    number("fps", cfg.fps, high=1001.0)
+    number("fps", cfg.fps, low=0.001, high=1001.0)
     if cfg.max_seconds is not None:
         number("max_seconds", cfg.max_seconds)
     if type(cfg.overlay) not in (int, float) or not 0.0 <= cfg.overlay <= 1.0:

@@ -342,6 +342,24 @@ def test_a_folder_of_something_else_is_refused(here, capsys):
         assert "Traceback" not in error
 
 
+def test_a_folder_that_takes_no_page_is_said_first(here, capsys):
+    Path("taken").write_text("a file")
+    assert run("report", "run=runs/a", "out=taken/page.html") == 2
+    said = capsys.readouterr().err
+    assert "taken: no folder to write to" in said
+    assert "out=FILE.html writes the page elsewhere" in said
+
+
+def test_images_that_are_gone_are_named(here):
+    content = json.loads(Path("runs/a/run.json").read_text())
+    content["choices"] |= {"data": "folder", "eval_data": "folder"}
+    content["overrides"] += ["data.root=gone", "eval_data.root=gone"]
+    Path("runs/a/run.json").write_text(json.dumps(content))
+    page = made("runs/a")
+    assert "InstantiationException" not in page.words
+    assert "This part is missing: root=gone: no such folder" in page.words
+
+
 def test_a_run_that_is_going_on_is_seen_by_its_lock(here):
     folder = Path("runs/a")
     Path("runs/a/summary.json").unlink()
@@ -427,6 +445,35 @@ def test_numbers_of_the_student_are_not_taken_for_the_runs(here):
     assert "results.json is of other weights than the newest: the student" in page.words
     assert f"{wanted:.1f}" in page.words
     assert "99.9" not in page.words
+
+
+def test_intervals_while_training_are_not_over_images_of_other_data(here):
+    Path("runs/a/summary.json").unlink()  # stopped, then measured on something else
+    content = {"test_images": 7, "results": {"pretrained": {"knn_k20": 12.3}}}
+    Path("runs/a/results-cifar10.json").write_text(json.dumps(content))
+    seen = Seen(read_run(Path("runs/a")), OPTIONS)
+    assert seen.run.results is None
+    assert seen.run.elsewhere[0].content["test_images"] == 7
+    assert seen.num_online() == 100
+
+    page = made("runs/a")
+    assert "On the run's own data nothing is measured yet." in page.words
+    assert "results-cifar10.json" in page.words
+
+
+def test_numbers_measured_again_stand_beside_the_others(here):
+    end = json.loads(Path("runs/a/summary.json").read_text())
+    end["results"]["pretrained"] |= {"linear": 55.5, "knn_k20": 11.1}
+    end["results"] = {"random weights": {"linear": 22.2}} | end["results"]
+    end["intervals"] = {"pretrained": {"linear": [50.0, 60.0], "knn_k20": [10.0, 12.0]}}
+    Path("runs/a/summary.json").write_text(json.dumps(end))
+    content = {"test_images": 702, "results": {"pretrained": {"knn_k20": 99.9}}, "intervals": {}}
+    Path("runs/a/results.json").write_text(json.dumps(content))
+    found = read_run(Path("runs/a")).results
+    assert found.source == "results.json and summary.json"
+    assert found.numbers["pretrained"] == end["results"]["pretrained"] | {"knn_k20": 99.9}
+    assert next(iter(found.numbers)) == "random weights"
+    assert found.intervals["pretrained"] == {"linear": (50.0, 60.0)}
 
 
 def test_one_of_several_runs_may_have_nothing(here):

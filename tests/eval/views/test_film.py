@@ -15,7 +15,7 @@ from commands import run
 from PIL import Image
 from sklearn.decomposition import PCA
 from ssl_xcit.eval.views import attention, film
-from ssl_xcit.eval.views.clips import Selection, natural
+from ssl_xcit.eval.views.clips import Selection, Video, natural
 from ssl_xcit.eval.views.pictures import ANCHORS
 from tiny_run import published, sharp_backbone
 
@@ -323,6 +323,12 @@ def test_frames_are_not_kept(clip, monkeypatch):
     assert max(most) <= 2
 
 
+def test_seconds_count_from_the_first_frame_of_a_recording():
+    write("late.ts", pan(), [3_600_000 + 40 * i for i in range(10)])
+    clip = Video(Path("late.ts"), RGB, P, Selection(64, 1, 0.2))
+    assert clip.expected() == len(list(clip.frames())) == 5
+
+
 @pytest.mark.parametrize("sides", [(64, 96), (100, 37), (8, 500), (720, 1280), (3, 3)])
 @pytest.mark.parametrize("size", [64, 100, None])
 def test_sides_are_even_and_multiples_of_the_patch(sides, size):
@@ -361,6 +367,7 @@ def test_wrong_input_is_answered_in_a_line(clip, capsys):
         (["size=big"], "size=big"),
         (["every=0"], "every=0"),
         (["fps=0"], "fps=0"),
+        (["fps=0.0001"], "fps=0.0001"),
         (["max_seconds=0"], "max_seconds=0"),
         (["overlay=2"], "overlay=2"),
         (["side_by_side=1"], "true or false"),
