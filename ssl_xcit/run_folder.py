@@ -223,6 +223,24 @@ def writable_folder(path: Path) -> None:
         raise UserError(f"{path}: no folder to write to ({error.strerror})") from error
 
 
+@contextmanager
+def written_to(out: Path) -> Iterator[None]:
+    """Work whose results go into a folder, or a file; that they cannot is said in a line.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+        RunFailed: the disk is full, or gone.
+    """
+    writable_folder(out.parent if out.suffix and not out.is_dir() else out)
+    try:
+        yield
+    except UserError:  # some of which are of files that are not there
+        raise
+    except OSError as error:
+        trouble = f"{out} cannot be written ({error})"
+        raise RunFailed(f"{trouble}: make room, and try again") from error
+
+
 def run_name(data: str, overrides: Sequence[str]) -> str:
     """A folder name that the same overrides always give: `photos_optim.lr-0.001_seed-1`."""
     kept = [o for o in overrides if o.split("=")[0].lstrip("+~") not in FREE_KEYS]

@@ -24,6 +24,7 @@ from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError
 from ssl_xcit.files import replacing
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
+from ssl_xcit.run_folder import writable_folder, written_to
 from ssl_xcit.table import shown_in_terminal
 
 from ..frozen import Frozen, placed
@@ -180,6 +181,7 @@ def main(cfg: DictConfig) -> None:
             placed(backbone, str(cfg.device))[0], cfg.batch_size, cfg.num_workers, show=show,
             cache=cache_folder(cfg.cache),
         )  # fmt: skip
+    writable_folder(out.parent)
     data = images_of(cfg)
     sources = chosen_sources(data, cfg.part, cfg.max_images)
     with clock.timed("features"):
@@ -194,12 +196,13 @@ def main(cfg: DictConfig) -> None:
         sheets = sprites(thumbnails(shelves, side, show), side)
     classes, class_names = classes_of(shelves)
     names = [found.name(i) for found in shelves for i in range(len(found))]
-    with clock.timed("page"), replacing(out) as part:
+    count = f"{len(names):,} image{'s' * (len(names) != 1)}"
+    with clock.timed("page"), written_to(out), replacing(out) as part:
         atlas = Atlas(places, names, classes, class_names, sheets, side)
         title = f"{data.name}, seen by {short_names([path])[0]}"
         words = [
-            f"{len(names):,} images. Those that {model_name(backbone.architecture)} ({cfg.which}) "
-            "finds alike lie close to each other: t-SNE of its features."
+            f"{count}. Those that {model_name(backbone.architecture)} ({cfg.which}) finds "
+            "alike lie close to each other: t-SNE of its features."
         ]
         part.write_text(page(title, words, atlas), encoding="utf-8")
     if bad:
@@ -208,4 +211,4 @@ def main(cfg: DictConfig) -> None:
               f"({named})")  # fmt: skip
     print(clock.in_words())
     size = out.stat().st_size / 1e6
-    print(f"written: {len(names):,} images, {size:.1f} MB; open {out}")
+    print(f"written: {count}, {size:.1f} MB; open {out}")

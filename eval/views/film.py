@@ -23,11 +23,11 @@ from rich.progress import track
 from torch import Tensor
 
 from ssl_xcit.data.preprocess import of_weights
-from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.errors import UserError
 from ssl_xcit.files import replacing
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.run_folder import writable_folder
+from ssl_xcit.run_folder import writable_folder, written_to
 from ssl_xcit.table import shown_in_terminal
 from ssl_xcit.training.memory import is_out_of_memory
 
@@ -38,7 +38,7 @@ from ..settings import number, switch
 from . import attention, patches
 from .attention import BRIGHTEST, Looked
 from .clips import Clip, Frame, Frames, Selection, Video, pyav
-from .movies import Movie, Sheets
+from .movies import NOTE, Movie, Sheets, frames_in
 from .pictures import Picture, enlarged, overlay, stretched, visible
 
 log = logging.getLogger(__name__)
@@ -213,6 +213,11 @@ def out_path(cfg: DictConfig, ckpt: Path) -> Path:
         raise UserError(f"out={out}: a file ending in .mp4, or a folder for PNG files")
     if video.is_dir() and out.resolve() == video.resolve():
         raise UserError(f"out={out}: the folder of the frames; take another")
+    if frames_in(out) and not (out / NOTE).is_file():
+        raise UserError(
+            f"out={out}: holds frame-*.png that no film has left there, and would lose them; take "
+            "another folder"
+        )
     writable_folder(out)
     return out
 
@@ -234,12 +239,8 @@ def main(cfg: DictConfig) -> None:
     print(f"{ckpt}: {model_name(backbone.architecture)}, {cfg.which}")
     began = time.monotonic()
     total = sample(cfg, frozen, clip, paint)
-    try:
+    with written_to(out):
         made, ticks = shoot(cfg, frozen, clip, paint, out, total)
-    except UserError:  # some of which are of files that are not there
-        raise
-    except OSError as error:
-        raise RunFailed(f"{out} cannot be written ({error}): make room, and try again") from error
     for problem in clip.problems:
         log.warning("%s", problem)
     seconds = float(ticks * clip.time_base)

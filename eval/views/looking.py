@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ from .pictures import Cell, Drawn, Picture
 
 log = logging.getLogger(__name__)
 THUMB = 224  # long side of small pictures
-FEATURES = ".features.part"  # patch features of one checkpoint, beside the page while it works
 
 
 def least_memory(backbone: XCiT, height: int, width: int) -> int:
@@ -216,8 +216,7 @@ def look_through(
         UserError: no image can be used, or none has the patch.
     """
     waiting = [shot for shot in shots if not shot.left_out]
-    with (out / FEATURES).open("w+b") as file, frozen.looking() as backbone:
-        (out / FEATURES).unlink()  # its content stays until it is closed
+    with TemporaryFile(dir=out) as file, frozen.looking() as backbone:
         collected = patches.Collected(file, backbone.embed_dim)
         done = Pass(cfg, kinds, frozen, label, inside, out, collected)
         for shot in track(waiting, label, disable=not frozen.show, transient=True):

@@ -15,6 +15,7 @@ from .clips import pyav
 from .pictures import Picture, write_png
 
 BT709, LIMITED = 1, 1  # code points of ITU-T H.273; 16..235
+NOTE = ".film"  # in a folder of frames that a film has left
 QUALITY = {"crf": "18", "preset": "veryfast"}  # of x264; 18 is hardly told from the original
 
 
@@ -86,6 +87,11 @@ class Movie:
             raise OSError(str(error)) from error
 
 
+def frames_in(folder: Path) -> list[Path]:
+    """Files that are named as those of a film."""
+    return [f for f in folder.glob("frame-*.png") if re.fullmatch(r"frame-\d{6,}\.png", f.name)]
+
+
 class Sheets:
     """PNG files `frame-000001.png` in a folder; those of an earlier film are removed.
 
@@ -96,9 +102,9 @@ class Sheets:
     def __init__(self, folder: Path):
         self.folder = folder
         self.count = 0
-        for file in folder.glob("frame-*.png"):
-            if re.fullmatch(r"frame-\d{6,}\.png", file.name):
-                file.unlink()
+        (folder / NOTE).write_text("Its frames are replaced by the next film.\n")
+        for file in frames_in(folder):
+            file.unlink()
 
     def add(self, picture: Picture, time: int, duration: int) -> None:
         """The next file."""

@@ -254,4 +254,4 @@ def drawn_similarity(
     rows, columns = height // values.shape[0], width // values.shape[1]
     top, left = place[0] * rows, place[1] * columns
     shown = marked(shown, (top, left, top + rows, left + columns))
-    return Drawn(KIND, f"similarity to the frame, {low:.2f} to 1", "similarity", shown)
+    return Drawn(KIND, f"similarity to the frame, {low:.2f} to {high:.2f}", "similarity", shown)

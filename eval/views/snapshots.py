@@ -142,6 +142,11 @@ class Snapshots(lightning.Callback):
         with suppress(KeyError, TypeError):
             if step and content["images"] == self.about():
                 self.done = [one for one in content["moments"] if one["step"] <= step]
+        if step and content and content.get("images") != self.about():
+            log.warning(
+                "%s: the pictures until step %d are of other images than now (%s); they begin anew",
+                self.folder, step, ", ".join(one["name"] for one in self.about()) or "none",
+            )  # fmt: skip
         kept = {name for one in self.done for name in (*one["attention"], *one["pca"])}
         for pattern in ("attention-*.jpg", "pca-*.jpg"):
             for file in self.folder.glob(pattern):

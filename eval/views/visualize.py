@@ -22,7 +22,7 @@ from ssl_xcit.errors import UserError
 from ssl_xcit.files import replacing, sha256_of, sweep, write_json
 from ssl_xcit.models.weights import checkpoint_path, checkpoints_of, load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.run_folder import versions
+from ssl_xcit.run_folder import versions, written_to
 from ssl_xcit.table import shown_in_terminal
 
 from ..frozen import Frozen, placed
@@ -177,42 +177,43 @@ def main(cfg: DictConfig) -> None:
     files = wanted_files(cfg, kinds)
     data = images_of(cfg) if any(kind in TITLES for kind in kinds) else None
     out = out_folder(cfg, next(iter(paths.values())))
-    names = pictures.folder_names([file.stem for file in files], FILES)
-    shots = [Shot(file, name) for file, name in zip(files, names, strict=True)]
-    found = Found()
-    folders = pictures.folder_names(list(paths), ["sheet.png"]) if len(paths) > 1 else [""]
-    for label, folder in zip(paths, folders, strict=True):
-        backbone = backbones.get(label) or load_backbone(paths[label], cfg.which)
-        frozen = Frozen(
-            backbone, hows[label], placed(backbone, str(cfg.device))[0], cfg.batch_size,
-            cfg.num_workers, show=shown_in_terminal(), cache=cache_folder(cfg.cache),
-        )  # fmt: skip
-        numbers = found.numbers.setdefault(label, {})
-        if any(kind in OF_IMAGES for kind in kinds):
-            done = look_through(cfg, kinds, frozen, label, folder, shots, out)
-            numbers |= done[0]
-            found.summaries[label] = done[1]
-        in_data = [k for k in kinds if k in TITLES]
-        if label in lacking and "prototypes" in in_data:
-            in_data.remove("prototypes")
-        if data is not None and in_data:
-            asked = None if cfg.images is None else [s.file for s in shots if not s.left_out]
-            told, grids = draw_grids(
-                cfg, in_data, frozen, paths[label], data, asked, folder or "grid", out
-            )
-            numbers |= told
-            found.grids[label] = grids
-            for kind in grids:
-                before = f"{label}, " if len(paths) > 1 else ""
-                print(f"{before}{kind}: {in_words(kind, told[kind])}")
-    shown = [shot for shot in shots if shot.tiles and not shot.left_out]
-    write_page(cfg, kinds, models, paths, shown, found, out)
-    write_numbers(cfg, models, paths, shots, found.numbers, out)
-    count = sum(len(tiles) for shot in shown for tiles in shot.tiles.values())
-    num_grids = sum(len(each) for each in found.grids.values())
-    parts = [f"{count} pictures of {len(shown)} image{'s' * (len(shown) != 1)}"] * bool(shown)
-    parts += [f"{num_grids} grid{'s' * (num_grids != 1)}"] * bool(num_grids)
-    print(f"written: {', '.join(parts)}; open {out / 'index.html'}")
+    with written_to(out):
+        names = pictures.folder_names([file.stem for file in files], FILES)
+        shots = [Shot(file, name) for file, name in zip(files, names, strict=True)]
+        found = Found()
+        folders = pictures.folder_names(list(paths), ["sheet.png"]) if len(paths) > 1 else [""]
+        for label, folder in zip(paths, folders, strict=True):
+            backbone = backbones.get(label) or load_backbone(paths[label], cfg.which)
+            frozen = Frozen(
+                backbone, hows[label], placed(backbone, str(cfg.device))[0], cfg.batch_size,
+                cfg.num_workers, show=shown_in_terminal(), cache=cache_folder(cfg.cache),
+            )  # fmt: skip
+            numbers = found.numbers.setdefault(label, {})
+            if any(kind in OF_IMAGES for kind in kinds):
+                done = look_through(cfg, kinds, frozen, label, folder, shots, out)
+                numbers |= done[0]
+                found.summaries[label] = done[1]
+            in_data = [k for k in kinds if k in TITLES]
+            if label in lacking and "prototypes" in in_data:
+                in_data.remove("prototypes")
+            if data is not None and in_data:
+                asked = None if cfg.images is None else [s.file for s in shots if not s.left_out]
+                told, grids = draw_grids(
+                    cfg, in_data, frozen, paths[label], data, asked, folder or "grid", out
+                )
+                numbers |= told
+                found.grids[label] = grids
+                for kind in grids:
+                    before = f"{label}, " if len(paths) > 1 else ""
+                    print(f"{before}{kind}: {in_words(kind, told[kind])}")
+        shown = [shot for shot in shots if shot.tiles and not shot.left_out]
+        write_page(cfg, kinds, models, paths, shown, found, out)
+        write_numbers(cfg, models, paths, shots, found.numbers, out)
+        count = sum(len(tiles) for shot in shown for tiles in shot.tiles.values())
+        num_grids = sum(len(each) for each in found.grids.values())
+        parts = [f"{count} pictures of {len(shown)} image{'s' * (len(shown) != 1)}"] * bool(shown)
+        parts += [f"{num_grids} grid{'s' * (num_grids != 1)}"] * bool(num_grids)
+        print(f"written: {', '.join(parts)}; open {out / 'index.html'}")
 
 
 def write_numbers(

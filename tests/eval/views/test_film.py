@@ -219,10 +219,14 @@ def test_pngs_and_no_pyav(clip, monkeypatch, capsys):
     Path("pictures").mkdir()
     Path("pictures/frame-000009.png").write_bytes(b"of an earlier film")
     Path("pictures/frame.png").write_bytes(b"somebody's")
+    assert shoot("video=frames", "out=pictures") == 2
+    assert "no film has left there" in capsys.readouterr().err
+    assert Path("pictures/frame-000009.png").is_file()
+    Path("pictures/.film").touch()
     monkeypatch.setitem(sys.modules, "av", None)
     assert shoot("video=frames", "out=pictures") == 0
     assert "4 frames of 96 x 64, 0.2 s" in capsys.readouterr().out
-    names = sorted(f.name for f in Path("pictures").iterdir())
+    names = sorted(f.name for f in Path("pictures").glob("[!.]*"))
     assert names == ["frame-000001.png", "frame-000002.png", "frame-000003.png",
                      "frame-000004.png", "frame.png"]  # fmt: skip
     got = np.stack([np.asarray(Image.open(f"pictures/{name}"), float) for name in names[:4]])

@@ -328,3 +328,12 @@ def test_sheets_and_page_escape_names(here):
     assert "<b>" not in page
     assert re.search(r'href="[^"]*b[^"]*/map-mean\.png"', page)
     links()
+
+
+def test_a_disk_that_is_full(here, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ssl_xcit.eval.views.album.write_png", full)
+    assert run("visualize", "ckpt=run", "out=pictures") == 1
+    assert "pictures cannot be written ([Errno 28] No space left" in capsys.readouterr().err
