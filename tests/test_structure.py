@@ -52,6 +52,22 @@ def test_faiss_is_only_where_it_searches_and_clusters():
     assert not [f for f in files("eval") if "wandb" in imports(f)]
 
 
+def test_numbers_know_no_pictures_and_pictures_no_report():
+    def rooms(file):
+        """Below eval/, that a file imports from."""
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                here = file.relative_to(ROOT / "eval").parent.parts
+                base = here[: len(here) - node.level + 1]
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                yield from ((*base, *name.split("."))[0] for name in names)
+
+    for file in files("eval"):
+        room = file.relative_to(ROOT / "eval").parts[0]
+        known = {"report": set(), "views": {"report"}}.get(room, {"views", "report"})
+        assert not known & set(rooms(file)), file
+
+
 def test_importing_the_package_and_asking_for_help_is_light():
     code = (
         "import sys, ssl_xcit, ssl_xcit.cli as c; c.main(['--help'])\n"
