@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ssl_xcit import cli
@@ -58,3 +59,14 @@ def images(folder, count, size=(48, 48)):
     rng = np.random.default_rng(count)
     for i in range(count):
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{i}.png")
+
+
+def same(one, two):
+    """Whether two states are equal to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[k], two[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two

@@ -12,8 +12,6 @@ from ssl_xcit import __version__
 
 from ..views.markup import asset, esc, script_json
 
-PLOTLY = "plotly"
-
 
 @dataclass
 class Part:

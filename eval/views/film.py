@@ -38,6 +38,7 @@ from ..settings import number, switch
 from . import attention, patches
 from .attention import BRIGHTEST, Looked
 from .clips import Clip, Frame, Frames, Selection, Video, pyav
+from .data_set import evenly
 from .movies import NOTE, Movie, Sheets, frames_in
 from .pictures import Picture, enlarged, overlay, stretched, visible
 
@@ -255,9 +256,9 @@ def sample(cfg: DictConfig, frozen: Frozen, clip: Clip, paint: Paint) -> int:
     about.
     """
     total = clip.expected()
-    places = np.linspace(0, total - 1, min(cfg.samples, total)).round().astype(int)
+    places = evenly(total, cfg.samples)
     frames = track(
-        clip.frames(set(places.tolist())), "settling colours", total=len(places),
+        clip.frames(set(places)), "settling colours", total=len(places),
         disable=not frozen.show, transient=True,
     )  # fmt: skip
     taken = 0

@@ -23,35 +23,18 @@ from .grids import Cell, Row
 QUERIES = 20  # images of the data set itself that are asked with
 
 
-def neighbours(
-    bank: Float[np.ndarray, "N C"], chosen: Sequence[int], k: int
-) -> tuple[Int64[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:
-    """Rows of the bank and their cosines, -1 to 1: the k nearest others of some of its rows, the
-    highest first, of equals the first in the bank. A row itself is left out, its duplicates are
-    not.
-
-    Args:
-        bank: (N, C) features; may be a memory map.
-        chosen: rows that are asked for.
-        k: at most N - 1 are given.
-
-    Raises:
-        UserError: there are no others.
-    """
-    rows = np.asarray(chosen, dtype=np.int64)
-    return found_by(bank, bank[rows], rows, k)
-
-
 def found_by(
     bank: Float[np.ndarray, "N C"],
     queries: Float[np.ndarray, "Q C"],
     itself: Int64[np.ndarray, " Q"],
     k: int,
 ) -> tuple[Int64[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:
-    """As `neighbours`, of any queries.
+    """Rows of the bank and their cosines, -1 to 1: the k nearest to each query, the highest first,
+    of equals the first in the bank. The row that a query is itself is left out, its duplicates are
+    not.
 
     Args:
-        bank: (N, C).
+        bank: (N, C) features; may be a memory map.
         queries: (Q, C).
         itself: the row of the bank that each query is; -1: none.
         k: at most N - 1 are given.

@@ -36,6 +36,7 @@ from ..frozen import Frozen
 from ..masks import finite, resize_image
 from ..settings import number
 from . import attention, channels, patches, pictures
+from .data_set import evenly
 from .pictures import Cell, Picture
 
 log = logging.getLogger(__name__)
@@ -115,9 +116,8 @@ class Snapshots(lightning.Callback):
         """Images that can be read, the long side at `side`, both multiples of the patch."""
         pair, how = data.eval_data, data.dataset.how
         source = data.dataset.source if pair is None else pair.test
-        places = np.linspace(0, len(source) - 1, min(self.images, len(source)))
         found, bad = [], []
-        for index in places.round().astype(int).tolist():
+        for index in evenly(len(source), self.images):
             try:
                 pixels = read_sized(source, index, how, side, patch)
             except BadImage as error:

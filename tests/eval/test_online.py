@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import SMALL, metrics, run
+from commands import SMALL, metrics, run, same
 from ssl_xcit.eval.knn import KNN
 from ssl_xcit.eval.online import OnlineEvaluation
 
@@ -20,16 +20,6 @@ def weights(folder):
     newest = max(Path(folder, "checkpoints").glob("step-*.ckpt"))
     content = torch.load(newest, weights_only=True)
     return content["state_dict"], content["optimizer_states"]
-
-
-def same(one, two):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[k], two[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(same, one, two))
-    return one == two
 
 
 def test_both_networks_a_best_checkpoint_and_no_trace(tmp_path, monkeypatch):

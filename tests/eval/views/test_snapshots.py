@@ -12,7 +12,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from commands import NO_ONLINE, images, metrics, run
+from commands import NO_ONLINE, images, metrics, run, same
 from PIL import Image
 from ssl_xcit.eval.views import attention, snapshots
 from ssl_xcit.eval.views.pictures import ANCHORS
@@ -55,16 +55,6 @@ def here(tmp_path, monkeypatch):
 
 def index(name):
     return json.loads(Path("runs", name, "pictures", "index.json").read_text())
-
-
-def same(one, two):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[k], two[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(same, one, two))
-    return one == two
 
 
 def weights(name):
