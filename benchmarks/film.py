@@ -2,8 +2,8 @@
 
     python benchmarks/film.py runs/demo [--frames 40]
 
-A pan over the built-in photograph coffee.jpg, 4 pixels a frame. Printed: how far neighbouring frames
-of principal components differ, mean of all pixels and channels, of 255. Writes
+A pan over the built-in photograph coffee.jpg, 4 pixels a frame. Printed: how far neighbouring
+frames of principal components differ, mean of all pixels and channels, of 255. Writes
 benchmarks/results/film.json.
 """
 
