@@ -35,6 +35,9 @@ FLAGS = (
     "--config-name",
     "-cn",
 )  # that a rank started by Lightning needs too
+SWEEP = ("-m", "--multirun")
+# what Hydra shows instead of running anything
+SHOWN = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-v", "--version"}
 
 
 def commands() -> dict[str, str]:
@@ -45,6 +48,14 @@ def commands() -> dict[str, str]:
             text = file.read_text()
             found[file.name.removesuffix(".yaml")] = text.splitlines()[0].lstrip("# ")
     return found
+
+
+def sweeper_of(command: str) -> str | None:
+    """What runs a sweep of this command; None: Hydra's own, one after another."""
+    text = (resources.files(CONF) / f"{command}.yaml").read_text()
+    settings = OmegaConf.create(text)
+    assert isinstance(settings, DictConfig)
+    return settings.get("sweeper")
 
 
 def usage() -> str:
@@ -107,13 +118,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as they are, not printed by Hydra
-    sweep = bool({"-m", "--multirun"} & set(arguments))
+    sweep = bool(set(SWEEP) & set(arguments))
     sys.argv = [Path(program[0]).name, *(quoted(word, sweep) for word in arguments)]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
+        sweeper = sweeper_of(command) if sweep else None
+        if sweeper and not SHOWN & {word.partition("=")[0] for word in arguments}:
+            words = [w for w in sys.argv[1:] if w not in (*SWEEP, *flags)]
+            function = get_method(sweeper)
+            set_up_logging()
+            if code := function(CONF, command, words, flags):
+                raise SystemExit(code)
+            return
         hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name=command)(run)()
+    except KeyboardInterrupt:
+        fail("interrupted", exit_code=130)
     except Exception as error:
         if debugging:
             raise

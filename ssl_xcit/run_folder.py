@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 FREE_KEYS = (
     "name", "out", "num_workers", "worker_timeout", "logger", "callbacks", "main", "hydra",
     "data.max_bad_fraction", "compile", "checkpoint_blocks", "max_skipped", "collective_timeout",
-    "run_id", "report",
+    "run_id", "report", "sweep", "sweeper", "launcher",
 )  # fmt: skip
 FREE_KEYS_DOTTED = tuple(f"{key}." for key in FREE_KEYS)
 FREE_TRAINER_KEYS = (
@@ -160,9 +160,6 @@ def locked(run_dir: Path, wanted: bool = True) -> Iterator[None]:
     """Nobody else trains in this folder meanwhile; what a killed process left half-written is
     removed.
 
-    The lock is the system's and ends with the process, however that ends; children do not inherit
-    it.
-
     Args:
         run_dir: made if need be.
         wanted: only one rank holds it.
@@ -173,24 +170,40 @@ def locked(run_dir: Path, wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
-    path = run_dir / ".lock"
+    with exclusive(run_dir / ".lock", str(run_dir), "wait for it, or take another name=..."):
+        for folder in (run_dir, run_dir / "checkpoints"):
+            sweep(folder)
+        yield
+
+
+@contextmanager
+def exclusive(path: Path, what: str, otherwise: str = "wait for it") -> Iterator[None]:
+    """Nobody else has this lock meanwhile. It is the system's and ends with the process, however
+    that ends; children do not inherit it.
+
+    Args:
+        path: a file that is made, and removed.
+        what: is in use, for the message.
+        otherwise: what to do when another process has it.
+
+    Raises:
+        UserError: another process has it (says which), or the file cannot be made.
+    """
     while True:
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")
         except OSError as error:
-            raise UserError(f"{run_dir}: no folder to write to ({error.strerror})") from error
+            raise UserError(f"{path.parent}: no folder to write to ({error.strerror})") from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise UserError(
-                f"{run_dir} is in use by {holder}: wait for it, or take another name=..."
-            ) from error
+            raise UserError(f"{what} is in use by {holder}: {otherwise}") from error
         except OSError as error:
-            log.warning("%s: no locks on this file system (%s)", run_dir, error)
+            log.warning("%s: no locks on this file system (%s)", path.parent, error)
         with suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 break
@@ -199,14 +212,29 @@ def locked(run_dir: Path, wanted: bool = True) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
         file.flush()
-    for folder in (run_dir, run_dir / "checkpoints"):
-        sweep(folder)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
         with suppress(OSError):
             file.close()
+
+
+def lock_holder(run_dir: Path) -> str:
+    """Which process trains in this folder now; empty when none does.
+
+    The system's lock tells, for a killed process leaves the file. It is not to be asked for a lock
+    that this process holds: closing the file would give it up.
+    """
+    try:
+        with (run_dir / ".lock").open("rb") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                return file.read(300).decode("utf-8", "replace").strip() or "another process"
+    except OSError:  # no file, or a file system without locks
+        pass
+    return ""
 
 
 def writable_folder(path: Path) -> None:
@@ -243,15 +271,25 @@ def written_to(out: Path) -> Iterator[None]:
 
 def run_name(data: str, overrides: Sequence[str]) -> str:
     """A folder name that the same overrides always give: `photos_optim.lr-0.001_seed-1`."""
+    rest = [o for o in that_matter(overrides) if not o.startswith(("data=", "trainer="))]
+    return folder_name(rest, data)
+
+
+def that_matter(overrides: Sequence[str]) -> list[str]:
+    """Those that change results."""
     kept = [o for o in overrides if o.split("=")[0].lstrip("+~") not in FREE_KEYS]
-    kept = [
+    return [
         o for o in kept if not o.lstrip("+~").startswith((*FREE_KEYS_DOTTED, *FREE_TRAINER_KEYS))
     ]
-    rest = [o for o in kept if not o.startswith(("data=", "trainer="))]
-    name = "_".join([data, *(re.sub(r"[^\w.+-]+", "-", o) for o in rest)])
+
+
+def folder_name(overrides: Sequence[str], first: str = "") -> str:
+    """Overrides as the name of a folder, behind a first word."""
+    words = [re.sub(r"[^\w.+-]+", "-", o) for o in overrides]
+    name = "_".join([first, *words] if first else words)
     # paths and long lists lose something in a name; a hash tells them apart
-    if len(name) > 80 or any("/" in o for o in rest):
-        digest = sha256("\0".join(rest).encode()).hexdigest()[:8]
+    if len(name) > 80 or any("/" in o for o in overrides):
+        digest = sha256("\0".join(overrides).encode()).hexdigest()[:8]
         name = f"{name[:80].rstrip('-_')}_{digest}"
     return name
 

@@ -6,7 +6,6 @@ Nothing here raises because of what a file holds: what cannot be read is left ou
 """
 
 import csv
-import fcntl
 import json
 import math
 import re
@@ -23,6 +22,7 @@ from ssl_xcit.data.multicrop import Replaced
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.models.manifest import read_manifest
 from ssl_xcit.models.weights import checkpoints_of
+from ssl_xcit.run_folder import lock_holder
 
 Curve = tuple[list[int], list[float]]  # steps and values; a value may be infinite or no number
 Numbers = dict[str, dict[str, float]]  # row -> metric -> value
@@ -357,20 +357,3 @@ def state_of(run: Run) -> tuple[str, str]:
     if isinstance(total, int) and run.step >= total:
         return STOPPED, "trained to the last step, but not evaluated: the same command does that"
     return STOPPED, f"stopped at {where}; the same command goes on"
-
-
-def lock_holder(folder: Path) -> str:
-    """Who trains in the folder now; empty when nobody does.
-
-    The system's lock tells, for a killed process leaves the file. It is not to be asked for a lock
-    that this process holds: closing the file would give it up.
-    """
-    try:
-        with (folder / ".lock").open("rb") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                return file.read(300).decode("utf-8", "replace").strip() or "another process"
-    except OSError:  # no file, or a file system without locks
-        pass
-    return ""
