@@ -19,9 +19,9 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
+from ssl_xcit.cores import usable_cores
 from ssl_xcit.data.decode import BadImage, as_bad_image, check_size, read_file, read_image
 from ssl_xcit.data.folders import image_files
-from ssl_xcit.data.loader import usable_cores
 from ssl_xcit.data.preprocess import Pixels, Preprocess
 from ssl_xcit.errors import MissingPath, RunFailed, UserError
 

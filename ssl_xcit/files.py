@@ -7,10 +7,13 @@ systems, and who finds one knows whose it is. The system's temporary folder is n
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from ssl_xcit.errors import RunFailed, UserError
 
 SUFFIX = ".part"
 
@@ -54,6 +57,38 @@ def sweep(folder: Path) -> None:
     """Remove what a killed process left half-written in this folder."""
     for part in folder.glob(f".*{SUFFIX}"):
         part.unlink()
+
+
+def writable_folder(path: Path) -> None:
+    """Make it, and see that files can be made in it.
+
+    Raises:
+        UserError: neither can be done.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: no folder to write to ({error.strerror})") from error
+
+
+@contextmanager
+def written_to(out: Path) -> Iterator[None]:
+    """Work whose results go into a folder, or a file; that they cannot is said in a line.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+        RunFailed: the disk is full, or gone.
+    """
+    writable_folder(out.parent if out.suffix and not out.is_dir() else out)
+    try:
+        yield
+    except UserError:  # some of which are of files that are not there
+        raise
+    except OSError as error:
+        trouble = f"{out} cannot be written ({error})"
+        raise RunFailed(f"{trouble}: make room, and try again") from error
 
 
 class Hashing:

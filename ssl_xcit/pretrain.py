@@ -35,10 +35,10 @@ from ssl_xcit.run_folder import (
     last_row,
     locked,
     run_id_of,
-    run_name,
     versions,
     write_settings,
 )
+from ssl_xcit.run_name import run_name
 from ssl_xcit.table import print_table
 from ssl_xcit.trainer import kill_children, make_trainer, runs_on_cpu, watched_child
 from ssl_xcit.training.checkpoint import newest_valid

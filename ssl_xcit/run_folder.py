@@ -3,18 +3,11 @@ it.
 """
 
 import csv
-import fcntl
 import json
-import logging
-import os
 import platform
-import re
-import socket
-import tempfile
-import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,19 +21,9 @@ from ssl_xcit import __version__
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.files import replacing, sweep, write_json
 from ssl_xcit.hardware import machine
+from ssl_xcit.locks import exclusive
 from ssl_xcit.models.weights import checkpoints_of
-
-log = logging.getLogger(__name__)
-# What may differ between the parts of one run: where things are and how they are shown
-FREE_KEYS = (
-    "name", "out", "num_workers", "worker_timeout", "logger", "callbacks", "main", "hydra",
-    "data.max_bad_fraction", "compile", "checkpoint_blocks", "max_skipped", "collective_timeout",
-    "run_id", "report", "sweep", "sweeper", "launcher",
-)  # fmt: skip
-FREE_KEYS_DOTTED = tuple(f"{key}." for key in FREE_KEYS)
-FREE_TRAINER_KEYS = (
-    "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes",
-)  # fmt: skip
+from ssl_xcit.run_name import FREE_KEYS, FREE_TRAINER_KEYS
 
 
 def check_same_run(cfg: DictConfig, run_dir: Path) -> None:
@@ -174,124 +157,6 @@ def locked(run_dir: Path, wanted: bool = True) -> Iterator[None]:
         for folder in (run_dir, run_dir / "checkpoints"):
             sweep(folder)
         yield
-
-
-@contextmanager
-def exclusive(path: Path, what: str, otherwise: str = "wait for it") -> Iterator[None]:
-    """Nobody else has this lock meanwhile. It is the system's and ends with the process, however
-    that ends; children do not inherit it.
-
-    Args:
-        path: a file that is made, and removed.
-        what: is in use, for the message.
-        otherwise: what to do when another process has it.
-
-    Raises:
-        UserError: another process has it (says which), or the file cannot be made.
-    """
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
-        except OSError as error:
-            raise UserError(f"{path.parent}: no folder to write to ({error.strerror})") from error
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise UserError(f"{what} is in use by {holder}: {otherwise}") from error
-        except OSError as error:
-            log.warning("%s: no locks on this file system (%s)", path.parent, error)
-        with suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                break
-        file.close()  # who held it has just removed it: a lock on that file means nothing
-    with suppress(OSError):  # a full disk may spoil the text, not the lock
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
-        file.flush()
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        with suppress(OSError):
-            file.close()
-
-
-def lock_holder(run_dir: Path) -> str:
-    """Which process trains in this folder now; empty when none does.
-
-    The system's lock tells, for a killed process leaves the file. It is not to be asked for a lock
-    that this process holds: closing the file would give it up.
-    """
-    try:
-        with (run_dir / ".lock").open("rb") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                return file.read(300).decode("utf-8", "replace").strip() or "another process"
-    except OSError:  # no file, or a file system without locks
-        pass
-    return ""
-
-
-def writable_folder(path: Path) -> None:
-    """Make it, and see that files can be made in it.
-
-    Raises:
-        UserError: neither can be done.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"{path}: no folder to write to ({error.strerror})") from error
-
-
-@contextmanager
-def written_to(out: Path) -> Iterator[None]:
-    """Work whose results go into a folder, or a file; that they cannot is said in a line.
-
-    Raises:
-        UserError: the folder cannot be made or written.
-        RunFailed: the disk is full, or gone.
-    """
-    writable_folder(out.parent if out.suffix and not out.is_dir() else out)
-    try:
-        yield
-    except UserError:  # some of which are of files that are not there
-        raise
-    except OSError as error:
-        trouble = f"{out} cannot be written ({error})"
-        raise RunFailed(f"{trouble}: make room, and try again") from error
-
-
-def run_name(data: str, overrides: Sequence[str]) -> str:
-    """A folder name that the same overrides always give: `photos_optim.lr-0.001_seed-1`."""
-    rest = [o for o in that_matter(overrides) if not o.startswith(("data=", "trainer="))]
-    return folder_name(rest, data)
-
-
-def that_matter(overrides: Sequence[str]) -> list[str]:
-    """Those that change results."""
-    kept = [o for o in overrides if o.split("=")[0].lstrip("+~") not in FREE_KEYS]
-    return [
-        o for o in kept if not o.lstrip("+~").startswith((*FREE_KEYS_DOTTED, *FREE_TRAINER_KEYS))
-    ]
-
-
-def folder_name(overrides: Sequence[str], first: str = "") -> str:
-    """Overrides as the name of a folder, behind a first word."""
-    words = [re.sub(r"[^\w.+-]+", "-", o) for o in overrides]
-    name = "_".join([first, *words] if first else words)
-    # paths and long lists lose something in a name; a hash tells them apart
-    if len(name) > 80 or any("/" in o for o in overrides):
-        digest = sha256("\0".join(overrides).encode()).hexdigest()[:8]
-        name = f"{name[:80].rstrip('-_')}_{digest}"
-    return name
 
 
 def last_row(run_dir: Path) -> dict[str, float]:

@@ -30,9 +30,8 @@ from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.shards import list_tar
 from ssl_xcit.data.sources import Source, Stored
 from ssl_xcit.errors import RunFailed, UserError
-from ssl_xcit.files import write_json
+from ssl_xcit.files import writable_folder, write_json
 from ssl_xcit.plan import check_numbers
-from ssl_xcit.run_folder import writable_folder
 from ssl_xcit.table import shown_in_terminal
 
 NUMBERS = (

@@ -14,9 +14,8 @@ from ssl_xcit.data.loader import look_at_all
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import write_json
+from ssl_xcit.files import writable_folder, write_json
 from ssl_xcit.plan import check_numbers
-from ssl_xcit.run_folder import writable_folder
 from ssl_xcit.table import shown_in_terminal
 
 NUMBERS = (

@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import EVALUATION, NO_ONLINE, SMALL, images, metrics, run
 
-from ssl_xcit.run_folder import run_name
+from ssl_xcit.run_name import run_name
 
 
 @pytest.fixture(autouse=True)

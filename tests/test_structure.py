@@ -35,7 +35,8 @@ def test_rooms_know_only_their_neighbours(room):
     for file in files(f"ssl_xcit/{room}"):
         for name in imports(file):
             if name.startswith("ssl_xcit."):
-                assert name.split(".")[1] in ALLOWED[room] | {"errors", "files"}, f"{file}: {name}"
+                known = ALLOWED[room] | {"cores", "errors", "files"}
+                assert name.split(".")[1] in known, f"{file}: {name}"
 
 
 def test_the_package_never_imports_eval_conf_wandb_or_faiss():
@@ -44,6 +45,15 @@ def test_the_package_never_imports_eval_conf_wandb_or_faiss():
             top = name.split(".")
             assert top[0] not in ("eval", "conf", "wandb", "faiss"), f"{file}: {name}"
             assert top[:2] not in (["ssl_xcit", "eval"], ["ssl_xcit", "conf"]), f"{file}: {name}"
+
+
+def test_what_drives_a_sweep_is_light():
+    code = (
+        "import sys, ssl_xcit.sweeps.command, ssl_xcit.sweeps.launchers, ssl_xcit.sweeps.tpe\n"
+        "heavy = {'torch', 'lightning', 'cv2', 'optuna', 'submitit'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_faiss_is_only_where_it_searches_and_clusters():

@@ -16,8 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import replacing
-from ssl_xcit.run_folder import writable_folder
+from ssl_xcit.files import replacing, writable_folder
 from ssl_xcit.table import shown_in_terminal
 
 from ..settings import number

@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 from ssl_xcit.data import bad
 from ssl_xcit.data.multicrop import Replaced
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.locks import lock_holder
 from ssl_xcit.models.manifest import read_manifest
 from ssl_xcit.models.weights import checkpoints_of
-from ssl_xcit.run_folder import lock_holder
 
 Curve = tuple[list[int], list[float]]  # steps and values; a value may be infinite or no number
 Numbers = dict[str, dict[str, float]]  # row -> metric -> value

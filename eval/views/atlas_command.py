@@ -22,9 +22,8 @@ from ssl_xcit.data.decode import BadImage, open_picture
 from ssl_xcit.data.preprocess import of_weights
 from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import replacing
+from ssl_xcit.files import replacing, writable_folder, written_to
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
-from ssl_xcit.run_folder import writable_folder, written_to
 from ssl_xcit.table import shown_in_terminal
 
 from ..frozen import Frozen, placed

@@ -19,10 +19,10 @@ from omegaconf import DictConfig, ListConfig
 
 from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import replacing, sha256_of, sweep, write_json
+from ssl_xcit.files import replacing, sha256_of, sweep, write_json, written_to
 from ssl_xcit.models.weights import checkpoint_path, checkpoints_of, load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.run_folder import versions, written_to
+from ssl_xcit.run_folder import versions
 from ssl_xcit.table import shown_in_terminal
 
 from ..frozen import Frozen, placed

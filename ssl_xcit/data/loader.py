@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import multiprocessing
-import os
 import queue
 import signal
 import threading
@@ -18,6 +17,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ssl_xcit.cores import usable_cores
 from ssl_xcit.errors import RunFailed
 
 log = logging.getLogger(__name__)
@@ -36,17 +36,6 @@ def default_workers(devices: int = 1) -> int:
     at most 12.
     """
     return min(12, max(0, usable_cores() // max(devices, 1) - 1))
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, by affinity and by the container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        return max(1, min(cores or 1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such group, or `max`
-        return cores or 1
 
 
 def start_worker(worker_id: int) -> None:

@@ -16,9 +16,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import write_json
+from ssl_xcit.files import writable_folder, write_json
 from ssl_xcit.plan import check_numbers, check_switches
-from ssl_xcit.run_folder import folder_name, run_name, that_matter, writable_folder
+from ssl_xcit.run_name import folder_name, run_name, that_matter
 from ssl_xcit.sweeps import trial as trials
 from ssl_xcit.sweeps.driver import Sweep
 from ssl_xcit.sweeps.searches import Search
@@ -27,6 +27,7 @@ from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, STOPPED, Trial
 from ssl_xcit.sweeps.watching import Lines
 
 FILE = "sweep.json"
+PROGRAM = (sys.executable, "-m", "ssl_xcit")
 OURS = ("sweep", "launcher")  # of the sweep, not of its trials
 MOST_COMPOSED = 64  # values that are tried on the settings before anything starts
 
@@ -67,7 +68,7 @@ def main(config: str, command: str, words: Sequence[str], flags: Sequence[str]) 
         place = [f"out='{folder}'", f"name='{trial.folder.name}'"]
         shared = [*flags, *fixed, *trial.overrides, *forced, *launcher.overrides(), *place]
         kept = [w for w in shared if not w.startswith(("name=", "out=")) or w in place]
-        return [sys.executable, "-m", "ssl_xcit", command, *given_once(kept)]
+        return [*PROGRAM, command, *given_once(kept)]
 
     search.start(space, folder)
     try:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.run_folder import lock_holder
+from ssl_xcit.locks import lock_holder
 from ssl_xcit.sweeps import trial as trials
 from ssl_xcit.sweeps.job import POLL, STOP, Job, ask_to_stop
 from ssl_xcit.sweeps.launchers import Launcher, Running
@@ -25,6 +25,7 @@ from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, RUNNING, STOPPED, Tr
 
 LOOK = 1.0  # seconds between two looks at a trial's metrics
 FORCED = 30.0  # seconds after a second Ctrl-C until trials are killed
+IN_USE = "is in use by process"  # as `locks.exclusive` says it
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 
 
@@ -204,11 +205,11 @@ class Sweep:
             state = PRUNED
         elif code in (75, 130) or self.received is not None:
             state = STOPPED
-        elif lock_holder(folder):  # another sweep was faster
-            self.elsewhere.append(one.trial)
-            return
         else:
             state, error = FAILED, error or reason(folder, code)
+            if lock_holder(folder) or IN_USE in error:  # another sweep was faster
+                self.elsewhere.append(one.trial)
+                return
         trials.note(one.trial, state, exit_code=code, **({"error": error} if error else {}))
         self.conclude(one.trial, state, error)
 

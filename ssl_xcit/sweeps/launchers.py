@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from ssl_xcit.data.loader import usable_cores
+from ssl_xcit.cores import usable_cores
 from ssl_xcit.errors import UserError
 from ssl_xcit.sweeps.job import Job
 
 
+@runtime_checkable
 class Running(Protocol):
     """A job that was started."""
 
@@ -26,6 +27,7 @@ class Running(Protocol):
         ...
 
 
+@runtime_checkable
 class Launcher(Protocol):
     """See the classes below.
 

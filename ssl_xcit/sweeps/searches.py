@@ -5,14 +5,15 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.run_folder import folder_name
+from ssl_xcit.run_name import folder_name
 from ssl_xcit.sweeps.space import Space, combinations, sampled
 from ssl_xcit.sweeps.trial import Trial
 
 
+@runtime_checkable
 class Search(Protocol):
     """Trials one after another, in an order that a second start repeats.
 

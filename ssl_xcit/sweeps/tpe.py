@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.run_folder import exclusive
+from ssl_xcit.locks import exclusive
 from ssl_xcit.sweeps.searches import Halving, check_count, need_something, numbered
 from ssl_xcit.sweeps.space import Choice, Space, written
 from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, Trial
@@ -133,7 +133,8 @@ class Optuna:
                 if overrides is None:
                     overrides = [f"{key}={self.suggested(asked, key)}" for key in self.space.swept]
                     if (same := self.tried(overrides)) is not None:
-                        self.study.tell(asked, same.value, same.state)
+                        complete = same.state == self.optuna.trial.TrialState.COMPLETE
+                        self.study.tell(asked, same.value if complete else None, same.state)
                         continue
                     asked.set_user_attr(OVERRIDES, overrides)
                 self.running[asked.number] = asked
@@ -152,7 +153,6 @@ class Optuna:
             n_startup_trials=self.startup_trials,
             constant_liar=True,
             multivariate=True,
-            warn_independent_sampling=False,
         )
         return self.study.ask()
 

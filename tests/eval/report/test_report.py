@@ -24,7 +24,8 @@ from ssl_xcit.eval.report.curves import thinned
 from ssl_xcit.eval.report.features import Options, Seen
 from ssl_xcit.eval.report.run import read_run
 from ssl_xcit.eval.views.markup import script_json, spoken
-from ssl_xcit.run_folder import lock_holder
+
+from ssl_xcit.locks import lock_holder
 
 TINY = [w for w in SMALL if not w.startswith("evaluation.evaluators.linear")]
 TINY += ["callbacks.snapshots=null"]
