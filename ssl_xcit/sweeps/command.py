@@ -47,16 +47,18 @@ def main(config: str, command: str, words: Sequence[str], flags: Sequence[str]) 
     Raises:
         UserError: a setting is wrong; nothing has been started.
     """
-    with composing(config, flags):
+    with composing(config, flags) as found:
         space = read_space(words, GlobalHydra.instance().config_loader())
         ours = [w for w in space.fixed if w.split("=")[0].split(".")[0].lstrip("+~") in OURS]
         fixed = [w for w in space.fixed if w not in ours]
         space = Space(tuple(fixed), space.swept)
         cfg = compose(
-            command, overrides=[*fixed, *first_values(space), *ours], return_hydra_config=True
+            command,
+            overrides=[*found, *fixed, *first_values(space), *ours],
+            return_hydra_config=True,
         )
         data = str(cfg.hydra.runtime.choices["data"])
-        check_values(command, space)
+        check_values(command, space, found)
         search: Search = instantiate(cfg.sweep.search)
         launcher = instantiate(cfg.launcher)
     folder = Path(str(cfg.out)) / (str(cfg.name) if cfg.name else sweep_name(cfg, data, space))
@@ -89,18 +91,17 @@ def main(config: str, command: str, words: Sequence[str], flags: Sequence[str]) 
 
 
 @contextmanager
-def composing(config: str, flags: Sequence[str]) -> Iterator[None]:
-    """Hydra's compose, with the folder that `--config-dir` names."""
+def composing(config: str, flags: Sequence[str]) -> Iterator[list[str]]:
+    """Hydra's compose; what it yields are the folders that `--config-dir` names, as an override."""
+    folders = [
+        Path(inline if equals else value).resolve()
+        for flag, value in zip(flags, [*flags[1:], ""], strict=False)
+        for name, equals, inline in [flag.partition("=")]
+        if name in ("--config-dir", "-cd")
+    ]
     GlobalHydra.instance().clear()
     with initialize_config_module(config, version_base="1.3"):
-        for flag, value in zip(flags, [*flags[1:], ""], strict=False):
-            name, equals, inline = flag.partition("=")
-            if name in ("--config-dir", "-cd"):
-                path = Path(inline if equals else value).resolve()
-                loader: Any = GlobalHydra.instance().config_loader()
-                loader.get_search_path().append("command-line", f"file://{path}")
-                loader.repository.initialize_sources(loader.get_search_path())
-        yield
+        yield [f"hydra.searchpath=['file://{folder}']" for folder in folders]
     GlobalHydra.instance().clear()
 
 
@@ -116,7 +117,7 @@ def samples(values: Any) -> list[str]:
     return [f"{values.low:g}", f"{values.high:g}"]
 
 
-def check_values(command: str, space: Space) -> None:
+def check_values(command: str, space: Space, found: Sequence[str]) -> None:
     """Each value alone makes settings that hold, so that no trial fails of a slip.
 
     Raises:
@@ -126,7 +127,7 @@ def check_values(command: str, space: Space) -> None:
     tried = [(key, value) for key, values in space.swept.items() for value in samples(values)]
     for key, value in tried[:MOST_COMPOSED]:
         others = [word for name, word in first.items() if name != key]
-        cfg = compose(command, overrides=[*space.fixed, *others, f"{key}={value}"])
+        cfg = compose(command, overrides=[*found, *space.fixed, *others, f"{key}={value}"])
         OmegaConf.to_container(cfg, resolve=True)
         check_numbers(cfg)
         check_switches(cfg)

@@ -16,7 +16,9 @@ from ssl_xcit.errors import UserError
 from ssl_xcit.locks import exclusive
 from ssl_xcit.sweeps.job import PARENT, end_with
 
-settings = {k: v.strip("'") for k, _, v in (word.partition("=") for word in sys.argv[2:])}
+settings = {
+    k.lstrip("+"): v.strip("'") for k, _, v in (word.partition("=") for word in sys.argv[2:])
+}
 folder = Path(settings["out"]) / settings["name"]
 total = int(settings.get("steps", 8))
 lr = float(settings.get("lr") or settings.get("optim.lr"))
