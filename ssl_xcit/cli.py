@@ -36,6 +36,7 @@ FLAGS = (
     "-cn",
 )  # that a rank started by Lightning needs too
 SWEEP = ("-m", "--multirun")
+TAKES = ("-c", "--cfg", "-p", "--package", "-i", "--info", "-hd", "--hydra-help")  # a word behind
 # what Hydra shows instead of running anything
 SHOWN = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-v", "--version"}
 
@@ -50,12 +51,31 @@ def commands() -> dict[str, str]:
     return found
 
 
+def settings_of(command: str) -> DictConfig:
+    """A command's own yaml."""
+    settings = OmegaConf.create((resources.files(CONF) / f"{command}.yaml").read_text())
+    assert isinstance(settings, DictConfig)
+    return settings
+
+
 def sweeper_of(command: str) -> str | None:
     """What runs a sweep of this command; None: Hydra's own, one after another."""
-    text = (resources.files(CONF) / f"{command}.yaml").read_text()
-    settings = OmegaConf.create(text)
-    assert isinstance(settings, DictConfig)
-    return settings.get("sweeper")
+    return settings_of(command).get("sweeper")
+
+
+def named(command: str, arguments: Sequence[str]) -> list[str]:
+    """A word that stands alone, such as a folder, as the value of the setting that has to be given:
+    `ssl-xcit sweep DIR` is `ssl-xcit sweep dir=DIR`.
+    """
+    words = list(arguments)
+    for place, (before, word) in enumerate(zip(["", *words], words, strict=False)):
+        if "=" in word or word.startswith(("-", "+", "~")) or before in FLAGS or before in TAKES:
+            continue
+        needed = missing_keys(OmegaConf.to_container(settings_of(command), resolve=False))
+        if len(needed) == 1:
+            words[place] = f"{needed[0]}={word}"
+            break
+    return words
 
 
 def usage() -> str:
@@ -117,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             report(command, error)
         os.environ["HYDRA_FULL_ERROR"] = "1"
 
+    arguments = named(command, arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as they are, not printed by Hydra
     sweep = bool(set(SWEEP) & set(arguments))
     sys.argv = [Path(program[0]).name, *(quoted(word, sweep) for word in arguments)]

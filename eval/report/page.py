@@ -12,6 +12,8 @@ from ssl_xcit import __version__
 
 from ..views.markup import asset, esc, script_json
 
+FIGURES = ("curves", "numbers", "entropy", "parallel", "decides", "over")  # drawn by plotly
+
 
 @dataclass
 class Part:
@@ -88,4 +90,4 @@ def page(title: str, subtitle: str, head: str, parts: Sequence[Part], when: str)
 
 def needs_plotly(data: Mapping[str, Any]) -> bool:
     """Whether there is a figure; the library is most of a page without pictures."""
-    return any(data.get(name) for name in ("curves", "numbers", "entropy"))
+    return any(data.get(name) for name in FIGURES)

@@ -169,7 +169,37 @@
     })];
   }
 
-  const KINDS = { curves: drawCurves, numbers: drawNumbers, entropy: drawEntropy };
+  function drawParallel(box, look) { // of a sweep: a line a trial
+    const { axes, colour } = data.parallel;
+    const low = shade(0, look), high = shade(1, look);
+    const trace = {
+      type: "parcoords", line: { color: colour, colorscale: [[0, low], [1, high]] },
+      dimensions: axes, labelfont: { color: look.ink, size: 12 }, tickfont: { color: look.ink, size: 11 },
+      rangefont: { color: "rgba(0,0,0,0)", size: 1 }, unselected: { line: { opacity: 0.06 } },
+    };
+    return [[trace], layout(look, { height: 360, margin: { l: 60, r: 50, t: 46, b: 18 }, dragmode: false })];
+  }
+
+  function drawDecides(box, look) {
+    const rows = data.decides;
+    const trace = { type: "bar", orientation: "h", y: rows.map((row) => row.key), x: rows.map((row) => 100 * row.share),
+                    marker: { color: look.colours[0] }, hovertemplate: "%{x:.0f} %<extra></extra>" };
+    return [[trace], layout(look, { height: 60 + 30 * rows.length, hovermode: "closest", dragmode: false,
+                                    xaxis: { fixedrange: true, ticksuffix: " %", rangemode: "tozero" },
+                                    yaxis: { fixedrange: true, autorange: "reversed", ticksuffix: "  " } })];
+  }
+
+  function drawOver(box, look) { // the best in colour, the others pale
+    const found = [...data.over].reverse().map((line) => ({
+      type: "scatter", mode: line.x.length < 20 ? "lines+markers" : "lines", name: line.name, x: line.x, y: line.y,
+      line: { color: line.best ? look.colours[1] : faded(look.colours[0], 0.35), width: line.best ? 2.5 : 1.5 },
+      marker: { size: 5 }, hovertemplate: "%{y:.4~g}, step %{x:,d}",
+    }));
+    return [found, layout(look, { height: 320, hovermode: "closest", xaxis: { tickformat: ",d" } })];
+  }
+
+  const KINDS = { curves: drawCurves, numbers: drawNumbers, entropy: drawEntropy, parallel: drawParallel,
+                  decides: drawDecides, over: drawOver };
 
   function draw(box) {
     const kind = box.dataset.figure;
