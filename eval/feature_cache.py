@@ -23,11 +23,10 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from ssl_xcit.data.cache import default_cache
 from ssl_xcit.data.decode import BadImage
 from ssl_xcit.data.sources import Files, LabelledPair, Source, Subset
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import replacing, sha256_of, write_json
+from ssl_xcit.files import default_cache, replacing, sha256_of, write_json
 from ssl_xcit.models.xcit import XCiT
 
 from .features import (

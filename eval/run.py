@@ -26,6 +26,7 @@ from ssl_xcit.data.preprocess import MAX_PIXELS, Preprocess, of_weights
 from ssl_xcit.data.sources import LabelledPair, label_kind
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.files import sha256_of
+from ssl_xcit.models.published import place_of
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.run_folder import versions
@@ -337,7 +338,11 @@ def expected(cfg: DictConfig) -> dict[str, Any] | None:
 
 
 def folder_of(path: Path) -> Path:
-    """The run folder of weights, or the folder that a lone file lies in."""
+    """The run folder of weights, or the folder that a lone file lies in; of downloaded weights one
+    here, by their name.
+    """
+    if (downloaded := place_of(path)) is not None:
+        return downloaded
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 

@@ -91,6 +91,14 @@ def written_to(out: Path) -> Iterator[None]:
         raise RunFailed(f"{trouble}: make room, and try again") from error
 
 
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/ssl_xcit, or ~/.cache/ssl_xcit, or without a home a temporary folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ssl_xcit"
+    except RuntimeError:  # a user without a home, as in containers
+        return Path(tempfile.gettempdir()) / f"ssl_xcit-{os.getuid()}"
+
+
 class Hashing:
     """A binary file that is only appended to, and the SHA-256 of what went in.
 

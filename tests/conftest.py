@@ -25,8 +25,15 @@ def offline(monkeypatch):
             return connect(self, address)
         raise OSError(f"the tests are offline, and this asks for {address}")
 
+    resolve = socket.getaddrinfo
+
+    def no_names(host, *args, **kwargs):
+        if host == "127.0.0.1":
+            return resolve(host, *args, **kwargs)
+        raise socket.gaierror(f"the tests are offline, and this asks for {host}")
+
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", _no_names)
+    monkeypatch.setattr(socket, "getaddrinfo", no_names)
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +42,6 @@ def no_wandb_service():
     yield
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()
-
-
-def _no_names(host, *args, **kwargs):
-    raise socket.gaierror(f"the tests are offline, and this asks for {host}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -107,7 +107,8 @@ def test_own_labelled_images(tmp_path, capsys):
 
 def test_a_sweep_makes_a_folder_each():
     assert run("pretrain", "-m", "seed=1,2", "evaluation.baselines=null", *SMALL) == 0
-    folders = [p for p in Path("runs").iterdir() if p.is_dir()]
+    (sweep,) = Path("runs").iterdir()
+    folders = [p for p in sweep.iterdir() if p.is_dir()]
     assert len(folders) == 2
     assert all((p / "summary.json").exists() for p in folders)
 

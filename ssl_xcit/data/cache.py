@@ -7,14 +7,6 @@ from pathlib import Path
 import numpy as np
 
 
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/ssl_xcit, or ~/.cache/ssl_xcit, or without a home a temporary folder."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ssl_xcit"
-    except RuntimeError:  # a user without a home, as in containers
-        return Path(tempfile.gettempdir()) / f"ssl_xcit-{os.getuid()}"
-
-
 def load_arrays(file: Path) -> dict[str, np.ndarray] | None:
     """Arrays by name; None when there is no such file, or it is damaged. No pickles."""
     try:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_xcit.data.cache import default_cache, load_arrays, save_arrays
+from ssl_xcit.data.cache import load_arrays, save_arrays
 from ssl_xcit.data.names import Names
 from ssl_xcit.data.sources import Files, LabelledPair, Source, held_out
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.files import default_cache
 
 log = logging.getLogger(__name__)
 EXTENSIONS = tuple(b".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif .npy".split())

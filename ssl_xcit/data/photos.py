@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssl_xcit.data.cache import default_cache
 from ssl_xcit.data.decode import read_image
 from ssl_xcit.data.folders import class_folders, folder
 from ssl_xcit.data.preprocess import Pixels
 from ssl_xcit.data.sources import Files, LabelledPair
 from ssl_xcit.errors import MissingPath
+from ssl_xcit.files import default_cache
 
 SKIMAGE = [
     "astronaut.png",

@@ -19,13 +19,14 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from rich.progress import track
 
-from ssl_xcit.data.cache import default_cache, load_arrays, save_arrays
+from ssl_xcit.data.cache import load_arrays, save_arrays
 from ssl_xcit.data.decode import MAX_BYTES, BadImage
 from ssl_xcit.data.folders import EXTENSIONS
 from ssl_xcit.data.names import Names
 from ssl_xcit.data.order import Shards
 from ssl_xcit.data.sources import LabelledPair, Labels, held_out
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.files import default_cache
 
 log = logging.getLogger(__name__)
 MAX_HEADER = 2**20  # bytes of one tar header with its extensions

@@ -1,25 +1,33 @@
-"""Names and files of weights: ours, the published XCiT and DINO files, timm's names.
+"""Files of weights: ours, the published XCiT and DINO files, timm's, safetensors; by path or by
+name (`published.py`).
 
 Files are read with `weights_only=True`, so a hostile one runs no code; nothing is loaded in part:
 whatever does not match is an error that lists it.
 """
 
 import argparse
+import json
 import re
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.models.manifest import verify
+from ssl_xcit.models.names import from_timm_names
+from ssl_xcit.models.published import TIMM, TIMM_FILE, found_by_name, is_address
 from ssl_xcit.models.xcit import SIZES, XCiT
 
 StateDict = dict[str, Tensor]
 Which = Literal["teacher", "student"]
+HEADER = "ssl_xcit"  # of what a safetensors file says of itself: architecture and preprocess
+HEAD_KEYS = re.compile(r"mlp\.[024]\.(weight|bias)|last_layer\.weight_[gv]")
 
 
 def load_backbone(
@@ -28,8 +36,7 @@ def load_backbone(
     """The backbone in a checkpoint, in eval mode.
 
     Args:
-        path: a run folder (its newest checkpoint), a checkpoint of ours, or a published `.pth`:
-            supervised (under `model`), bare DINO backbone, or a full DINO training file.
+        path: see `checkpoint_path`.
         which: the network of a training file that holds both.
         expect: an `XCiT.architecture` that the file must hold (keys missing here are free).
 
@@ -38,10 +45,18 @@ def load_backbone(
         UserError: unreadable, not an XCiT, or another architecture than expected (names both).
     """
     path = checkpoint_path(path)
-    content = read_checkpoint(path)
+    return backbone_in(read_checkpoint(path), path, which, expect)
+
+
+def backbone_in(
+    content: Mapping[str, Any],
+    path: Path,
+    which: Which = "teacher",
+    expect: Mapping[str, Any] | None = None,
+) -> XCiT:
+    """The same of a file that was read; see `load_backbone`."""
     state = backbone_state(content, which, path)
-    recorded = content.get("architecture")
-    architecture = recorded if isinstance(recorded, dict) else architecture_of(state, path)
+    architecture = recorded_architecture(content, path) or architecture_of(state, path)
     differs = {k: v for k, v in (expect or {}).items() if architecture.get(k) != v}
     if differs:
         keys = ", ".join(f"{k} {architecture.get(k)}, not {v}" for k, v in differs.items())
@@ -58,17 +73,70 @@ def load_backbone(
     return model.eval()
 
 
+class Training(NamedTuple):
+    """What a training file holds beside the backbone; None where it does not."""
+
+    backbone: XCiT
+    head: StateDict | None  # of `DINOHead`, of the same network
+    center: Tensor | None  # (K,)
+
+
+def load_training(path: str | Path, which: Which = "teacher") -> Training:
+    """Backbone, projection head and center of a training file, ours or a published one.
+
+    Raises:
+        UserError: as `load_backbone`; or there is a head, but none of ours (lists what it has).
+    """
+    path = checkpoint_path(path)
+    content = read_checkpoint(path)
+    backbone = backbone_in(content, path, which)
+    head = head_state(content, which)
+    if head is not None and (strange := [k for k in head if not HEAD_KEYS.fullmatch(k)]):
+        raise UserError(f"{path}: a projection head with {', '.join(strange[:5])}, not DINO's")
+    center = content.get("state_dict", {}).get("center.center")
+    if center is None and isinstance(content.get("dino_loss"), Mapping):
+        center = content["dino_loss"].get("center")
+    return Training(backbone, head, None if center is None else center.detach().float().flatten())
+
+
+def head_state(content: Mapping[str, Any], which: Which) -> StateDict | None:
+    """The projection head's tensors under our names; None where there are none."""
+    state = content.get("state_dict", content.get(which, {}))
+    prefix = re.compile(rf"(?:{which}\.head|(?:module\.)?head)\.")
+    found = {
+        key[match.end() :]: value
+        for key, value in state.items()
+        if isinstance(value, Tensor) and (match := prefix.match(key))
+    }
+    names = {f"last_layer.parametrizations.weight.original{i}": f"last_layer.weight_{letter}"
+             for i, letter in enumerate("gv")}  # fmt: skip
+    return {names.get(key, key): value for key, value in found.items()} or None
+
+
 def checkpoint_path(path: str | Path) -> Path:
-    """The file itself, or a run folder's newest checkpoint (the highest step in its name)."""
-    path = Path(path)
+    """The file that is meant: itself; a run folder's newest checkpoint (the highest step in its
+    name); an exported folder's `model.safetensors`; or, downloaded once, a released file by name or
+    address (`published.found_by_name`).
+
+    Raises:
+        MissingPath: there is none.
+        UserError: it cannot be downloaded.
+    """
+    word, path = str(path), Path(path)
     if path.is_file():
         return path
-    if not path.is_dir():
+    if path.is_dir():
+        if found := checkpoints_of(path):
+            return found[-1]
+        if (path / TIMM_FILE).is_file():
+            return path / TIMM_FILE
+        raise MissingPath(
+            f"ckpt={path}: a folder without checkpoints/step-*.ckpt or {TIMM_FILE}; name a file"
+        )
+    of_network = is_address(word) or word.startswith(TIMM) or "#sha256=" in word
+    if not of_network and (path.suffix or "/" in word):  # a path, and not a name
         raise MissingPath(f"ckpt={path}: no such file or run folder")
-    found = checkpoints_of(path)
-    if not found:
-        raise MissingPath(f"ckpt={path}: a folder without checkpoints/step-*.ckpt; name a file")
-    return found[-1]
+    return found_by_name(word, sys.stdout.isatty())
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
@@ -85,6 +153,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is not what the manifest beside it says was written.
     """
     verify(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     try:
         # Published training files carry their command line as a Namespace, which only holds values.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -102,6 +172,48 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Tensors under `model`, and what `ssl-xcit export` has written into the header.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:  # of a library in another language
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read: {reason}; copy or "
+            "download it again"
+        ) from error
+    return {**(about if isinstance(about, dict) else {}), "model": tensors}
+
+
+def recorded_architecture(content: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """What a file of ours says that it holds, which is data from outside; None where it does not.
+
+    Raises:
+        UserError: it is nothing that an XCiT is made of.
+    """
+    recorded = content.get("architecture")
+    if recorded is None:
+        return None
+    known = dict.fromkeys(("embed_dim", "depth", "num_heads", "patch_size", "in_chans"), int)
+    kinds: dict[str, Any] = {
+        **known, "num_classes": int, "tokens_norm": bool, "layer_scale": int | float
+    }  # fmt: skip
+    good = isinstance(recorded, dict) and recorded.keys() <= kinds.keys() >= known.keys()
+    if not good or not known.keys() <= recorded.keys():
+        raise UserError(f"{path}: its architecture is {recorded!r:.200}, which is no XCiT's")
+    for name, value in recorded.items():
+        right = isinstance(value, kinds[name])
+        if not right or (kinds[name] is int and not 0 <= value <= 65_536):
+            raise UserError(f"{path}: its architecture has {name}={value!r:.100}")
+    return dict(recorded)
 
 
 def backbone_state(content: Mapping[str, Any], which: Which, path: Path) -> StateDict:
@@ -184,19 +296,3 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{path} does not fit the network: {'; '.join(problems[:5])}{more}")
     model.load_state_dict(dict(state))
-
-
-def from_timm_names(state: Mapping[str, Tensor]) -> StateDict:
-    """timm's XCiT state dict under the published names: `pos_embed` and class attention's separate
-    q, k, v.
-    """
-    renamed: StateDict = {}
-    for key, value in state.items():
-        if match := re.fullmatch(r"(cls_attn_blocks\.\d+\.attn)\.([qkv])\.(weight|bias)", key):
-            stem, part, kind = match.groups()
-            if part == "q":
-                parts = [state[f"{stem}.{letter}.{kind}"] for letter in "qkv"]
-                renamed[f"{stem}.qkv.{kind}"] = torch.cat(parts)
-        else:
-            renamed[re.sub(r"^pos_embed\.", "pos_embeder.", key)] = value
-    return renamed

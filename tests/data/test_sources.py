@@ -15,7 +15,6 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from ssl_xcit.data import folders
-from ssl_xcit.data.cache import default_cache
 from ssl_xcit.data.decode import decode, read_image
 from ssl_xcit.data.folders import class_folders, folder, image_files, labelled_folders
 from ssl_xcit.data.lists import labelled_lists, path_list
@@ -30,6 +29,7 @@ from ssl_xcit.data.sets import (
     torchvision_set,
 )
 from ssl_xcit.data.sources import Subset, stratified
+from ssl_xcit.files import default_cache
 
 
 def write(path, value=0):

@@ -3,15 +3,21 @@ the file.
 """
 
 import argparse
+import json
 import pickle
 import re
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from ssl_xcit import create_model, load_backbone
+from ssl_xcit.errors import UserError
 from ssl_xcit.models.head import DINOHead
-from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.models.names import from_timm_names, to_timm_names
+from ssl_xcit.models.weights import load_training
+from ssl_xcit.models.xcit import SIZES, XCiT
 
 NAME = "xcit_nano_12_p16"
 
@@ -167,3 +173,126 @@ def test_newest_checkpoint_is_by_step_not_by_time(tmp_path):
         content = {"state_dict": state, "architecture": model.architecture}
         torch.save(content, folder / f"step-{step:06d}.ckpt")
     assert load_backbone(tmp_path).embed_dim == 32
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("patch", [16, 8])
+def test_published_names_and_shapes_go_through_ours_and_come_back(size, patch, tmp_path):
+    """By timm's own model of each of the 14: its names -> ours -> its names, nothing changed."""
+    name = f"xcit_{size}_p{patch}"
+    with torch.device("meta"):
+        theirs = timm.create_model(f"{name}_224", num_classes=10).state_dict()
+        ours = create_model(name, num_classes=10).state_dict()
+    there = from_timm_names(theirs)
+    assert {k: v.shape for k, v in there.items()} == {k: v.shape for k, v in ours.items()}
+    back = to_timm_names(there)
+    assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def test_timm_and_ours_are_the_same_function(model):
+    other = timm.create_model("xcit_nano_12_p16_224", num_classes=0).eval()
+    other.load_state_dict(to_timm_names(model.state_dict()))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert (other(x) - model(x)).abs().max() < 1e-5
+    back = from_timm_names(other.state_dict())
+    assert all(torch.equal(back[k], v) for k, v in model.state_dict().items())
+
+
+def saved(model, path, header=None, change=dict):
+    metadata = None if header is None else {"ssl_xcit": header}
+    save_file(change(model.state_dict()), path, metadata)
+    return path
+
+
+def test_safetensors_in_published_and_timm_names(model, tmp_path):
+    assert same(load_backbone(saved(model, tmp_path / "a.safetensors")), model)
+    assert same(
+        load_backbone(saved(model, tmp_path / "b.safetensors", change=to_timm_names)), model
+    )
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    small = XCiT(32, 1, 2, patch_size=4, in_chans=2, tokens_norm=False).eval()
+    how = {"channels": 2, "mean": [0.1, 0.2], "std": [1.0, 1.0]}
+    about = json.dumps({"architecture": small.architecture, "preprocess": how})
+    saved(small, folder / "model.safetensors", about)
+    loaded = load_backbone(folder)
+    assert loaded.architecture == small.architecture
+    assert loaded.preprocess == how
+    x = torch.randn(2, 2, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), small(x))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"architecture": {"embed_dim": 32}}',
+        '{"architecture": {"embed_dim": "os.system", "depth": 1}}',
+        '{"architecture": [1]}',
+        '{"architecture": "x"}',
+        "no json",
+        "[]",
+    ],
+)
+def test_a_header_of_others_is_data(model, tmp_path, header):
+    path = saved(model, tmp_path / "w.safetensors", header)
+    if header == "[]":
+        assert same(load_backbone(path), model)
+        return
+    with pytest.raises(ValueError, match=r"w\.safetensors"):
+        load_backbone(path)
+
+
+def test_an_architecture_of_others_is_data(model, tmp_path):
+    good = dict(model.architecture)
+    state = {f"teacher.backbone.{k}": v for k, v in model.state_dict().items()}
+    for change in ({"more": 1}, {"depth": 10**9}, {"depth": "12"}, {"embed_dim": None}):
+        torch.save({"state_dict": state, "architecture": {**good, **change}}, tmp_path / "w.ckpt")
+        with pytest.raises(UserError, match="architecture"):
+            load_backbone(tmp_path / "w.ckpt")
+
+
+def test_half_of_a_safetensors_file(model, tmp_path):
+    path = saved(model, tmp_path / "w.safetensors")
+    path.write_bytes(path.read_bytes()[:50_000])
+    with pytest.raises(UserError, match=r"w\.safetensors \(50,000 bytes\) cannot be read"):
+        load_backbone(path)
+
+
+@pytest.mark.parametrize("form", ["published", "parametrized", "ours"])
+def test_training_files_give_head_and_center(model, tmp_path, form):
+    torch.manual_seed(1)
+    head = DINOHead(128, 32, 16, 8)
+    content = full_training_file(model)
+    content["teacher"] |= {f"module.head.{k}": v for k, v in head.state_dict().items()}
+    center = torch.randn(1, 32)
+    content["dino_loss"] = {"center": center}
+    if form == "parametrized":
+        for letter, number in (("g", 0), ("v", 1)):
+            value = content["teacher"].pop(f"module.head.last_layer.weight_{letter}")
+            key = f"module.head.last_layer.parametrizations.weight.original{number}"
+            content["teacher"][key] = value
+    if form == "ours":
+        state = {f"teacher.backbone.{k}": v for k, v in model.state_dict().items()}
+        state |= {f"teacher.head.{k}": v for k, v in head.state_dict().items()}
+        content = {"state_dict": {**state, "center.center": center[0]}}
+    torch.save(content, tmp_path / "full.pth")
+    found = load_training(tmp_path / "full.pth")
+    assert same(found.backbone, model)
+    assert torch.equal(found.center, center[0])
+    other = DINOHead(128, 32, 16, 8)
+    other.load_state_dict(found.head)
+    assert all(
+        torch.equal(a, b) for a, b in zip(head.parameters(), other.parameters(), strict=True)
+    )
+
+
+def test_a_backbone_alone_has_no_head_and_another_head_is_refused(model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    assert load_training(tmp_path / "bare.pth")[1:] == (None, None)
+    content = full_training_file(model)
+    content["teacher"]["module.head.mlp.1.running_mean"] = torch.ones(3)
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"mlp\.1\.running_mean, not DINO's"):
+        load_training(tmp_path / "other.pth")

@@ -1,0 +1,130 @@
+"""Weights by name: XCiT's released files (arXiv:2106.09681: supervised; arXiv:2104.14294: DINO) at
+their public addresses, and timm's on the Hugging Face hub.
+
+No checksums of them were ever published, so none are built in: give one as `NAME#sha256=HEX`.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.files import default_cache
+from ssl_xcit.models.download import Elsewhere, fetched
+from ssl_xcit.models.xcit import SIZES
+
+SUPERVISED = "https://dl.fbaipublicfiles.com/xcit/{}.pth"
+DINO = "https://dl.fbaipublicfiles.com/dino/{0}_pretrain/{0}_pretrain{1}.pth"
+DINO_MODELS = (
+    "xcit_small_12_p16", "xcit_small_12_p8", "xcit_medium_24_p16", "xcit_medium_24_p8",
+)  # fmt: skip
+TIMM = "timm/"
+TIMM_FILE = "model.safetensors"
+
+
+def published() -> dict[str, str]:
+    """Address by name, 50 of them: `dino_xcit_small_12_p16` (with `_full`: student, teacher, heads
+    and center), `xcit_small_12_p16_224`, `..._224_dist` (distilled), `..._384_dist`.
+    """
+    found = {}
+    for model in DINO_MODELS:
+        found[f"dino_{model}"] = DINO.format(f"dino_{model}", "")
+        found[f"dino_{model}_full"] = DINO.format(f"dino_{model}", "_full_checkpoint")
+    for size in SIZES:
+        for patch in (16, 8):
+            for kind in ("224", "224_dist", "384_dist"):
+                name = f"xcit_{size}_p{patch}_{kind}"
+                found[name] = SUPERVISED.format(name)
+    return found
+
+
+def weights_folder() -> Path:
+    """Where downloaded weights are kept."""
+    return default_cache() / "weights"
+
+
+def is_address(word: str) -> bool:
+    """Of the network."""
+    return word.startswith(("http://", "https://"))
+
+
+def found_by_name(word: str, show: bool = False) -> Path:
+    """The file of weights that are called by name or by address, downloaded once.
+
+    Args:
+        word: a name of `published`, `timm/NAME`, or an address; `#sha256=HEX` behind it is what the
+            file must be.
+        show: a progress bar.
+
+    Raises:
+        MissingPath: there is no such name.
+        UserError: no network, or the file is not what it must be.
+    """
+    name, _, sha256 = word.partition("#sha256=")
+    if sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise UserError(f"{word}: 64 hexadecimal digits behind #sha256=")
+    if name.startswith(TIMM):
+        return from_hub(name, sha256 or None)
+    known = published()
+    if not is_address(name) and name not in known:
+        raise MissingPath(unknown(name, known))
+    address = name if is_address(name) else known[name]
+    file = unquote(urlsplit(address).path).rsplit("/", 1)[-1]
+    if not file:
+        raise UserError(f"{address}: no file's address")
+    return fetched(address, weights_folder() / file, sha256 or None, show)
+
+
+def from_hub(name: str, sha256: str | None) -> Path:
+    """timm's weights, from the hub or from where they were put before.
+
+    Raises:
+        UserError: huggingface_hub is missing, no network, or no such repository.
+    """
+    from ssl_xcit.models.download import check_kept
+
+    folder = weights_folder() / name
+    path = folder / TIMM_FILE
+    if not path.is_file():
+        try:
+            from huggingface_hub import hf_hub_download
+        except ImportError as error:
+            raise UserError(
+                f"ckpt={name} needs huggingface_hub: pip install 'ssl-xcit[hub]'"
+            ) from error
+        try:
+            hf_hub_download(name, TIMM_FILE, local_dir=folder)
+        except Exception as error:  # a dozen types of two libraries
+            reason = str(error).strip().splitlines()[0]
+            raise Elsewhere(
+                f"ckpt={name} cannot be had from the Hugging Face hub ({reason}): is it called so "
+                f"there? Without a network, bring its {TIMM_FILE} as {path}, or anywhere with "
+                "ckpt=FILE"
+            ) from error
+    check_kept(path, sha256)
+    return path
+
+
+def unknown(word: str, known: dict[str, str]) -> str:
+    """What was probably meant."""
+    if any(word == f"xcit_{size}_p{patch}" for size in SIZES for patch in (4, 8, 16)):
+        there = [name for name in known if word in name] or ["none"]
+        return (
+            f"ckpt={word}: no such file or run folder; it is the name of an architecture, and "
+            f"released weights of it are {', '.join(there)}"
+        )
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    return f"ckpt={word}: no such file or run folder{meant}"
+
+
+def place_of(path: Path) -> Path | None:
+    """Where results of downloaded weights go: a folder of their name here, and not the cache; None
+    for other weights.
+    """
+    folder = weights_folder()
+    if not path.is_absolute() or not path.is_relative_to(folder):
+        return None
+    inside = path.relative_to(folder)
+    return Path(path.stem if len(inside.parts) == 1 else inside.parent.name)
