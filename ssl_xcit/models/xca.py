@@ -227,7 +227,9 @@ class CrossCovarianceAttention(nn.Module):
         """Mix channels; tokens meet only inside the d x d statistics. Output is times `gain`."""
         _, N, C = x.shape
         weight, bias = scaled(self.proj, gain)
-        if gram_is_faster(N, C, torch.is_grad_enabled(), in_low_precision(x), x.device):
+        exporting = torch.compiler.is_exporting()  # one program for any number of tokens
+        low = in_low_precision(x)
+        if not exporting and gram_is_faster(N, C, torch.is_grad_enabled(), low, x.device):
             return from_gram(x, self.qkv, self.temperature, weight, bias)
         return self.direct(x, weight, bias)
 

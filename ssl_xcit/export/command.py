@@ -1,0 +1,152 @@
+"""The command `export`: weights into files that other tools read, each loaded and compared before
+it gets its name.
+"""
+
+import json
+from contextlib import suppress
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig
+
+from ssl_xcit.data.module import check_labelled
+from ssl_xcit.data.sources import LabelledPair
+from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.export.exported import KNN, Weights, title
+from ssl_xcit.files import sha256_of, written_to
+from ssl_xcit.models.published import place_of
+from ssl_xcit.models.weights import checkpoint_path, load_backbone
+from ssl_xcit.run_folder import versions
+
+
+def main(cfg: DictConfig) -> None:
+    """`ssl-xcit export`: prints what was written, how it was compared and how it is used."""
+    if cfg.which not in ("teacher", "student"):
+        raise UserError(f"which={cfg.which}: teacher or student")
+    formats = wanted(cfg)
+    path = checkpoint_path(str(cfg.ckpt))
+    backbone = load_backbone(path, cfg.which)
+    run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
+    name = run_dir.name if run_dir else path.stem
+    pair = labelled(cfg, run_dir)
+    weights = Weights(
+        backbone, name, about(cfg, path, run_dir),
+        *((pair.resize, pair.size) if pair else ()),
+    )  # fmt: skip
+    out = out_of(cfg, path, run_dir, name)
+    print(f"{path}: {title(weights)}, {cfg.which}")
+    if backbone.architecture["num_classes"]:
+        print("its classifier is left out: features are exported")
+    knn: KNN | None = None if pair is None else instantiate(cfg.knn)(pair)
+    failed = []
+    for word in formats:
+        make = instantiate(cfg.formats[word])
+        settings: dict[str, Any] = {"knn": knn} if "knn" in signature(make.func).parameters else {}
+        try:
+            with written_to(out):
+                made = make(weights, out, **settings)
+        except (UserError, RunFailed) as error:  # the others are made all the same
+            if len(formats) == 1:
+                raise type(error)(f"format={word}: {error}") from error
+            print(f"{word}: not exported: {error}")
+            failed.append(error)
+            continue
+        sizes = [f"{each} ({size_of(each):,.1f} MB)" for each in made.paths]
+        print(f"\n{word}: {', '.join(sizes)}")
+        for line in (made.checked, *made.notes):
+            print(f"  {line}")
+        print("".join(f"    {line}\n" for line in made.use.splitlines()), end="")
+    if failed:
+        raise type(failed[0])(
+            f"{len(failed)} of {len(formats)} formats were not exported, see above"
+        )
+
+
+def wanted(cfg: DictConfig) -> list[str]:
+    """The formats that are asked for.
+
+    Raises:
+        UserError: one is not known, or there is none.
+    """
+    given = cfg.format
+    words = [str(w) for w in given] if isinstance(given, ListConfig) else [str(given)]
+    words = [word.replace("-", "_") for word in words]
+    known = [str(key) for key in cfg.formats]
+    for word in words:
+        if word not in known:
+            raise UserError(f"format={word}: one of {', '.join(known)}")
+    if not words:
+        raise UserError(f"format=[]: one or several of {', '.join(known)}")
+    return list(dict.fromkeys(words))
+
+
+def labelled(cfg: DictConfig, run_dir: Path | None) -> LabelledPair | None:
+    """Images that accuracy is measured on where a format changes the numbers; None without."""
+    of_run = HydraConfig.get().runtime.choices["eval_data"] == "of_run"
+    if not cfg.get("eval_data") or (of_run and run_dir is None):
+        return None
+    try:
+        pair: LabelledPair | None = instantiate(cfg.eval_data)
+        if pair is not None:
+            check_labelled(pair, instantiate(cfg.preprocess))
+    except (UserError, InstantiationException) as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error
+        if not of_run or not isinstance(cause, UserError):
+            raise
+        return None  # the run's images may be elsewhere by now
+    return pair
+
+
+def about(cfg: DictConfig, path: Path, run_dir: Path | None) -> dict[str, Any]:
+    """What is known of the weights, as plain data."""
+    summary, run = (read(run_dir, name) for name in ("summary.json", "run.json"))
+    results = read(run_dir, "results.json") or summary
+    last = summary.get("last") or {}
+    return {
+        "model": summary.get("model"),
+        "file": path.name,
+        "sha256": sha256_of(path),
+        "which": cfg.which,
+        "data": results.get("data"),
+        "results": results.get("results"),
+        "intervals": results.get("intervals"),
+        "overrides": run.get("overrides"),
+        "steps": last.get("step"),
+        "epochs": last.get("epoch"),
+        "versions": versions(),
+    }
+
+
+def read(run_dir: Path | None, name: str) -> dict[str, Any]:
+    """A file of the run, where there is one."""
+    with suppress(OSError, ValueError):
+        if run_dir is not None:
+            return dict(json.loads((run_dir / name).read_text()))
+    return {}
+
+
+def out_of(cfg: DictConfig, path: Path, run_dir: Path | None, name: str) -> Path:
+    """What every format adds its ending to.
+
+    Raises:
+        UserError: it has an ending already.
+    """
+    if cfg.out is None:
+        place = run_dir / "export" if run_dir else (place_of(path) or path.parent / "export")
+        return place / name
+    out = Path(str(cfg.out)).expanduser()
+    if out.is_dir() or str(cfg.out).endswith("/"):
+        return out / name
+    if out.suffix in (".onnx", ".safetensors", ".pt2", ".pth", ".pt", ".json"):
+        raise UserError(f"out={cfg.out}: without ending; each format has its own")
+    return out
+
+
+def size_of(path: Path) -> float:
+    """Of a file or a folder, in MB."""
+    files = [path, *path.rglob("*")]
+    return sum(f.stat().st_size for f in files if f.is_file()) / 1e6

@@ -1,0 +1,104 @@
+"""Files of weights: safetensors in the published names, timm's, and in bfloat16."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssl_xcit.errors import UserError
+from ssl_xcit.export.exported import (
+    KNN,
+    Made,
+    Weights,
+    accuracy,
+    beside,
+    compare,
+    needs,
+    with_ending,
+)
+from ssl_xcit.models.names import to_timm_names
+from ssl_xcit.models.weights import HEADER, load_backbone, model_name
+
+HALF_CLOSE = 0.05  # of a feature, relative; bfloat16 has 8 bits
+
+
+def header(weights: Weights) -> dict[str, str]:
+    """What a file says of itself: enough to build the network and to feed it."""
+    content = {
+        "architecture": weights.architecture,
+        "preprocess": dict(weights.backbone.preprocess),
+    }
+    return {HEADER: json.dumps(content), "format": "pt"}
+
+
+def safetensors(weights: Weights, out: Path) -> Made:
+    """`NAME.safetensors` under the published names, and `NAME.json` with all that is known."""
+    path = with_ending(out, ".safetensors")
+    with beside(path) as part:
+        save_file(weights.state(), part, header(weights))
+        checked = compare(weights, load_backbone(part), close=0.0)
+    about = with_ending(out, ".json")
+    with beside(about) as part:
+        part.write_text(json.dumps(weights.about, indent=2, default=str) + "\n")
+    use = f'import ssl_xcit\nbackbone = ssl_xcit.load_backbone("{path}")'
+    return Made([path, about], f"loaded back by ssl_xcit: {checked}", use)
+
+
+def bfloat16(weights: Weights, out: Path, knn: KNN | None = None) -> Made:
+    """The same with weights of 16 bits: half the size; computed in float32, or in bfloat16 under
+    autocast.
+    """
+    path = with_ending(out, "-bf16.safetensors")
+    with beside(path) as part:
+        low = {
+            k: v.bfloat16() if v.dtype == torch.float32 else v for k, v in weights.state().items()
+        }
+        save_file(low, part, header(weights))
+        loaded = load_backbone(part)
+        checked = compare(weights, loaded, HALF_CLOSE)
+        cost = accuracy(weights, {"float32": weights.backbone, "bf16": loaded}, knn)
+    use = f'import ssl_xcit\nbackbone = ssl_xcit.load_backbone("{path}")'
+    return Made([path], f"loaded back by ssl_xcit: {checked}", use, [cost])
+
+
+def timm_arguments(weights: Weights) -> tuple[str, dict[str, Any]]:
+    """Name and arguments for `timm.create_model`.
+
+    Raises:
+        UserError: timm has no such stem.
+    """
+    architecture = weights.architecture
+    if architecture["patch_size"] not in (8, 16):
+        raise UserError(
+            f"timm's XCiT has patches of 8 and 16, and these weights have "
+            f"{architecture['patch_size']}: format=safetensors, onnx, program or int8 hold them"
+        )
+    arguments: dict[str, Any] = {"num_classes": 0}
+    if architecture["in_chans"] != 3:
+        arguments["in_chans"] = architecture["in_chans"]
+    name = model_name(architecture)
+    if name.startswith("xcit_"):
+        return f"{name}_224", arguments
+    same = ("embed_dim", "depth", "num_heads", "patch_size", "tokens_norm")
+    arguments |= {key: architecture[key] for key in same} | {"eta": architecture["layer_scale"]}
+    return "xcit_nano_12_p16_224", arguments
+
+
+def timm(weights: Weights, out: Path) -> Made:
+    """`NAME-timm.safetensors` for `timm.create_model(..., checkpoint_path=...)`."""
+    name, arguments = timm_arguments(weights)
+    needs("timm", "timm")
+    import timm as library
+
+    path = with_ending(out, "-timm.safetensors")
+    with beside(path) as part:
+        tensors: dict[str, Tensor] = to_timm_names(weights.state())
+        save_file(tensors, part, {"format": "pt"})
+        model = library.create_model(name, checkpoint_path=str(part), **arguments).eval()
+        checked = compare(weights, model)
+    words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    use = f'import timm\nmodel = timm.create_model("{name}", {words}, checkpoint_path="{path}")'
+    return Made([path], f"loaded by timm {library.__version__}: {checked}", use)
