@@ -39,6 +39,8 @@ NUMBERS: tuple[tuple[str, bool, float | None], ...] = (
     ("objective.freeze_epochs", False, 0),
     ("objective.teacher_temp_epochs", False, 0),
     ("objective.max_warmup", False, 0),
+    ("init.freeze_epochs", False, 0),
+    ("init.max_freeze", False, 0),
     ("objective.num_prototypes", True, 2),
     ("objective.ema", False, 0),
     ("objective.teacher_temp_start", False, None),
@@ -117,6 +119,7 @@ class Plan:
     ema: float
     teacher_temp_start: float
     teacher_temp: float
+    backbone_freeze_steps: int = 0  # of a run that starts from weights with a fresh head
 
 
 def make_plan(cfg: DictConfig, num_images: int, world_size: int) -> Plan:
@@ -141,7 +144,8 @@ def make_plan(cfg: DictConfig, num_images: int, world_size: int) -> Plan:
             f"trainer.accumulate={cfg.trainer.accumulate}: a device has {batch_size // world_size} "
             "images a step, which cannot be taken in more parts"
         )
-    objective, optim = cfg.objective, cfg.optim
+    objective, optim, init = cfg.objective, cfg.optim, cfg.init
+    fresh = init.ckpt is not None and init.head == "fresh"
     rows = [row for row in objective.by_images if row["from"] <= num_images]
     if not rows:
         raise UserError("objective.by_images: a row with `from: 0` is needed")
@@ -164,6 +168,7 @@ def make_plan(cfg: DictConfig, num_images: int, world_size: int) -> Plan:
         lr=optim.lr * batch_size / 256,
         warmup_steps=steps(optim.warmup_epochs, optim.max_warmup),
         freeze_steps=steps(objective.freeze_epochs, objective.max_warmup),
+        backbone_freeze_steps=steps(init.freeze_epochs, init.max_freeze) if fresh else 0,
         teacher_temp_epochs=min(objective.teacher_temp_epochs, objective.max_warmup * epochs),
         **chosen,
     )

@@ -27,7 +27,7 @@ from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.files import write_json
 from ssl_xcit.hardware import check_compiler, precision_for
-from ssl_xcit.models.weights import checkpoints_of, load_backbone, model_name
+from ssl_xcit.models.weights import Training, checkpoints_of, load_backbone, model_name
 from ssl_xcit.plan import Plan, check_numbers, check_switches, make_plan
 from ssl_xcit.run_folder import (
     check_same_run,
@@ -39,6 +39,7 @@ from ssl_xcit.run_folder import (
     write_settings,
 )
 from ssl_xcit.run_name import run_name
+from ssl_xcit.starting import in_words, read_start, start_backbone, start_head
 from ssl_xcit.table import print_table
 from ssl_xcit.trainer import kill_children, make_trainer, runs_on_cpu, watched_child
 from ssl_xcit.training.checkpoint import newest_valid
@@ -46,14 +47,16 @@ from ssl_xcit.training.health import HEALTHY, Health
 from ssl_xcit.training.loggers import Tolerant
 from ssl_xcit.training.module import DINO, Schedules, make_networks
 from ssl_xcit.training.preemption import Stopped, requeue
-from ssl_xcit.training.schedules import Cosine, LinearByEpoch
+from ssl_xcit.training.schedules import Cosine, LinearByEpoch, Release
 
 log = logging.getLogger(__name__)
 NO_LABELS = "no labelled images, so no k-NN: name some with eval_data=folder eval_data.root=DIR"
 
 
-def make_module(cfg: DictConfig, plan: Plan, how: Preprocess) -> DINO:
-    """Student, teacher, schedules; fresh weights by `seed`."""
+def make_module(
+    cfg: DictConfig, plan: Plan, how: Preprocess, start: Training | None = None
+) -> DINO:
+    """Student, teacher, schedules; fresh weights by `seed`, but for those to start from."""
     torch.manual_seed(cfg.seed)
     backbone = instantiate(cfg.model)
     head = instantiate(cfg.objective.head)(backbone.embed_dim, plan.num_prototypes)
@@ -63,6 +66,10 @@ def make_module(cfg: DictConfig, plan: Plan, how: Preprocess) -> DINO:
             f"model.in_chans={in_chans} and preprocess.channels={how.channels}: set model.in_chans "
             "alone, the other follows"
         )
+    if start is not None:
+        start_backbone(backbone, start, how, cfg.init.ckpt)
+        if cfg.init.head == "kept":
+            start_head(head, start, cfg.init.ckpt)
     student, teacher = make_networks(backbone, head, instantiate(cfg.model, drop_path=0.0))
     for network in (student, teacher):
         network.backbone.preprocess = how.of_weights()
@@ -84,6 +91,9 @@ def make_module(cfg: DictConfig, plan: Plan, how: Preprocess) -> DINO:
                 plan.teacher_temp_epochs,
                 plan.steps_per_epoch,
             ),
+            backbone=Release(plan.backbone_freeze_steps, plan.warmup_steps)
+            if plan.backbone_freeze_steps
+            else None,
         ),
         instantiate(optim.optimizer),
         student_temp=cfg.objective.student_temp,
@@ -94,6 +104,8 @@ def make_module(cfg: DictConfig, plan: Plan, how: Preprocess) -> DINO:
         accumulate=cfg.trainer.accumulate,
         max_skipped=cfg.max_skipped,
     )
+    if start is not None and cfg.init.head == "kept" and start.center is not None:
+        module.center.center.copy_(start.center)
     try:
         module.configure_optimizers()
     except (TypeError, ValueError) as error:  # torch's own words on its arguments
@@ -113,6 +125,7 @@ def main(cfg: DictConfig) -> None:
     hydra = HydraConfig.get()
     name = cfg.name or run_name(hydra.runtime.choices["data"], hydra.overrides.task)
     run_dir = Path(str(cfg.out)) / str(name)
+    start = read_start(cfg, run_dir)
     check_same_run(cfg, run_dir)
     if is_finished(run_dir):
         return
@@ -128,7 +141,7 @@ def main(cfg: DictConfig) -> None:
     check_images(source, augment.global_size, how)
     if pair is not None:
         check_labelled(pair, how)
-    module = make_module(cfg, plan, how)
+    module = make_module(cfg, plan, how, start)
     if cfg.compile:  # SyncBatchNorm, which several GPUs have, breaks a program in two
         for network in (module.student, module.teacher):
             network.compile_backbone(fullgraph=trainer.world_size == 1)
@@ -337,6 +350,8 @@ def announce(
         f"  {model_name(backbone.architecture)}, {millions:.1f} M parameters, "
         f"{plan.num_prototypes:,} prototypes, {cfg.trainer.precision}"
     )
+    if cfg.init.ckpt is not None:
+        print(f"  {in_words(cfg, plan.backbone_freeze_steps)}")
     if cfg.compile:
         print("  the first step compiles both backbones, which takes minutes")
     print(

@@ -77,6 +77,8 @@ def settings(cfg: Any) -> dict[str, Any]:
                 flat[name] = value
 
     walk(OmegaConf.to_container(cfg, resolve=True), "")
+    if flat.get("init.ckpt") is None:  # how a run would start from weights says nothing then
+        flat = {key: value for key, value in flat.items() if not key.startswith("init.")}
     return flat
 
 

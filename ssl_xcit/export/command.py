@@ -47,7 +47,7 @@ def main(cfg: DictConfig) -> None:
         make = instantiate(cfg.formats[word])
         settings: dict[str, Any] = {"knn": knn} if "knn" in signature(make.func).parameters else {}
         try:
-            with written_to(out):
+            with written_to(out.parent):
                 made = make(weights, out, **settings)
         except (UserError, RunFailed) as error:  # the others are made all the same
             if len(formats) == 1:

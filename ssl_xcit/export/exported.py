@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ssl_xcit.data.decode import RGB, decode
@@ -134,6 +135,14 @@ def accuracy(weights: Weights, runs: Mapping[str, Run], knn: KNN | None) -> str:
     told = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
     values = list(found.values())
     return f"k-NN 20 in %: {told}, a difference of {values[-1] - values[0]:+.1f}"
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    """As safetensors, readable by others as any file is: the library keeps it to the user."""
+    save_file(tensors, path, header)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def with_ending(out: Path, ending: str) -> Path:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.export.exported import (
@@ -100,7 +99,7 @@ def huggingface(weights: Weights, out: Path, push: str | None = None, private: b
     path = with_ending(out, "-huggingface")
     with beside(path) as part:
         part.mkdir()
-        save_file(to_timm_names(weights.state()), part / "model.safetensors", header(weights))
+        save_tensors(to_timm_names(weights.state()), part / "model.safetensors", header(weights))
         write_json(part / "config.json", config(weights, name, arguments))
         (part / "README.md").write_text(card(weights, push or path.name, push))
         loaded = auto_model(part)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ssl_xcit.errors import UserError
@@ -38,7 +37,7 @@ def safetensors(weights: Weights, out: Path) -> Made:
     """`NAME.safetensors` under the published names, and `NAME.json` with all that is known."""
     path = with_ending(out, ".safetensors")
     with beside(path) as part:
-        save_file(weights.state(), part, header(weights))
+        save_tensors(weights.state(), part, header(weights))
         checked = compare(weights, load_backbone(part), close=0.0)
     about = with_ending(out, ".json")
     with beside(about) as part:
@@ -56,7 +55,7 @@ def bfloat16(weights: Weights, out: Path, knn: KNN | None = None) -> Made:
         low = {
             k: v.bfloat16() if v.dtype == torch.float32 else v for k, v in weights.state().items()
         }
-        save_file(low, part, header(weights))
+        save_tensors(low, part, header(weights))
         loaded = load_backbone(part)
         checked = compare(weights, loaded, HALF_CLOSE)
         cost = accuracy(weights, {"float32": weights.backbone, "bf16": loaded}, knn)
@@ -96,7 +95,7 @@ def timm(weights: Weights, out: Path) -> Made:
     path = with_ending(out, "-timm.safetensors")
     with beside(path) as part:
         tensors: dict[str, Tensor] = to_timm_names(weights.state())
-        save_file(tensors, part, {"format": "pt"})
+        save_tensors(tensors, part, {"format": "pt"})
         model = library.create_model(name, checkpoint_path=str(part), **arguments).eval()
         checked = compare(weights, model)
     words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())

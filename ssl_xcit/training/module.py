@@ -36,6 +36,7 @@ class Schedules:
     weight_decay: Schedule
     ema: Schedule
     teacher_temp: Schedule
+    backbone: Schedule | None = None  # share of the learning rate that it gets; at 0 it stays
 
 
 class Network(nn.Module):
@@ -169,9 +170,12 @@ class DINO(lightning.LightningModule):
         step = self.global_step
         optimizer: Any = self.optimizers()
         lr, weight_decay = self.schedules.lr(step), self.schedules.weight_decay(step)
-        for group, decayed in zip(optimizer.param_groups, (True, False), strict=True):
-            group["lr"] = lr
-            group["weight_decay"] = weight_decay if decayed else 0.0
+        released = 1.0 if self.schedules.backbone is None else self.schedules.backbone(step)
+        shares = (1.0, 1.0) if self.schedules.backbone is None else (released, released, 1.0, 1.0)
+        decays = (weight_decay, 0.0) * (len(shares) // 2)
+        for group, share, decay in zip(optimizer.param_groups, shares, decays, strict=True):
+            group["lr"] = lr * share
+            group["weight_decay"] = decay
         seed_stochastic_depth(step_seed(self.seed, self.global_rank, step), self.device)
         self.statistics.keep()
 
@@ -181,12 +185,14 @@ class DINO(lightning.LightningModule):
         for n, part in enumerate(parts, start=1):
             share = part[0].shape[1] / views[0].shape[1]
             with self.alone(n < len(parts)):
-                learned.append(self.learn(list(part), step, share))
+                learned.append(self.learn(list(part), step, share, released == 0.0))
         loss = torch.stack([one.loss for one in learned]).sum()
         teacher_logits, targets, features = (
             joined([getattr(one, what) for one in learned])
             for what in ("teacher_logits", "targets", "features")
         )
+        if released == 0.0:  # no gradient, so no moments and no decay either
+            self.student.backbone.zero_grad(set_to_none=True)
         grad_norms = clip_each_(self.student.parameters(), self.clip_norm)
         grad_norm = grad_norms.norm()
         result = {
@@ -208,15 +214,19 @@ class DINO(lightning.LightningModule):
         ema_update_(self.teacher, self.student, self.schedules.ema(step))
         return result
 
-    def learn(self, views: list[Tensor], step: int, share: float) -> Learned:
-        """Forward and backward of a part of the batch, `share` of it."""
+    def learn(self, views: list[Tensor], step: int, share: float, frozen: bool = False) -> Learned:
+        """Forward and backward of a part of the batch, `share` of it; not through a frozen
+        backbone, unless ranks exchange all gradients.
+        """
         with torch.no_grad():
             features = self.teacher.features(views[:1])  # (2, B, C)
             teacher_logits = self.teacher.head(features)  # (2, B, K)
         targets = self.center.targets(teacher_logits, self.schedules.teacher_temp(step))
         prototypes = self.student.head.last_layer
+        with torch.set_grad_enabled(not frozen or self.trainer.world_size > 1):
+            seen = self.student.features(views)
         loss = share * prototype_loss(
-            self.student(views),
+            self.student.head.embed(seen),
             prototypes.weight_v,
             prototypes.weight_g,
             targets,
@@ -307,8 +317,13 @@ class DINO(lightning.LightningModule):
         )
 
     def configure_optimizers(self) -> Optimizer:
-        """Biases and one-dimensional parameters are not decayed; lr and decay are set each step."""
-        return self.make_optimizer(parameter_groups(self.student))
+        """Biases and one-dimensional parameters are not decayed; lr and decay are set each step. A
+        backbone that starts from weights has groups of its own.
+        """
+        if self.schedules.backbone is None:
+            return self.make_optimizer(parameter_groups(self.student))
+        parts = (self.student.backbone, self.student.head)
+        return self.make_optimizer([group for part in parts for group in parameter_groups(part)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Enough to build the backbone again and to feed it, as plain data."""

@@ -30,10 +30,14 @@ def clip_each_(parameters: Iterable[nn.Parameter], max_norm: float) -> Float[Ten
     Not the norm over all of them, which `torch.nn.utils.clip_grad_norm_` limits.
 
     Returns:
-        The L2 norms before clipping, one a tensor, for the log.
+        The L2 norms before clipping, one a trainable tensor, for the log; 0 without a gradient.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    trained = [p for p in parameters if p.requires_grad]
+    gradients = [p.grad for p in trained if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     scales = (max_norm / (norms + 1e-6)).clamp_max(1.0)
     torch._foreach_mul_(gradients, list(scales.unbind()))
-    return norms
+    if len(gradients) == len(trained):
+        return norms
+    there = torch.tensor([p.grad is not None for p in trained], device=norms.device)
+    return norms.new_zeros(len(trained)).masked_scatter_(there, norms)

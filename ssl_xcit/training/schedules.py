@@ -54,3 +54,21 @@ class LinearByEpoch:
             return self.end
         share = min(1.0, epoch / max(1.0, self.warmup_epochs - 1))
         return self.start + share * (self.end - self.start)
+
+
+@dataclass(frozen=True)
+class Release:
+    """0 for the first steps, then linearly to 1, then 1: how much of its learning rate a backbone
+    gets that starts from weights, beside a head that does not.
+
+    Args:
+        freeze_steps: of 0.
+        warmup_steps: from there to 1; the first of them is above 0.
+    """
+
+    freeze_steps: int
+    warmup_steps: int
+
+    def __call__(self, step: int) -> float:
+        """Value at `step`, counted from 0."""
+        return min(1.0, max(0, step - self.freeze_steps + 1) / max(1, self.warmup_steps))

@@ -85,6 +85,10 @@ def test_safetensors_and_back(run_dir, capsys):
     about = json.loads(file.with_suffix(".json").read_text())
     assert about["results"]["pretrained"]["linear"] == 85.5
     assert len(about["sha256"]) == 64
+    assert file.stat().st_mode == file.with_suffix(".json").stat().st_mode
+    assert sorted(p.name for p in file.parent.iterdir()) == [
+        "lr-0.001.json", "lr-0.001.safetensors",
+    ]  # fmt: skip
 
 
 def test_timm_and_back(run_dir, capsys):
@@ -185,7 +189,7 @@ def test_program_and_int8_and_bf16(run_dir, capsys):
         for x in inputs():
             (features,) = session.run(None, {"images": x.numpy()})
             cosine = torch.cosine_similarity(torch.from_numpy(features), ours(x))
-            assert cosine.min() > 0.9
+            assert cosine.min() > 0.8  # a network made sharp on purpose
     lines = [line for line in out.splitlines() if "k-NN 20 in %" in line]
     assert [line.split()[4] for line in lines] == ["float32", "float32"]
     assert sorted(p.name for p in Path("low").iterdir()) == [
