@@ -15,6 +15,12 @@ import tempfile
 from pathlib import Path
 
 WAYS = {
+    "without care": [
+        "init.freeze_epochs=0",
+        "objective.freeze_epochs=0",
+        "optim.warmup_epochs=0",
+        "optim.lr=8e-3",  # 1e-3 at batch 32
+    ],
     "as from scratch": ["init.freeze_epochs=0"],
     "experiment=continue": ["experiment=continue"],
 }

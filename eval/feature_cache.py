@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from .frozen import Frozen
 
 log = logging.getLogger(__name__)
 FORMAT = 1  # of the files, and of what extraction does
+BLOCK = 65_536  # rows that are written at once
 NOTED = 20.0  # seconds between two notes of how far it has come
 SETTLED = 2_000_000_000  # nanoseconds after which a file's time tells of every change
 LIMIT = 50_000_000_000  # bytes, above which the folders not used for longest go
@@ -214,23 +215,34 @@ class Folder:
             raise UserError(f"none of {N:,} images can be read, such as {source.name(0)}")
         for name in list(arrays):
             whole = arrays.pop(name)
-            values = whole if len(rows) == N else whole[rows]
-            check_features(values, rows, source)
-            self.keep({name: values, f"{name}.rows": rows.astype(np.int64)})
-            del whole, values
+            check_features(whole, np.arange(N), source, good)
+            self.keep({name: (whole, rows), f"{name}.rows": (rows, None)})
+            del whole
             names.pop(name).unlink()
         note.unlink(missing_ok=True)
 
-    def keep(self, arrays: dict[str, np.ndarray]) -> None:
-        """Give finished arrays their names, then enter them."""
+    def keep(self, arrays: dict[str, tuple[np.ndarray, Rows | None]]) -> None:
+        """Give finished arrays, or some of their rows, their names, then enter them."""
         files = self.about()
-        for name, array in arrays.items():
+        for name, (array, rows) in arrays.items():
             with replacing(self.path / f"{name}.npy") as part:
                 with part.open("wb") as file:
-                    np.save(file, np.asarray(array), allow_pickle=False)
+                    write_rows(file, array, rows)
                 files[name] = sha256_of(part)
             self.known.add(name)
         write_json({"format": FORMAT, "files": files}, self.path / "about.json")
+
+
+def write_rows(file: IO[bytes], array: np.ndarray, rows: Rows | None = None) -> None:
+    """An array, or some rows of it, in NumPy's format, a block at a time: it may be larger than
+    memory.
+    """
+    chosen = np.arange(len(array)) if rows is None else rows
+    header = np.lib.format.header_data_from_array_1_0(array[:0])
+    header["shape"] = (len(chosen), *array.shape[1:])
+    np.lib.format.write_array_header_1_0(file, header)
+    for start in range(0, len(chosen), BLOCK):
+        file.write(np.ascontiguousarray(array[chosen[start : start + BLOCK]]).tobytes())
 
 
 def cached(

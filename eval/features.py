@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from rich.progress import track
 from torch import Tensor
 
@@ -165,8 +165,10 @@ def batches(
             yield done.result(), readable
 
 
-def check_features(features: Features, rows: Rows, source: Source) -> None:
-    """Of readable images.
+def check_features(
+    features: Features, rows: Rows, source: Source, readable: Bool[np.ndarray, " _"] | None = None
+) -> None:
+    """Of readable images: all, or those that `readable` names.
 
     Raises:
         RunFailed: one is not finite (names the image).
@@ -175,7 +177,8 @@ def check_features(features: Features, rows: Rows, source: Source) -> None:
         np.isfinite(features[start : start + 65_536]).all(axis=1)
         for start in range(0, len(features), 65_536)
     ]
-    bad = rows[~np.concatenate(finite)]
+    sound = np.concatenate(finite) if readable is None else np.concatenate(finite) | ~readable
+    bad = rows[~sound]
     if len(bad):
         raise RunFailed(
             f"{len(bad):,} of {len(features):,} images have features that are not finite, such as "

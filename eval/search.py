@@ -8,6 +8,7 @@ float64, of equals the first one in the bank; so the answer is that of float64 b
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -271,3 +272,39 @@ def searched(
     if itself is not None:
         similarity, indices = left_out(similarity, indices, itself)
     return np.where(indices < 0, np.float32(-1.0), similarity), indices
+
+
+def built_index(bank: Bank, kind: str) -> faiss.Index:
+    """An index of unit rows by inner product: `flat` is exact, `ivf` and `hnsw` are not."""
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    if kind != "flat":
+        return Approximate(kind).built(bank)[0]
+    index = faiss.IndexFlatIP(bank.shape[1])
+    for _, rows in blocks(bank):
+        index.add(rows)
+    return index
+
+
+def write_index(index: faiss.Index, path: Path) -> None:
+    """A file of faiss's own format."""
+    faiss.write_index(index, str(path))
+
+
+def opened_index(path: Path) -> faiss.Index:
+    """What `write_index` wrote; the lists of an inverted file are mapped, not read."""
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+
+
+def is_exact(index: faiss.Index) -> bool:
+    """Whether it compares with every row."""
+    return isinstance(index, faiss.IndexFlat)
+
+
+def nearest_in(index: faiss.Index, queries: Queries, k: int) -> tuple[Similarity, Indices]:
+    """The k that an index finds, with a generous effort where it is approximate."""
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    if isinstance(index, faiss.IndexIVF):
+        index.nprobe = max(1, index.nlist // 8)
+    if isinstance(index, faiss.IndexHNSW):
+        index.hnsw.efSearch = max(128, 4 * k)
+    return searched(index, queries, min(k, index.ntotal), None)

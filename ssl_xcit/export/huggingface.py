@@ -20,6 +20,7 @@ from ssl_xcit.export.exported import (
     compare,
     needs,
     numbers_of,
+    save_tensors,
     title,
     with_ending,
 )  # fmt: skip

@@ -16,6 +16,7 @@ from ssl_xcit.export.exported import (
     beside,
     compare,
     needs,
+    save_tensors,
     with_ending,
 )
 from ssl_xcit.models.names import to_timm_names

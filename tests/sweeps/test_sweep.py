@@ -77,6 +77,7 @@ def test_a_failed_trial_is_marked_and_the_others_run(tmp_path):
     assert states(tmp_path) == ["finished"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize("how", ["driver", "group"])
 def test_killed_twice_no_step_is_taken_twice(tmp_path, jobs, how):

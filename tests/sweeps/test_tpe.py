@@ -45,6 +45,7 @@ def process(folder):
     )
 
 
+@pytest.mark.slow
 def test_half_the_steps_of_the_grid_find_its_best(tmp_path, monkeypatch):
     monkeypatch.setattr("ssl_xcit.sweeps.driver.LOOK", 0.05)
     more = ["sleep=0.12", "steps=16"]
@@ -58,6 +59,7 @@ def test_half_the_steps_of_the_grid_find_its_best(tmp_path, monkeypatch):
     assert {t.state.name for t in study.trials} == {"COMPLETE", "PRUNED"}
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_searches_as_if_it_had_not_been(tmp_path):
     assert process(tmp_path / "whole").wait(60) == 0
     for wanted in (1, 3):

@@ -1,0 +1,337 @@
+"""Embedding killed and rerun, in every format, and search in what came out."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from commands import images, run
+from PIL import Image
+from ssl_xcit.eval import feature_cache
+from tiny_run import make_run, published
+
+from ssl_xcit import load_backbone
+from ssl_xcit.data.decode import RGB, decode
+from ssl_xcit.data.preprocess import normalise, resize_center_crop
+from ssl_xcit.locks import exclusive
+
+LOOK = ["resize=32", "size=32", "num_workers=0", "device=cpu"]
+SLOWLY = """
+import sys, time
+from ssl_xcit import cli
+from ssl_xcit.eval import feature_cache
+feature_cache.NOTED = 0.05
+if sys.argv[1] != "0":
+    write = feature_cache.write_json
+    def slower(*words):
+        write(*words)
+        time.sleep(float(sys.argv[1]))
+    feature_cache.write_json = slower
+cli.main(sys.argv[2:])
+"""
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch, cache):
+    monkeypatch.chdir(tmp_path)
+    published(tmp_path / "w.pth")
+
+
+def expected(names):
+    """Features by the backbone alone."""
+    backbone = load_backbone("w.pth")
+    found = []
+    for name in names:
+        pixels = resize_center_crop(decode(Path(name).read_bytes(), RGB), 32, 32)
+        x = normalise(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None], RGB)
+        with torch.no_grad():
+            found.append(backbone(x)[0].numpy())
+    return np.stack(found)
+
+
+def test_every_format_has_the_features(capsys):
+    images(Path("in/a"), 5)
+    images(Path("in/b"), 4)
+    Path("in/a/bad.png").write_text("<html>")
+    words = ["ckpt=w.pth", "data.root=in", "data.max_bad_fraction=0.5", *LOOK]
+    assert run("embed", *words, "out=[f.parquet,f.npy,f.faiss]") == 0
+    out = capsys.readouterr().out
+    assert "written: f.parquet, 9 rows" in out
+    assert "1 images could not be read: f.parquet.bad_samples.jsonl" in out
+    (bad,) = map(json.loads, Path("f.parquet.bad_samples.jsonl").read_text().splitlines())
+    assert (bad["name"], bad["place"]) == ("in/a/bad.png", 5)
+    assert "cannot identify" in bad["reason"]
+    table = pq.read_table("f.parquet")
+    names = table["name"].to_pylist()
+    assert table["row"].to_pylist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    truth = expected(names)
+    features = np.array(table["feature"].to_pylist(), np.float32)
+    assert np.abs(features - truth).max() < 1e-5
+    assert np.array_equal(np.load("f.npy"), features)
+    rows = [json.loads(line) for line in Path("f.npy.rows.jsonl").read_text().splitlines()]
+    assert [r["name"] for r in rows] == names
+    index = faiss.read_index("f.faiss")
+    assert index.ntotal == 9
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    assert np.abs(index.reconstruct_n(0, 9) - unit).max() < 1e-6
+    assert not list(Path(".").glob(".f*"))
+    before = {p: p.stat().st_mtime_ns for p in Path(".").iterdir()}
+    assert run("embed", *words, "out=[f.parquet,f.npy,f.faiss]") == 0
+    assert "all of it is there already" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in Path(".").iterdir()}
+
+
+def test_kinds_labels_and_half_precision(capsys):
+    run_dir = make_run(Path("run"))
+    words = ["data=photos", "ckpt=run", "features=cls_patch", "dtype=float16", "num_workers=0"]
+    assert run("embed", *words, "out=f.parquet") == 0
+    assert "short side 64, central 64 x 64" in capsys.readouterr().out
+    table = pq.read_table("f.parquet")
+    assert table.schema.field("feature").type.list_size == 64
+    assert str(table.schema.field("feature").type.value_type) in ("halffloat", "float16")
+    assert set(table["label"].to_pylist()) == set(range(17))
+    about = json.loads(table.schema.metadata[b"ssl_xcit"])
+    assert about["ckpt"] == str(run_dir / "checkpoints/step-000006.ckpt")
+
+
+def command(pause, *words):
+    path = os.pathsep.join(sys.path)
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, str(pause), "embed", *words],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+
+def killed_until_done(words, kills, pause, count):
+    """How far each start had come when it was killed."""
+    reached = []
+    rng = random.Random(0)
+    note = Path(".k.npy.embedding/progress.json")
+    for _ in range(kills):
+        process = command(pause, *words, "out=k.npy")
+        last = reached[-1] if reached else 0
+        limit = time.monotonic() + 120
+        while True:
+            assert time.monotonic() < limit
+            assert process.poll() is None, "done before it was killed"
+            time.sleep(0.02)
+            try:
+                done = json.loads(note.read_text())["done"]
+            except (OSError, ValueError):
+                continue
+            if done > last:
+                break
+        time.sleep(rng.random() * pause)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reached.append(done)
+    assert command(0, *words, "out=k.npy").wait(300) == 0
+    assert command(0, *words, "out=whole.npy").wait(300) == 0
+    assert Path("k.npy").read_bytes() == Path("whole.npy").read_bytes()
+    lines = Path("k.npy.rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == list(range(count))
+    return reached
+
+
+def test_interrupted_and_rerun_each_row_is_written_once(monkeypatch, capsys):
+    """Ctrl-C twice; what was extracted is not extracted again."""
+    np.save("i.npy", np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), np.uint8))
+    words = ["ckpt=w.pth", "data=arrays", "data.file=i.npy", "batch_size=10", "device=cpu",
+             "resize=16", "size=16", "num_workers=0"]  # fmt: skip
+    whole, counts = feature_cache.batches, []
+
+    def some(frozen, source, *rest):
+        counts.append(len(source))
+        for number, batch in enumerate(whole(frozen, source, *rest)):
+            if number == 3 and len(counts) < 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(feature_cache, "batches", some)
+    for _ in range(2):
+        assert run("embed", *words, "out=k.npy") == 130
+        assert "the same command goes on" in capsys.readouterr().out
+        assert not Path("k.npy").exists()
+    assert run("embed", *words, "out=k.npy") == 0
+    assert "going on from image 60 of 100" in capsys.readouterr().out
+    assert counts == [100, 70, 40]
+    monkeypatch.undo()
+    assert run("embed", *words, "out=whole.npy") == 0
+    assert Path("k.npy").read_bytes() == Path("whole.npy").read_bytes()
+    lines = Path("k.npy.rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == list(range(100))
+
+
+def test_begun_with_other_settings_or_by_another_process(capsys):
+    images(Path("in"), 2)
+    words = ["ckpt=w.pth", "data.root=in", "out=f.npy"]
+    work = Path(".f.npy.embedding")
+    work.mkdir()
+    assert run("embed", *words, *LOOK) == 0
+    os.rename("f.npy", "g.npy")
+    work.mkdir()
+    about = json.loads(Path("f.npy.json").read_text())
+    (work / "settings.json").write_text(json.dumps(about | {"size": 5}))
+    assert run("embed", *words, *LOOK) == 2
+    assert "was begun with another size" in capsys.readouterr().err
+    holder = os.fork()
+    if holder == 0:
+        with exclusive(Path(".f.npy.embedding.lock"), "f.npy"):
+            time.sleep(4)
+        os._exit(0)
+    time.sleep(0.5)
+    assert run("embed", *words, *LOOK) == 2
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert f"f.npy is in use by process {holder}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ten_thousand_killed_five_times():
+    np.save("i.npy", np.random.default_rng(0).integers(0, 256, (10_000, 16, 16, 3), np.uint8))
+    words = ["ckpt=w.pth", "data=arrays", "data.file=i.npy", "batch_size=50",
+             "resize=16", "size=16", "num_workers=1"]  # fmt: skip
+    reached = killed_until_done(words, 5, 0.5, 10_000)
+    assert reached == sorted(set(reached))
+
+
+def test_search_finds_what_brute_force_finds(capsys):
+    images(Path("in"), 12)
+    words = ["ckpt=w.pth", "data.root=in", *LOOK]
+    assert run("embed", *words, "out=[f.parquet,f.npy,f.faiss]") == 0
+    features = expected([f"in/{i}.png" for i in range(12)])
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    order = np.argsort(-(unit @ unit[3]))[:5]
+    for index in ("f.parquet", "f.npy", "f.faiss"):
+        search = ["search", f"index={index}", "image=in/3.png", "k=5", "device=cpu"]
+        assert run(*search, "out=n.json") == 0
+        (found,) = json.loads(Path("n.json").read_text())["found"]
+        names = [near["name"] for near in found["neighbours"]]
+        assert names == [f"in/{i}.png" for i in order]
+        assert found["neighbours"][0]["similarity"] == pytest.approx(1, abs=1e-5)
+        assert "in/3.png" in capsys.readouterr().out
+    assert run("search", "index=f.npy", "image=in", "k=50", "device=cpu") == 0
+    with Image.open("neighbours.png") as picture:
+        assert picture.width > 1000
+    os.mkdir("elsewhere")
+    os.rename("w.pth", "elsewhere/v.pth")
+    assert run("search", "index=f.npy", "image=in/3.png", "out=null") == 2
+    assert "w.pth, are not there: name them with ckpt=..." in capsys.readouterr().err
+    assert run("search", "index=f.npy", "image=in/3.png", "out=null", "ckpt=elsewhere/v.pth") == 0
+    published(Path("other.pth"), seed=1)
+    assert run("search", "index=f.npy", "image=in/3.png", "ckpt=other.pth") == 2
+    assert "was made by weights with the SHA-256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_approximate_indices(kind, capsys):
+    np.save("i.npy", np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), np.uint8))
+    words = ["ckpt=w.pth", "data=arrays", "data.file=i.npy", "resize=16", "size=16"]
+    assert run("embed", *words, f"index={kind}", "out=f.faiss", "num_workers=0") == 0
+    Image.fromarray(np.load("i.npy")[7]).save("q.png")
+    assert run("search", "index=f.faiss", "image=q.png", "out=n.json") == 0
+    assert "an approximate index" in capsys.readouterr().out
+    (found,) = json.loads(Path("n.json").read_text())["found"]
+    assert len(found["neighbours"]) == 10
+
+
+def test_another_file_in_the_way_and_other_settings(capsys):
+    images(Path("in"), 3)
+    words = ["ckpt=w.pth", "data.root=in", "out=f.npy"]
+    Path("f.npy").write_text("mine")
+    assert run("embed", *words, *LOOK) == 2
+    assert "none that ssl-xcit embed made" in capsys.readouterr().err
+    Path("f.npy").unlink()
+    assert run("embed", *words, *LOOK) == 0
+    assert run("embed", *words, "resize=64", *LOOK[1:]) == 2
+    assert "made with another resize" in capsys.readouterr().err
+    images(Path("in/more"), 1)
+    assert run("embed", *words, *LOOK) == 2
+    assert "made with another images, names" in capsys.readouterr().err
+
+
+def test_too_many_bad_images_and_none_that_is_good(capsys):
+    images(Path("in"), 3)
+    Path("in/x.png").write_text("")
+    words = ["ckpt=w.pth", "data.root=in", *LOOK]
+    assert run("embed", *words, "out=f.npy") == 1
+    assert "1 of 4 images are bad" in capsys.readouterr().err
+    assert len(np.load("f.npy")) == 3
+    for file in Path("in").iterdir():
+        file.write_text("")
+    assert run("embed", *words, "out=g.npy") == 2
+    assert "none of 4 images can be read" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text():
+    images(Path("in"), 2)
+    os.rename(b"in/1.png", b"in/caf\xe9\n.png")
+    assert run("embed", "ckpt=w.pth", "data.root=in", "out=[f.parquet,f.npy]", *LOOK) == 0
+    names = pq.read_table("f.parquet")["name"].to_pylist()
+    assert names[1].startswith("in/caf\\udce9")
+    lines = Path("f.npy.rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == names
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["out=f.csv"], "a file ending in .parquet, .npy, .faiss"),
+        (["out=[f.npy,f.npy]"], "of different names"),
+        (["out=f.npy", "features=tokens"], "features=tokens: one of cls"),
+        (["out=f.npy", "dtype=int8"], "dtype=int8"),
+        (["out=f.faiss", "index=pq"], "index=pq"),
+        (["out=f.npy", "batch_size=0"], "batch_size=0"),
+        (["out=f.npy", "data.root=nowhere"], "nowhere"),
+    ],
+)
+def test_bad_words(words, message, capsys):
+    images(Path("in"), 1)
+    assert run("embed", "ckpt=w.pth", "data.root=in", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["index=none.npy", "image=q.png"], "none.npy: no such file"),
+        (["index=w.pth", "image=q.png"], "a file ending in .parquet"),
+        (["index=bare.npy", "image=q.png"], "nothing tells what made it"),
+        (["index=f.npy", "image=none.png"], "image=none.png: no such file or folder"),
+        (["index=f.npy", "image=bad.png"], "bad.png"),
+        (["index=f.npy", "image=in/0.png", "k=0"], "k=0"),
+        (["index=f.npy", "image=in/0.png", "out=n.txt"], "ending in .png"),
+        (["index=broken.faiss", "image=in/0.png"], "broken.faiss cannot be read"),
+    ],
+)
+def test_bad_searches(words, message, capsys):
+    images(Path("in"), 2)
+    Path("bad.png").write_text("no image")
+    np.save("bare.npy", np.ones((2, 3)))
+    assert run("embed", "ckpt=w.pth", "data.root=in", "out=[f.npy,broken.faiss]", *LOOK) == 0
+    Path("broken.faiss").write_bytes(b"xxxx")
+    capsys.readouterr()
+    assert run("search", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert sum(line.startswith("ssl-xcit: ") for line in error.splitlines()) == 1
+
+
+def test_without_pyarrow(monkeypatch, capsys):
+    images(Path("in"), 2)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert run("embed", "ckpt=w.pth", "data.root=in", "out=f.parquet", *LOOK) == 2
+    assert "pip install 'ssl-xcit[tables]'" in capsys.readouterr().err
