@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 
 from ssl_xcit.data.sources import Source, label_kind
 from ssl_xcit.errors import MissingPath, UserError
@@ -29,13 +29,13 @@ class Embedded:
     """Features of the readable images of a source.
 
     Args:
-        features: (N, C); may be a memory map.
+        features: (N, C), sliced by rows: an array, a memory map, or several joined.
         rows: which images of the source.
         source: names and labels.
         about: what made them, plain data.
     """
 
-    features: Float[np.ndarray, "N C"]
+    features: Any
     rows: Int64[np.ndarray, " N"]
     source: Source
     about: dict[str, Any]

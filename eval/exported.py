@@ -1,7 +1,7 @@
 """What another form of the weights is worth: k-NN of its features beside the backbone's."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,13 +32,20 @@ class KNNOf:
     pair: LabelledPair
     k: int = 20
     batch_size: int = 64
+    known: dict[Run, float] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, weights: Weights, runs: Mapping[str, Run]) -> dict[str, float]:
-        """By each of the functions from images to features."""
-        pair = self.pair
-        if label_kind(pair.train.labels) != "classes":
+        """By each of the functions from images to features, once.
+
+        Raises:
+            UserError: the labels are no classes, or there are too few images.
+        """
+        if label_kind(self.pair.train.labels) != "classes":
             raise UserError("k-NN needs images of one class each")
-        return {name: self.of(weights, run, name) for name, run in runs.items()}
+        for name, run in runs.items():
+            if run not in self.known:  # float32 stands beside each of several formats
+                self.known[run] = self.of(weights, run, name)
+        return {name: self.known[run] for name, run in runs.items()}
 
     def of(self, weights: Weights, run: Run, name: str) -> float:
         """One of them."""

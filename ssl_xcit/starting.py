@@ -46,6 +46,11 @@ def read_start(cfg: DictConfig, run_dir: Path) -> Training | None:
             f"init.head={init.head}, init.which={init.which}: fresh or kept; teacher or student"
         )
     if init.ckpt is None:
+        if init.needed:
+            raise UserError(
+                "init.ckpt is needed: this recipe starts from weights; add init.ckpt=... (a run "
+                "folder, a checkpoint, a published file or its name)"
+            )
         return None
     if checkpoints_of(run_dir) and (run_dir / "config.yaml").is_file():
         begun: Any = OmegaConf.load(run_dir / "config.yaml")

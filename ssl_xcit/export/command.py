@@ -3,6 +3,7 @@ it gets its name.
 """
 
 import json
+import re
 from contextlib import suppress
 from inspect import signature
 from pathlib import Path
@@ -16,11 +17,13 @@ from omegaconf import DictConfig, ListConfig
 from ssl_xcit.data.module import check_labelled
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import RunFailed, UserError
-from ssl_xcit.export.exported import KNN, Weights, title
+from ssl_xcit.export.exported import Weights, title
+from ssl_xcit.export.rounded import KNN
 from ssl_xcit.files import sha256_of, written_to
-from ssl_xcit.models.published import place_of
-from ssl_xcit.models.weights import checkpoint_path, load_backbone
+from ssl_xcit.models.published import TIMM_FILE, place_of
+from ssl_xcit.models.weights import checkpoint_path, checkpoints_of, load_backbone, model_name
 from ssl_xcit.run_folder import versions
+from ssl_xcit.table import shown_in_terminal
 
 
 def main(cfg: DictConfig) -> None:
@@ -31,10 +34,10 @@ def main(cfg: DictConfig) -> None:
     path = checkpoint_path(str(cfg.ckpt))
     backbone = load_backbone(path, cfg.which)
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
-    name = run_dir.name if run_dir else path.stem
+    name = name_of(path, run_dir, cfg.which)
     pair = labelled(cfg, run_dir)
     weights = Weights(
-        backbone, name, about(cfg, path, run_dir),
+        backbone, name, about(cfg.which, path, run_dir, model_name(backbone.architecture)),
         *((pair.resize, pair.size) if pair else ()),
     )  # fmt: skip
     out = out_of(cfg, path, run_dir, name)
@@ -46,6 +49,8 @@ def main(cfg: DictConfig) -> None:
     for word in formats:
         make = instantiate(cfg.formats[word])
         settings: dict[str, Any] = {"knn": knn} if "knn" in signature(make.func).parameters else {}
+        if shown_in_terminal():  # a large network takes minutes
+            print(f"\n{word} ...", flush=True)
         try:
             with written_to(out.parent):
                 made = make(weights, out, **settings)
@@ -101,24 +106,63 @@ def labelled(cfg: DictConfig, run_dir: Path | None) -> LabelledPair | None:
     return pair
 
 
-def about(cfg: DictConfig, path: Path, run_dir: Path | None) -> dict[str, Any]:
-    """What is known of the weights, as plain data."""
-    summary, run = (read(run_dir, name) for name in ("summary.json", "run.json"))
-    results = read(run_dir, "results.json") or summary
-    last = summary.get("last") or {}
+def name_of(path: Path, run_dir: Path | None, which: str) -> str:
+    """Of what is written: no two networks have the same."""
+    if run_dir is not None:
+        name = run_dir.absolute().name
+        if path not in checkpoints_of(run_dir)[-1:]:
+            name += f"-{path.stem}"
+    elif (place := place_of(path)) is not None:
+        name = place.name
+    else:
+        name = path.absolute().parent.name if path.name == TIMM_FILE else path.stem
+    return name + "-student" * (which == "student")
+
+
+def about(which: str, path: Path, run_dir: Path | None, model: str) -> dict[str, Any]:
+    """What is known of the weights, as plain data; paths by their last part, for it is given away.
+
+    Numbers are those of these very weights, or none.
+    """
+    digest, run = sha256_of(path), read(run_dir, "run.json")
+    overrides = run.get("overrides")
+    step = re.fullmatch(r"step-(\d+)", path.stem)
+    each = (run.get("plan") or {}).get("steps_per_epoch")
     return {
-        "model": summary.get("model"),
+        "model": model,
         "file": path.name,
-        "sha256": sha256_of(path),
-        "which": cfg.which,
-        "data": results.get("data"),
-        "results": results.get("results"),
-        "intervals": results.get("intervals"),
-        "overrides": run.get("overrides"),
-        "steps": last.get("step"),
-        "epochs": last.get("epoch"),
+        "sha256": digest,
+        "which": which,
+        **measured(which, path, run_dir, digest),
+        "overrides": None if overrides is None else [last_parts(str(o)) for o in overrides],
+        "steps": int(step[1]) if step else None,
+        "epochs": round(int(step[1]) / each, 2) if step and each else None,
         "versions": versions(),
     }
+
+
+def measured(which: str, path: Path, run_dir: Path | None, digest: str) -> dict[str, Any]:
+    """The run's numbers of these weights: of its end, and of `ssl-xcit eval`, which go before."""
+    end, own = read(run_dir, "summary.json"), read(run_dir, "results.json")
+    last = (end.get("last") or {}).get("step")
+    sources = []
+    if which == "teacher" and last is not None and path.stem == f"step-{int(last):06d}":
+        sources.append(end)
+    if own.get("weights_sha256") == digest and own.get("which") == which:
+        sources.append(own)
+    numbers: dict[str, Any] = {"data": None, "results": {}, "intervals": {}}
+    for source in sources:
+        if source.get("data"):
+            numbers["data"] = last_parts(str(source["data"]))
+        for kind in ("results", "intervals"):
+            for row, values in (source.get(kind) or {}).items():
+                numbers[kind].setdefault(row, {}).update(values)
+    return numbers
+
+
+def last_parts(words: str) -> str:
+    """`data.root=/home/me/photos` as `data.root=photos`."""
+    return re.sub(r"[^\s=,\[\](){}'\"]*/(?=[^\s/])", "", words)
 
 
 def read(run_dir: Path | None, name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ that a file is compared before it gets its name.
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -22,12 +22,14 @@ from ssl_xcit.data.decode import RGB, decode
 from ssl_xcit.data.photos import photos
 from ssl_xcit.data.preprocess import Preprocess, normalise, of_weights
 from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.files import flush, write_json
 from ssl_xcit.models.weights import model_name
 from ssl_xcit.models.xcit import XCiT
 
-Run = Callable[[Float[Tensor, "B in_chans H W"]], Float[Tensor, "B C"]]
+Run = Callable[[Float[Tensor, "B in_chans H W"]], Any]  # to (B, C), or (B, C) and (B, C, h, w)
 SIZES = ((2, 64, 64), (1, 96, 160), (3, 75, 52), (1, 224, 224))  # images, height, width
-CLOSE = 1e-5  # largest difference of a feature, times the largest feature where that is above 1
+PRETRAINED = "pretrained"  # the row of results that is of the weights
+CLOSE = 1e-5  # largest difference of a feature, over the largest feature where that is above 1
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ class Weights:
     Args:
         backbone: in eval mode.
         name: of the run or of the file, for the names of what is written.
-        about: plain data: model, preprocessing, file and its SHA-256, versions, the run's numbers.
+        about: plain data: model, file and its SHA-256, versions, the run's numbers.
         resize: short side in pixels at which the run was measured.
         size: of the central square.
+        traced: programs of the backbone that several formats start from, by their outputs.
     """
 
     backbone: XCiT
@@ -47,6 +50,7 @@ class Weights:
     about: Mapping[str, Any]
     resize: int = 256
     size: int = 224
+    traced: dict[tuple[str, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def how(self) -> Preprocess:
@@ -62,9 +66,6 @@ class Weights:
         """The backbone's tensors, without a classifier."""
         found = self.backbone.state_dict()
         return {k: v.contiguous() for k, v in found.items() if not k.startswith("head.")}
-
-
-KNN = Callable[[Weights, Mapping[str, Run]], dict[str, float]]  # k-NN in percent by each
 
 
 @dataclass
@@ -99,42 +100,83 @@ def real_images(weights: Weights) -> Iterator[Float[Tensor, "B in_chans H W"]]:
         yield normalise(torch.from_numpy(np.stack(pictures)), how)
 
 
-def compare(weights: Weights, run: Run, close: float | None = CLOSE) -> str:
-    """How far another form of the weights is from the backbone, in words.
+@dataclass
+class Difference:
+    """Of another form of the weights from the backbone.
 
     Args:
-        weights: what it must equal.
-        run: the other form, images to class tokens.
-        close: the most that is borne; None: anything.
+        largest: of a feature, over the largest feature where that is above 1.
+        cosine: the least between class tokens of an image.
+    """
+
+    largest: float = 0.0
+    cosine: float = 1.0
+
+
+def difference(weights: Weights, run: Run, patches: bool = False) -> Difference:
+    """On real images of several sizes, one and several at once.
+
+    Args:
+        weights: what it is compared with.
+        run: the other form, images to class tokens, or with `patches` to those and patch tokens.
+        patches: compare these too.
 
     Raises:
-        RunFailed: it is further off.
+        UserError: the weights themselves give features that are not finite.
+        RunFailed: the others are not, or have other shapes.
     """
-    worst = 0.0
+    found = Difference()
     with torch.inference_mode():
         for images in real_images(weights):
-            ours, theirs = weights.backbone(images), run(images)
-            if theirs.shape != ours.shape:
-                raise RunFailed(f"features {tuple(theirs.shape)} came out, not {tuple(ours.shape)}")
-            scale = max(1.0, ours.abs().max().item())
-            worst = max(worst, (theirs.float() - ours).abs().max().item() / scale)
-    if close is not None and not worst <= close:
+            backbone = weights.backbone
+            ours = backbone.forward_features(images) if patches else (backbone(images),)
+            out = run(images)
+            theirs = out if isinstance(out, tuple) else (out,)
+            shapes = [[tuple(t.shape) for t in tensors] for tensors in (ours, theirs)]
+            if shapes[0] != shapes[1]:
+                raise RunFailed(f"features {shapes[1]} came out, not {shapes[0]}")
+            if not all(t.isfinite().all() for t in ours):
+                raise UserError(
+                    "these weights give features that are not finite: take an earlier checkpoint, "
+                    "ckpt=RUN/checkpoints/step-....ckpt"
+                )
+            if not all(t.isfinite().all() for t in theirs):
+                raise RunFailed("features came out that are not finite: nothing is exported")
+            for one, other in zip(ours, theirs, strict=True):
+                scale = max(1.0, one.abs().max().item())
+                apart = (other.float() - one).abs().max().item() / scale
+                found.largest = max(found.largest, apart)
+            cosine = torch.cosine_similarity(ours[0], theirs[0].float()).min().item()
+            found.cosine = min(found.cosine, cosine)
+    return found
+
+
+def compare(weights: Weights, run: Run, close: float = CLOSE, patches: bool = False) -> str:
+    """How far another form of the weights is from the backbone, in words; see `difference`.
+
+    Raises:
+        RunFailed: it is further off than `close`.
+    """
+    found = difference(weights, run, patches)
+    if found.largest > close:
         raise RunFailed(
-            f"features differ by {worst:.1e}, more than {close:.0e}: nothing is exported; please "
-            "report this with the versions of the libraries"
+            f"features differ by {found.largest:.1e}, more than {close:.0e}: nothing is exported; "
+            "please report this with the versions of the libraries"
         )
-    sizes = ", ".join(f"{h} x {w}" for _, h, w in SIZES)
-    return f"largest difference of a feature {worst:.1e} on photographs of {sizes}"
+    what = "class or patch feature" if patches else "feature"
+    return f"largest difference of a {what} {found.largest:.1e} on photographs of {sizes()}"
 
 
-def accuracy(weights: Weights, runs: Mapping[str, Run], knn: KNN | None) -> str:
-    """k-NN by each, the last less the first, where there are labelled images."""
-    if knn is None:
-        return "k-NN was not measured: there are no labelled images (eval_data=folder ...)"
-    found = knn(weights, runs)
-    told = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
-    values = list(found.values())
-    return f"k-NN 20 in %: {told}, a difference of {values[-1] - values[0]:+.1f}"
+def sizes() -> str:
+    """Of the images that are compared."""
+    return ", ".join(f"{h} x {w}" for _, h, w in SIZES)
+
+
+def tell(weights: Weights, path: Path, **more: Any) -> Path:
+    """`path`, a JSON file with all that is known of what was exported."""
+    kept = {"architecture": weights.architecture, "preprocess": weights.how.of_weights()}
+    write_json({**kept, **weights.about, **more}, path)
+    return path
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
@@ -151,16 +193,29 @@ def with_ending(out: Path, ending: str) -> Path:
 
 
 @contextmanager
-def beside(out: Path) -> Iterator[Path]:
+def beside(out: Path, ours: Collection[str] = ()) -> Iterator[Path]:
     """A name to write a file or a folder under, which takes the place of `out` at the end, or is
-    removed.
+    removed. What gets the name is on the disk.
+
+    Args:
+        out: the name.
+        ours: files of a folder; one with others in it is not replaced.
+
+    Raises:
+        UserError: there is something else of that name.
     """
+    if out.is_dir() and (others := sorted(p.name for p in out.iterdir() if p.name not in ours)):
+        raise UserError(
+            f"{out} holds {others[0]}, which is not of this command: move it, or name another out="
+        )
     part = out.with_name(f".{out.stem}.part{out.suffix}")
     remove(part)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
-        if out.is_dir() and part.is_dir():
+        for path in (*part.rglob("*"), part):
+            flush(path)
+        if out.is_dir():
             remove(out)
         os.replace(part, out)
     finally:
@@ -200,5 +255,4 @@ def numbers_of(
 ) -> tuple[Mapping[str, float], Mapping[str, Sequence[float]]]:
     """The run's final numbers of the pretrained network, and their intervals."""
     results, intervals = about.get("results") or {}, about.get("intervals") or {}
-    last = list(results)[-1] if results else ""
-    return results.get(last, {}), intervals.get(last, {})
+    return results.get(PRETRAINED, {}), intervals.get(PRETRAINED, {})

@@ -5,8 +5,9 @@ ours has to be trusted; the header of the safetensors file is what ssl_xcit read
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ tags:
 
 # {name}
 
-{model}, {parameters:.1f} M parameters: features of images, pretrained without labels by DINO
-(arXiv:2104.14294) with [ssl_xcit]; the architecture is XCiT (arXiv:2106.09681). Output: the class
-token, {width} numbers an image. Any image size; it was measured at {size} pixels.
+{model}, {parameters:.1f} M parameters: features of images{origin}.
+The architecture is XCiT (arXiv:2106.09681). Output: the class token, {width} numbers an image.
+Images may have any size; the preprocessing makes them {size} x {size} pixels.
 
 {numbers}
 ## Use
@@ -65,8 +66,8 @@ model = timm.create_model("{timm}", pretrained=True).eval()
 
 ```python
 import ssl_xcit  # attention maps, patch features, evaluation
-
-model = ssl_xcit.load_backbone("FOLDER")
+{download}
+model = ssl_xcit.load_backbone({folder})
 ```
 
 ## How it was made
@@ -74,9 +75,8 @@ model = ssl_xcit.load_backbone("FOLDER")
 {recipe}
 
 License: to be named by whoever publishes this.
-
-[ssl_xcit]: https://pypi.org/project/ssl-xcit
 """
+FILES = ("config.json", "model.safetensors", "README.md")
 
 
 def huggingface(weights: Weights, out: Path, push: str | None = None, private: bool = True) -> Made:
@@ -98,7 +98,7 @@ def huggingface(weights: Weights, out: Path, push: str | None = None, private: b
         needs("hub", "huggingface_hub")
     name, arguments = timm_arguments(weights)
     path = with_ending(out, "-huggingface")
-    with beside(path) as part:
+    with beside(path, FILES) as part:
         part.mkdir()
         save_tensors(to_timm_names(weights.state()), part / "model.safetensors", header(weights))
         write_json(part / "config.json", config(weights, name, arguments))
@@ -142,7 +142,7 @@ def config(weights: Weights, name: str, arguments: Mapping[str, Any]) -> dict[st
             "input_size": [chans, weights.size, weights.size],
             "fixed_input_size": False,
             "interpolation": "bicubic",
-            "crop_pct": weights.size / weights.resize,
+            "crop_pct": crop_share(weights.resize, weights.size),
             "crop_mode": "center",
             "mean": list(mean),
             "std": list(std),
@@ -151,6 +151,12 @@ def config(weights: Weights, name: str, arguments: Mapping[str, Any]) -> dict[st
             "classifier": "head",
         },
     }
+
+
+def crop_share(resize: int, size: int) -> float:
+    """What timm divides `size` by to have `resize`, rounded down."""
+    share = size / resize
+    return share if math.floor(size / share) == resize else math.nextafter(share, 0.0)
 
 
 def auto_model(folder: Path) -> Any:
@@ -177,27 +183,45 @@ def card(weights: Weights, name: str, pushed: str | None) -> str:
         for metric, value in values.items()
         if not metric.endswith(("_std", "_lr", "_l2"))
     ]
-    data = weights.about.get("data")
     numbers = "It was not measured.\n"
     if rows:
-        head = [f"Frozen features on {data}, in %:", "", "| | | 95 % |", "|---|---:|---|"]
-        numbers = "\n".join([*head, *rows, ""])
-    recipe = "\n".join(
-        f"- {key}: {weights.about[key]}"
-        for key in ("model", "which", "file", "sha256", "overrides", "steps", "epochs", "versions")
-        if weights.about.get(key) not in (None, "", [])
-    )
+        head = [f"Frozen features on {weights.about.get('data')}, in %:", "", "| | | 95 % |"]
+        numbers = "\n".join([*head, "|---|---:|---|", *rows, ""])
+    of_run = weights.about.get("overrides") is not None
+    own = (v for k, v in weights.backbone.named_parameters() if not k.startswith("head."))
     return CARD.format(
         name=name.rsplit("/", 1)[-1],
         model=title(weights),
-        parameters=sum(p.numel() for p in weights.backbone.parameters()) / 1e6,
+        origin=", pretrained without labels by DINO (arXiv:2104.14294) with ssl_xcit" * of_run,
+        parameters=sum(v.numel() for v in own) / 1e6,
         width=weights.backbone.embed_dim,
         size=weights.size,
         numbers=numbers,
         where=where,
         timm=f"hf-hub:{pushed}" if pushed else "local-dir:FOLDER",
-        recipe=recipe,
+        download="from huggingface_hub import snapshot_download\n" if pushed else "",
+        folder=f'snapshot_download("{pushed}")' if pushed else '"FOLDER"',
+        recipe="\n".join(recipe(weights.about)),
     )
+
+
+def recipe(about: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each thing that is known of how the weights came about."""
+    titles = {
+        "model": "network", "which": "of teacher and student",
+        "file": "weights", "sha256": "their SHA-256", "overrides": "settings beside the defaults",
+        "steps": "steps", "epochs": "epochs", "versions": "versions",
+    }  # fmt: skip
+    for key, words in titles.items():
+        value = about.get(key)
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = " ".join(f"`{v}`" for v in value)
+        elif isinstance(value, float):
+            value = f"{value:.6g}"
+        if value not in (None, ""):
+            yield f"- {words}: {value}"
 
 
 def upload(folder: Path, push: str, private: bool) -> str:

@@ -7,8 +7,6 @@ which is right for any number of tokens.
 
 import json
 import logging
-import statistics
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,18 +18,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ssl_xcit.export.exported import (
-    KNN,
     Made,
     Run,
     Weights,
-    accuracy,
     beside,
     compare,
     needs,
-    real_images,
     remove,
+    tell,
     with_ending,
 )
+from ssl_xcit.export.rounded import KNN, cost
 from ssl_xcit.models.xcit import XCiT
 
 OPSET = 20
@@ -51,15 +48,25 @@ class Outputs(nn.Module):
         return tuple(self.backbone.forward_features(images))
 
 
-def any_size() -> tuple[dict[int, Any], ...]:
-    """Of batch, height and width."""
-    dynamic = torch.export.Dim.DYNAMIC
-    return ({0: dynamic, 2: dynamic, 3: dynamic},)
+def outputs(patches: bool) -> tuple[str, ...]:
+    """Their names."""
+    return ("features", "patches") if patches else ("features",)
 
 
-def an_input(weights: Weights) -> Tensor:
-    """Of no special size: sides that are neither equal nor 1."""
-    return torch.zeros(2, weights.architecture["in_chans"], 48, 64)
+def traced(weights: Weights, patches: bool) -> torch.export.ExportedProgram:
+    """The backbone by torch.export for any batch, height and width; once for all formats, for it
+    takes the most time of them.
+    """
+    names = outputs(patches)
+    if names not in weights.traced:
+        any_size = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+        # of no special size: sides that are neither equal nor 1
+        images = torch.zeros(2, weights.architecture["in_chans"], 48, 64)
+        with quiet():
+            weights.traced[names] = torch.export.export(
+                Outputs(weights.backbone, patches).eval(), (images,), dynamic_shapes=(any_size,)
+            )
+    return weights.traced[names]
 
 
 @contextmanager
@@ -79,12 +86,10 @@ def write_onnx(weights: Weights, path: Path, patches: bool) -> None:
     """One file, which says of itself how images are fed."""
     import onnx
 
-    outputs = ["features", *(["patches"] if patches else [])]
-    network = Outputs(weights.backbone, patches).eval()
     with quiet():
         program = torch.onnx.export(
-            network, (an_input(weights),), dynamo=True, dynamic_shapes=any_size(),
-            input_names=["images"], output_names=outputs, opset_version=OPSET, verbose=False,
+            traced(weights, patches), dynamo=True, input_names=["images"],
+            output_names=outputs(patches), opset_version=OPSET, verbose=False,
         )  # fmt: skip
     assert program is not None
     model = program.model_proto
@@ -106,7 +111,7 @@ def write_onnx(weights: Weights, path: Path, patches: bool) -> None:
     onnx.save(model, path)
 
 
-def session(path: Path) -> Run:
+def session(path: Path, patches: bool = False) -> Run:
     """onnxruntime on the CPU, as a function of tensors."""
     import onnxruntime
 
@@ -115,17 +120,19 @@ def session(path: Path) -> Run:
     options.log_severity_level = 3
     made = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def run(images: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C"]:
-        return torch.from_numpy(made.run(["features"], {"images": images.numpy()})[0])
+    def run(images: Float[Tensor, "B in_chans H W"]) -> Any:
+        found = made.run(outputs(patches), {"images": images.numpy()})
+        return tuple(map(torch.from_numpy, found)) if patches else torch.from_numpy(found[0])
 
     return run
 
 
-def use_of(path: Path) -> str:
+def use_of(path: Path, patches: bool = False) -> str:
     """Lines that run it."""
+    names = "features, patches" if patches else "(features,)"
     return (
-        f'import onnxruntime\nsession = onnxruntime.InferenceSession("{path}")\n'
-        '(features,) = session.run(["features"], {"images": images})  # float32, normalised'
+        f'import onnxruntime\nsession = onnxruntime.InferenceSession("{path}")\n{names} = '
+        'session.run(None, {"images": images})  # float32, normalised'
     )
 
 
@@ -137,35 +144,38 @@ def onnx(weights: Weights, out: Path, patches: bool = False) -> Made:
     path = with_ending(out, ".onnx")
     with beside(path) as part:
         write_onnx(weights, part, patches)
-        checked = compare(weights, session(part))
+        checked = compare(weights, session(part, patches), patches=patches)
     words = f"run by onnxruntime {onnxruntime.__version__}: {checked}"
-    return Made([path], words, use_of(path), [f"opset {OPSET}; any batch, height and width"])
+    notes = [f"opset {OPSET}; any batch, height and width"]
+    return Made([path], words, use_of(path, patches), notes)
 
 
 def program(weights: Weights, out: Path, patches: bool = False) -> Made:
     """`NAME.pt2`, by torch.export."""
     path = with_ending(out, ".pt2")
     with beside(path) as part, quiet():
-        network = Outputs(weights.backbone, patches).eval()
-        exported = torch.export.export(network, (an_input(weights),), dynamic_shapes=any_size())
-        torch.export.save(exported, part)
-        loaded = torch.export.load(part).module()
-        checked = compare(weights, (lambda x: loaded(x)[0]) if patches else loaded)
+        made = traced(weights, patches)
+        torch.export.save(made, part)
+        checked = compare(weights, torch.export.load(part).module(), patches=patches)
+    # a grid of one row or column would be a program of its own
+    least = max(int(bounds.lower) for bounds in made.range_constraints.values())
     load = f'import torch\nbackbone = torch.export.load("{path}").module()'
-    use = f"{load}\nfeatures = backbone(images)"
-    return Made([path], f"loaded back by torch {torch.__version__}: {checked}", use)
+    use = f"{load}\n{', '.join(outputs(patches))} = backbone(images)"
+    notes = [f"any batch, height and width from {least} pixels"]
+    return Made([path], f"loaded back by torch {torch.__version__}: {checked}", use, notes)
 
 
 def int8(weights: Weights, out: Path, knn: KNN | None = None) -> Made:
     """`NAME-int8.onnx`: weights of linear layers in 8 bits, their inputs quantised as they come;
-    convolutions and softmax stay float32. Says what that costs.
+    convolutions and softmax stay float32. `NAME-int8.json` has what that costs.
     """
     needs("onnx", "onnx", "onnxscript", "onnxruntime")
+    import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     path = with_ending(out, "-int8.onnx")
-    whole, folded = (with_ending(path, f".{name}.onnx") for name in ("whole", "folded"))
+    whole, folded = (path.with_name(f".{path.name}.{word}.part") for word in ("whole", "folded"))
     try:
         with beside(path) as part:
             write_onnx(weights, whole, patches=False)
@@ -176,28 +186,12 @@ def int8(weights: Weights, out: Path, knn: KNN | None = None) -> Made:
                     folded, part, weight_type=QuantType.QInt8, per_channel=True,
                     op_types_to_quantize=["MatMul", "Gemm"],
                 )  # fmt: skip
-            plain, low = session(whole), session(part)
-            checked = compare(weights, low, close=None)
-            size = part.stat().st_size / whole.stat().st_size
-            speed = times_as_fast(weights, plain, low)
-            cost = accuracy(weights, {"float32": weights.backbone, "int8": low}, knn)
+            runs = session(whole), session(part)
+            num_bytes = whole.stat().st_size, part.stat().st_size
+            checked, notes, data = cost(weights, "int8", runs, num_bytes, knn)
     finally:
         remove(whole)
         remove(folded)
-    notes = [f"{size:.2f} of the size of float32, {speed:.2f} times as fast here on 224 x 224"]
-    return Made([path], f"run by onnxruntime: {checked}", use_of(path), [*notes, cost])
-
-
-def times_as_fast(weights: Weights, one: Run, two: Run, rounds: int = 7) -> float:
-    """The median of one's time over two's, interleaved, on four large images."""
-    *_, large = real_images(weights)
-    images = large.repeat(4, 1, 1, 1)
-    ratios = []
-    for _ in range(rounds):
-        seconds = []
-        for run in (one, two):
-            started = time.perf_counter()
-            run(images)
-            seconds.append(time.perf_counter() - started)
-        ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios)
+    about = tell(weights, path.with_suffix(".json"), int8=data)
+    words = f"run by onnxruntime {onnxruntime.__version__}: {checked}"
+    return Made([path, about], words, use_of(path), notes)

@@ -9,20 +9,19 @@ from torch import Tensor
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.export.exported import (
-    KNN,
     Made,
     Weights,
-    accuracy,
     beside,
     compare,
     needs,
     save_tensors,
+    tell,
     with_ending,
 )
+from ssl_xcit.export.rounded import KNN, cost
 from ssl_xcit.models.names import to_timm_names
-from ssl_xcit.models.weights import HEADER, load_backbone, model_name
-
-HALF_CLOSE = 0.05  # of a feature, relative; bfloat16 has 8 bits
+from ssl_xcit.models.weights import HEADER, load_backbone
+from ssl_xcit.models.xcit import SIZES
 
 
 def header(weights: Weights) -> dict[str, str]:
@@ -40,16 +39,14 @@ def safetensors(weights: Weights, out: Path) -> Made:
     with beside(path) as part:
         save_tensors(weights.state(), part, header(weights))
         checked = compare(weights, load_backbone(part), close=0.0)
-    about = with_ending(out, ".json")
-    with beside(about) as part:
-        part.write_text(json.dumps(weights.about, indent=2, default=str) + "\n")
+    about = tell(weights, with_ending(out, ".json"))
     use = f'import ssl_xcit\nbackbone = ssl_xcit.load_backbone("{path}")'
     return Made([path, about], f"loaded back by ssl_xcit: {checked}", use)
 
 
 def bfloat16(weights: Weights, out: Path, knn: KNN | None = None) -> Made:
-    """The same with weights of 16 bits: half the size; computed in float32, or in bfloat16 under
-    autocast.
+    """`NAME-bf16.safetensors`: weights of 16 bits, half the size, computed in float32 unless under
+    autocast; `NAME-bf16.json` has what that costs.
     """
     path = with_ending(out, "-bf16.safetensors")
     with beside(path) as part:
@@ -57,11 +54,13 @@ def bfloat16(weights: Weights, out: Path, knn: KNN | None = None) -> Made:
             k: v.bfloat16() if v.dtype == torch.float32 else v for k, v in weights.state().items()
         }
         save_tensors(low, part, header(weights))
-        loaded = load_backbone(part)
-        checked = compare(weights, loaded, HALF_CLOSE)
-        cost = accuracy(weights, {"float32": weights.backbone, "bf16": loaded}, knn)
+        whole = sum(v.numel() * v.element_size() for v in weights.state().values())
+        runs = weights.backbone, load_backbone(part)
+        checked, notes, data = cost(weights, "bf16", runs, (whole, part.stat().st_size), knn)
+    notes.append("computed in float32, unless under torch.autocast")
+    about = tell(weights, path.with_suffix(".json"), bf16=data)
     use = f'import ssl_xcit\nbackbone = ssl_xcit.load_backbone("{path}")'
-    return Made([path], f"loaded back by ssl_xcit: {checked}", use, [cost])
+    return Made([path, about], f"loaded back by ssl_xcit: {checked}", use, notes)
 
 
 def timm_arguments(weights: Weights) -> tuple[str, dict[str, Any]]:
@@ -79,12 +78,12 @@ def timm_arguments(weights: Weights) -> tuple[str, dict[str, Any]]:
     arguments: dict[str, Any] = {"num_classes": 0}
     if architecture["in_chans"] != 3:
         arguments["in_chans"] = architecture["in_chans"]
-    name = model_name(architecture)
-    if name.startswith("xcit_"):
-        return f"{name}_224", arguments
-    same = ("embed_dim", "depth", "num_heads", "patch_size", "tokens_norm")
-    arguments |= {key: architecture[key] for key in same} | {"eta": architecture["layer_scale"]}
-    return "xcit_nano_12_p16_224", arguments
+    decides = ("embed_dim", "depth", "num_heads", "tokens_norm")
+    known = {(*numbers[:3], numbers[4]): size for size, numbers in SIZES.items()}
+    if size := known.get(tuple(architecture[key] for key in decides)):
+        return f"xcit_{size}_p{architecture['patch_size']}_224", arguments
+    arguments |= {key: architecture[key] for key in (*decides, "patch_size")}
+    return "xcit_nano_12_p16_224", arguments | {"eta": architecture["layer_scale"]}
 
 
 def timm(weights: Weights, out: Path) -> Made:

@@ -165,7 +165,6 @@ def test_interrupted_and_rerun_each_row_is_written_once(monkeypatch, capsys):
     assert run("embed", *words, "out=k.npy") == 0
     assert "going on from image 60 of 100" in capsys.readouterr().out
     assert counts == [100, 70, 40]
-    monkeypatch.undo()
     assert run("embed", *words, "out=whole.npy") == 0
     assert Path("k.npy").read_bytes() == Path("whole.npy").read_bytes()
     lines = Path("k.npy.rows.jsonl").read_text().splitlines()

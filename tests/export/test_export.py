@@ -1,8 +1,9 @@
 """Every format in the tool that it is made for, against the backbone itself."""
 
+import hashlib
 import json
+import math
 import sys
-import types
 from pathlib import Path
 
 import jaxtyping
@@ -12,15 +13,22 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from commands import run
+from commands import images, run
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import make_run, published, sharp_backbone
 
 from ssl_xcit import create_model, load_backbone
-from ssl_xcit.errors import RunFailed, UserError
-from ssl_xcit.export import huggingface
+from ssl_xcit.data.preprocess import normalise, resize_center_crop
+from ssl_xcit.errors import RunFailed
+from ssl_xcit.export import command
 from ssl_xcit.export.exported import Weights, beside, compare
-from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.export.huggingface import crop_share
+from ssl_xcit.export.rounded import cost
+from ssl_xcit.export.weights_files import timm_arguments
+from ssl_xcit.models.names import to_timm_names
+from ssl_xcit.models.xca import gram_is_faster
+from ssl_xcit.models.xcit import SIZES, XCiT
 
 SHAPES = [(1, 3, 32, 32), (3, 3, 75, 52), (2, 3, 128, 224)]
 
@@ -84,7 +92,10 @@ def test_safetensors_and_back(run_dir, capsys):
     assert back.architecture == ours.architecture
     about = json.loads(file.with_suffix(".json").read_text())
     assert about["results"]["pretrained"]["linear"] == 85.5
-    assert len(about["sha256"]) == 64
+    weights = (run_dir / "checkpoints/step-000006.ckpt").read_bytes()
+    assert about["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert about["architecture"] == ours.architecture
+    assert about["preprocess"]["mean"] == [0.485, 0.456, 0.406]
     assert file.stat().st_mode == file.with_suffix(".json").stat().st_mode
     assert sorted(p.name for p in file.parent.iterdir()) == [
         "lr-0.001.json", "lr-0.001.safetensors",
@@ -120,6 +131,27 @@ def test_a_published_size_has_timms_name(tmp_path, capsys):
     assert_same(model, other.eval())
 
 
+def test_timms_name_is_of_the_whole_architecture():
+    """The nano size with norms over all tokens is not timm's nano."""
+    for name, (dim, depth, heads, eta, tokens_norm) in SIZES.items():
+        with torch.device("meta"):
+            here = [
+                XCiT(dim, depth, heads, 16, eta, norm) for norm in (tokens_norm, not tokens_norm)
+            ]
+        same, other = (timm_arguments(Weights(backbone, "x", {})) for backbone in here)
+        assert same == (f"xcit_{name}_p16_224", {"num_classes": 0})
+        assert other[1]["tokens_norm"] is not tokens_norm
+    torch.manual_seed(0)
+    backbone = XCiT(128, 12, 4, 16, 1.0, tokens_norm=True).eval()
+    with torch.no_grad():
+        for block in backbone.cls_attn_blocks:
+            block.norm2.weight.normal_()
+    name, arguments = timm_arguments(Weights(backbone, "x", {}))
+    model = timm.create_model(name, **arguments).eval()
+    model.load_state_dict(to_timm_names(backbone.state_dict()))
+    assert_same(backbone, model)
+
+
 def test_huggingface_by_transformers_timm_and_us(run_dir, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run("export", "ckpt=lr-0.001", "format=huggingface") == 0
@@ -138,10 +170,6 @@ def test_huggingface_by_transformers_timm_and_us(run_dir, capsys, monkeypatch):
     assert "| k-NN 20 | 81.0 | 78.0–84.0 |" in card
     assert "linear_lr" not in card
     # AutoImageProcessor prepares an image as evaluation does
-    from PIL import Image
-
-    from ssl_xcit.data.preprocess import normalise, resize_center_crop
-
     config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
     size = config["input_size"][-1]
     resize = round(size / config["crop_pct"])
@@ -153,33 +181,81 @@ def test_huggingface_by_transformers_timm_and_us(run_dir, capsys, monkeypatch):
     assert (theirs - mine).abs().max() < 0.03  # a grey level or two of rounding
 
 
-def test_onnx_at_any_size(run_dir, capsys):
-    words = ["ckpt=lr-0.001", "format=onnx", "formats.onnx.patches=true", "out=here/net"]
-    assert run("export", *words) == 0
-    assert "opset 20" in capsys.readouterr().out
+def test_crops_are_as_large_as_evaluations():
+    """timm rounds down what it divides."""
+    for size in range(16, 400, 4):
+        for resize in range(size, 2 * size):
+            assert math.floor(size / crop_share(resize, size)) == resize
+
+
+def test_programs_with_patches_at_any_size(tmp_path, capsys):
+    """Two channels; ONNX also of images as small as a patch and smaller."""
+    torch.manual_seed(0)
+    backbone = XCiT(32, 1, 2, patch_size=4, in_chans=2).eval()
+    backbone.preprocess = {"channels": 2, "mean": [0.1, 0.2], "std": [1.0, 2.0]}
+    state = {f"teacher.backbone.{k}": v for k, v in backbone.state_dict().items()}
+    content = {"architecture": backbone.architecture, "preprocess": backbone.preprocess}
+    torch.save({"state_dict": state, **content}, "w.ckpt")
+    words = ["formats.onnx.patches=true", "formats.program.patches=true", "out=here/net"]
+    assert run("export", "ckpt=w.ckpt", "format=[onnx,program]", *words) == 0
+    out = capsys.readouterr().out
+    assert "opset 20" in out
+    assert "height and width from 5 pixels" in out
+    assert out.count("largest difference of a class or patch feature") == 2
     session = onnxruntime.InferenceSession("here/net.onnx")
-    ours = load_backbone(run_dir)
-    for x in inputs():
-        features, patches = session.run(None, {"images": x.numpy()})
+    program = torch.export.load("here/net.pt2").module()
+    for shape in (
+        *((n, 2, h, w) for n, _, h, w in SHAPES),
+        (1, 2, 5, 5),
+        (1, 2, 4, 8),
+        (1, 2, 1, 1),
+    ):
+        x = torch.randn(shape)
         with torch.no_grad():
-            found = ours.forward_features(x)
-        assert np.abs(features - found.cls.numpy()).max() < 1e-5 * found.cls.abs().max()
-        assert np.abs(patches - found.patches.numpy()).max() < 1e-5 * found.patches.abs().max()
+            ours = backbone.forward_features(x)
+            found = [map(torch.from_numpy, session.run(None, {"images": x.numpy()}))]
+            if min(shape[2:]) >= 5:
+                found.append(program(x))
+        for theirs in found:
+            for one, other in zip(ours, theirs, strict=True):
+                assert (one - other).abs().max() < 1e-5 * one.abs().max()
     model = onnx.load("here/net.onnx")
     shape = [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
-    assert shape == ["batch", 3, "height", "width"]
-    told_ = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-    assert told_["mean"] == [0.485, 0.456, 0.406]
+    assert shape == ["batch", 2, "height", "width"]
+    assert model.opset_import[0].version == 20
+    about = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    assert (about["mean"], about["std"], about["size"]) == ([0.1, 0.2], [1.0, 2.0], 224)
+    assert about["architecture"] == backbone.architecture
 
 
-def test_program_and_int8_and_bf16(run_dir, capsys):
+def neighbours_agree(backbone, train, test, k=20, temperature=0.07):
+    """k-NN in percent, as the protocol reads."""
+    how = Weights(backbone, "", {}).how
+
+    def features(files):
+        pixels = [resize_center_crop(np.asarray(Image.open(f)), 48, 32) for f in files]
+        x = normalise(torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy()), how)
+        with torch.no_grad():
+            return torch.nn.functional.normalize(backbone(x), dim=-1)
+
+    labels = [torch.tensor([f.parent.name == "b" for f in files]).long() for files in (train, test)]
+    similarity, near = (features(test) @ features(train).T).topk(k)
+    votes = torch.zeros(len(test), 2)
+    votes.scatter_add_(1, labels[0][near], (similarity / temperature).exp())
+    return 100.0 * (votes.argmax(dim=1) == labels[1]).double().mean().item()
+
+
+def test_rounded_formats_say_what_they_cost(run_dir, capsys):
     """In one command; k-NN on labelled images beside the float32 one."""
-    words = ["eval_data=photos", "out=low/"]
+    for part, count in (("train", 15), ("test", 11)):
+        for label in "ab":
+            images(Path(part) / label, count + (label == "b"))
+    words = ["eval_data=folder", "eval_data.root=train", "eval_data.test_root=test", "out=low/"]
+    words += ["eval_data.resize=48", "eval_data.size=32"]
     assert run("export", "ckpt=lr-0.001", "format=[program,int8,bf16]", *words) == 0
     out = capsys.readouterr().out
     ours = load_backbone(run_dir)
-    program = torch.export.load("low/lr-0.001.pt2").module()
-    assert_same(ours, program)
+    assert_same(ours, torch.export.load("low/lr-0.001.pt2").module())
     low = load_backbone("low/lr-0.001-bf16.safetensors")
     assert_same(ours, low, bound=0.05)
     session = onnxruntime.InferenceSession("low/lr-0.001-int8.onnx")
@@ -190,17 +266,82 @@ def test_program_and_int8_and_bf16(run_dir, capsys):
             (features,) = session.run(None, {"images": x.numpy()})
             cosine = torch.cosine_similarity(torch.from_numpy(features), ours(x))
             assert cosine.min() > 0.8  # a network made sharp on purpose
-    lines = [line for line in out.splitlines() if "k-NN 20 in %" in line]
-    assert [line.split()[4] for line in lines] == ["float32", "float32"]
+    files = [sorted(Path(part).rglob("*.png")) for part in ("train", "test")]
+    for name, network in (("int8", None), ("bf16", low)):
+        about = json.loads(Path(f"low/lr-0.001-{name}.json").read_text())
+        found = about[name]["knn_k20"]
+        assert found["float32"] == pytest.approx(neighbours_agree(ours, *files))
+        if network is not None:
+            assert found[name] == pytest.approx(neighbours_agree(network, *files))
+        change = found[name] - found["float32"]
+        told_ = f"float32 {found['float32']:.1f}, {name} {found[name]:.1f}, a difference of {change:+.1f}"
+        assert told_ in out
+        assert 0.2 < about[name]["size_of_float32"] < 0.9
+        assert f"{about[name]['times_as_fast']:.2f} times as fast" in out
     assert sorted(p.name for p in Path("low").iterdir()) == [
-        "lr-0.001-bf16.safetensors", "lr-0.001-int8.onnx", "lr-0.001.pt2",
+        "lr-0.001-bf16.json", "lr-0.001-bf16.safetensors", "lr-0.001-int8.json",
+        "lr-0.001-int8.onnx", "lr-0.001.pt2",
     ]  # fmt: skip
+
+
+def test_numbers_are_of_the_very_weights(run_dir):
+    """Neither the student nor an earlier checkpoint has the final numbers, or the final name."""
+    first = "ckpt=lr-0.001/checkpoints/step-000003.ckpt"
+    assert run("export", first, "format=safetensors") == 0
+    assert run("export", "ckpt=lr-0.001", "format=huggingface", "which=student") == 0
+    assert run("export", "ckpt=lr-0.001", "format=huggingface") == 0
+    place = run_dir / "export"
+    about = json.loads((place / "lr-0.001-step-000003.json").read_text())
+    assert (about["results"], about["steps"]) == ({}, 3)
+    cards = [
+        (place / f"lr-0.001{end}-huggingface/README.md").read_text() for end in ("-student", "")
+    ]
+    assert ["It was not measured" in card for card in cards] == [True, False]
+    student = load_backbone(run_dir, which="student")
+    assert_same(student, load_backbone(place / "lr-0.001-student-huggingface"), bound=0)
+    # measured by `ssl-xcit eval`
+    digest = hashlib.sha256((run_dir / "checkpoints/step-000003.ckpt").read_bytes()).hexdigest()
+    results = {"pretrained": {"knn_k20": 40.0}}
+    content = {"weights_sha256": digest, "which": "teacher", "results": results, "data": "/a/b c"}
+    (run_dir / "results.json").write_text(json.dumps(content))
+    assert run("export", first, "format=safetensors") == 0
+    about = json.loads((place / "lr-0.001-step-000003.json").read_text())
+    assert (about["results"], about["data"]) == (results, "b c")
+
+
+def test_what_is_given_away_names_no_folders():
+    assert command.last_parts("data.root=/home/me/photos") == "data.root=photos"
+    assert command.last_parts("data.root=[/a/b,~/c/d.txt]") == "data.root=[b,d.txt]"
+    assert command.last_parts("built-in photos") == "built-in photos"
+
+
+def test_a_run_folder_is_also_here(run_dir, monkeypatch):
+    monkeypatch.chdir(run_dir)
+    assert run("export", "ckpt=.", "format=safetensors") == 0
+    assert Path("export/lr-0.001.safetensors").is_file()
+    assert run("export", "ckpt=.", "format=huggingface", "out=card") == 0
+    assert run("export", "ckpt=card-huggingface", "format=safetensors") == 0
+    assert Path("card-huggingface/export/card-huggingface.safetensors").is_file()
+    assert run("export", "ckpt=.", "format=huggingface", "out=card") == 2  # others' files are in it
 
 
 def test_what_differs_is_not_exported(tmp_path):
     weights = Weights(sharp_backbone(), "x", {})
     with pytest.raises(RunFailed, match="features differ by"):
         compare(weights, sharp_backbone(1))
+    with pytest.raises(RunFailed, match="not finite: nothing is exported"):
+        compare(weights, lambda x: weights.backbone(x) * float("nan"))
+    with pytest.raises(RunFailed, match="came out"):
+        compare(weights, lambda x: weights.backbone(x)[:, :5])
+    with pytest.raises(RunFailed, match="do not bear the rounding"):
+        cost(weights, "int8", (weights.backbone, lambda x: -weights.backbone(x)), (2, 1), None)
+
+    def doubled(x):
+        cls, patches = weights.backbone.forward_features(x)
+        return cls, 2 * patches
+
+    with pytest.raises(RunFailed, match="features differ by"):
+        compare(weights, doubled, patches=True)
 
     def half():
         with beside(tmp_path / "x.onnx") as part:
@@ -210,6 +351,30 @@ def test_what_differs_is_not_exported(tmp_path):
     with pytest.raises(RunFailed):
         half()
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_diverged(capsys):
+    backbone = sharp_backbone()
+    torch.nn.init.constant_(backbone.norm.weight, float("nan"))
+    torch.save(backbone.state_dict(), "w.pth")
+    assert run("export", "ckpt=w.pth", "format=[safetensors,timm]") == 2
+    assert "not finite: take an earlier checkpoint" in capsys.readouterr().out
+    assert not list(Path("export").iterdir())
+
+
+@pytest.mark.parametrize(("trouble", "code"), [(RunFailed("x"), 1), (KeyboardInterrupt(), 130)])
+def test_a_broken_off_export_leaves_what_was_there(run_dir, monkeypatch, trouble, code):
+    for word in ("huggingface", "safetensors"):
+        assert run("export", "ckpt=lr-0.001", f"format={word}") == 0
+    before = {p: p.read_bytes() for p in (run_dir / "export").rglob("*") if p.is_file()}
+
+    def fail(*_):
+        raise trouble
+
+    monkeypatch.setattr("ssl_xcit.export.exported.real_images", fail)
+    for word in ("huggingface", "safetensors"):
+        assert run("export", "ckpt=lr-0.001", f"format={word}") == code
+    assert {p: p.read_bytes() for p in (run_dir / "export").rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -254,14 +419,17 @@ def test_what_a_format_cannot_hold(tmp_path, capsys):
     assert "1 of 2 formats were not exported" in captured.err
     assert Path("export/p4.safetensors").is_file()
     published(tmp_path / "w.pth")
-    assert run("export", "ckpt=w.pth", "format=int8") == 0
-    assert "k-NN was not measured" in capsys.readouterr().out
+    assert run("export", "ckpt=w.pth", "format=bf16") == 0
+    assert "k-NN was not measured: there are no labelled images" in capsys.readouterr().out
 
 
 def test_push_only_when_asked(run_dir, monkeypatch, capsys):
     sent = []
 
     class Hub:
+        def __init__(self):  # the token is its own affair
+            pass
+
         def create_repo(self, repo, private, exist_ok):
             sent.append((repo, private))
 
@@ -269,21 +437,34 @@ def test_push_only_when_asked(run_dir, monkeypatch, capsys):
             sent.append(sorted(p.name for p in Path(folder_path).iterdir()))
             return f"https://hub/{repo_id}"
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=Hub))
-    assert huggingface.upload(run_dir, "me/net", True) == "https://hub/me/net"
-    assert sent[0] == ("me/net", True)
-    monkeypatch.undo()
+    words = ["export", "ckpt=lr-0.001", "format=huggingface"]
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert run(*words) == 0
+    assert not sent
+    assert run(*words, "formats.huggingface.push=me/net") == 0
+    assert "pushed: https://hub/me/net" in capsys.readouterr().out
+    assert sent == [("me/net", True), ["README.md", "config.json", "model.safetensors"]]
+    card = (run_dir / "export/lr-0.001-huggingface/README.md").read_text()
+    assert 'from_pretrained("me/net")' in card
+    assert run(*words, "formats.huggingface.push=me/net", "formats.huggingface.private=false") == 0
+    assert sent[2] == ("me/net", False)
+
+
+def test_push_without_network(run_dir, monkeypatch, capsys):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with pytest.raises(RunFailed, match=r"push=me/net: .*hf upload me/net"):
-        huggingface.upload(run_dir, "me/net", True)
-    with pytest.raises(UserError):
-        huggingface.huggingface(Weights(sharp_backbone(), "x", {}), Path("x"), push="../x")
+    words = ["export", "ckpt=lr-0.001", "format=huggingface", "formats.huggingface.push=me/net"]
+    assert run(*words) == 1
+    error = capsys.readouterr().err
+    assert "push=me/net: " in error
+    assert "`hf upload me/net" in error
+    assert error.count("\n") == 1
+    assert (run_dir / "export/lr-0.001-huggingface/model.safetensors").is_file()
 
 
-def test_three_numbers_of_backbone_forms_agree_with_float64():
-    """What exporters run, the direct form, is the same function as what the backbone chooses."""
+def test_exported_programs_agree_with_float64_where_the_backbone_takes_the_gram_form():
     backbone = sharp_backbone()
-    x = torch.randn(2, 3, 160, 160)  # enough tokens for the Gram form
+    x = torch.randn(2, 3, 160, 160)
+    assert gram_is_faster(400, 32, False, False, x.device)
     program = torch.export.export(backbone, (x,)).module()
     exact = sharp_backbone().double()
     with torch.no_grad():

@@ -31,17 +31,19 @@ def sharp_backbone(seed=0, tokens_norm=True, patch_size=8):
     return backbone.eval()
 
 
-def make_run(folder, seed=0, overrides=(), data="photos"):
+def make_run(folder, seed=0, overrides=(), data="photos", patch_size=8):
     """RUN/checkpoints/step-*.ckpt, RUN/run.json."""
     (folder / "checkpoints").mkdir(parents=True)
     for step in (3, 6):
-        backbone = sharp_backbone(seed + step)
+        backbone = sharp_backbone(seed + step, patch_size=patch_size)
         head = DINOHead(32, K, hidden_dim=16, bottleneck_dim=8)
         with torch.no_grad():
             for part in head.mlp:
                 if isinstance(part, torch.nn.Linear):
                     part.weight.mul_(40)
-        student, teacher = make_networks(backbone, head, sharp_backbone(seed + step + 100))
+        student, teacher = make_networks(
+            backbone, head, sharp_backbone(seed + step + 100, patch_size=patch_size)
+        )
         module = torch.nn.ModuleDict({"student": student, "teacher": teacher, "center": Center(K)})
         module["center"].center.normal_(std=0.05)
         content = {
