@@ -23,7 +23,8 @@ from ssl_xcit.sweeps.launchers import Launcher, Running
 from ssl_xcit.sweeps.searches import Search
 from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, RUNNING, STOPPED, Trial
 
-LOOK = 1.0  # seconds between two looks at a trial's metrics
+LOOK = 1.0  # seconds between two looks at a trial's metrics, or ...
+SELDOM = 20  # ... so many times what a look takes
 FORCED = 30.0  # seconds after a second Ctrl-C until trials are killed
 IN_USE = "is in use by process"  # as `locks.exclusive` says it
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
@@ -38,7 +39,7 @@ class Started:
     running: Running
     pruned: bool = False
     reported: set[int] = field(default_factory=set)
-    looked: float = 0.0
+    look_again: float = 0.0
 
 
 class Watcher:
@@ -172,9 +173,11 @@ class Sweep:
             if one.running.done():
                 self.started.remove(one)
                 self.ended(one)
-            elif time.monotonic() - one.looked > LOOK:
-                one.looked = time.monotonic()
+            elif time.monotonic() > one.look_again:
+                began = time.monotonic()
                 self.follow(one)
+                spent = time.monotonic() - began  # metrics of long runs take a while to read
+                one.look_again = time.monotonic() + max(LOOK, SELDOM * spent)
                 if self.asked_again and time.monotonic() - self.asked_again > FORCED:
                     ask_to_stop(one.trial.folder, signal.SIGKILL)
 
