@@ -16,6 +16,10 @@ from ssl_xcit.errors import UserError
 log = logging.getLogger(__name__)
 
 
+class InUse(UserError):
+    """Another process has the lock."""
+
+
 @contextmanager
 def exclusive(path: Path, what: str, otherwise: str = "wait for it") -> Iterator[None]:
     """Nobody else has this lock meanwhile. It is the system's and ends with the process, however
@@ -27,7 +31,8 @@ def exclusive(path: Path, what: str, otherwise: str = "wait for it") -> Iterator
         otherwise: what to do when another process has it.
 
     Raises:
-        UserError: another process has it (says which), or the file cannot be made.
+        InUse: another process has it (says which).
+        UserError: the file cannot be made.
     """
     while True:
         try:
@@ -41,7 +46,7 @@ def exclusive(path: Path, what: str, otherwise: str = "wait for it") -> Iterator
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise UserError(f"{what} is in use by {holder}: {otherwise}") from error
+            raise InUse(f"{what} is in use by {holder}: {otherwise}") from error
         except OSError as error:
             log.warning("%s: no locks on this file system (%s)", path.parent, error)
         with suppress(FileNotFoundError):

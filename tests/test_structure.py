@@ -13,6 +13,7 @@ ALLOWED = {  # room -> rooms of ssl_xcit that it may know
     "models": {"models"},
     "objectives": {"objectives"},
     "training": {"training", "objectives", "models", "data"},
+    "export": {"export", "models", "data", "run_folder", "table"},
 }
 
 
@@ -76,6 +77,17 @@ def test_numbers_know_no_pictures_and_pictures_no_report():
         room = file.relative_to(ROOT / "eval").parts[0]
         known = {"report": set(), "views": {"report"}}.get(room, {"views", "report"})
         assert not known & set(rooms(file)), file
+
+
+def test_libraries_of_other_tools_are_imported_where_they_are_used():
+    """A network can be exported to one of them without the others."""
+    optional = {"onnx", "onnxruntime", "onnxscript", "timm", "transformers", "huggingface_hub"}
+    for file in files("ssl_xcit"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names.append(getattr(node, "module", None) or "")
+                assert not optional & {name.split(".")[0] for name in names}, file
 
 
 def test_importing_the_package_and_asking_for_help_is_light():

@@ -42,7 +42,7 @@ class Weights:
         about: plain data: model, file and its SHA-256, versions, the run's numbers.
         resize: short side in pixels at which the run was measured.
         size: of the central square.
-        traced: programs of the backbone that several formats start from, by their outputs.
+        traced: programs of the backbone that several formats start from, by names of tensors.
     """
 
     backbone: XCiT

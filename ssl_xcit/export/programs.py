@@ -23,6 +23,7 @@ from ssl_xcit.export.exported import (
     Weights,
     beside,
     compare,
+    difference,
     needs,
     remove,
     tell,
@@ -82,17 +83,24 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def write_onnx(weights: Weights, path: Path, patches: bool) -> None:
-    """One file, which says of itself how images are fed."""
+def as_onnx(weights: Weights, patches: bool) -> Any:
+    """The model, which says of itself how images are fed; made once."""
+    names = ("images", *outputs(patches))
+    if names not in weights.traced:
+        with quiet():
+            program = torch.onnx.export(
+                traced(weights, patches), dynamo=True, input_names=names[:1],
+                output_names=names[1:], opset_version=OPSET, verbose=False,
+            )  # fmt: skip
+        assert program is not None
+        weights.traced[names] = described(weights, program.model_proto)
+    return weights.traced[names]
+
+
+def described(weights: Weights, model: Any) -> Any:
+    """Axes that may have any length have names, and the metadata what it takes to feed images."""
     import onnx
 
-    with quiet():
-        program = torch.onnx.export(
-            traced(weights, patches), dynamo=True, input_names=["images"],
-            output_names=outputs(patches), opset_version=OPSET, verbose=False,
-        )  # fmt: skip
-    assert program is not None
-    model = program.model_proto
     names = {"images": ("batch", None, "height", "width"), "features": ("batch", None)}
     names["patches"] = ("batch", None, "rows", "columns")
     for value in (*model.graph.input, *model.graph.output):
@@ -108,7 +116,7 @@ def write_onnx(weights: Weights, path: Path, patches: bool) -> None:
         entry = model.metadata_props.add()
         entry.key, entry.value = key, json.dumps(content)
     onnx.checker.check_model(model, full_check=False)
-    onnx.save(model, path)
+    return model
 
 
 def session(path: Path, patches: bool = False) -> Run:
@@ -139,11 +147,12 @@ def use_of(path: Path, patches: bool = False) -> str:
 def onnx(weights: Weights, out: Path, patches: bool = False) -> Made:
     """`NAME.onnx`."""
     needs("onnx", "onnx", "onnxscript", "onnxruntime")
+    import onnx
     import onnxruntime
 
     path = with_ending(out, ".onnx")
     with beside(path) as part:
-        write_onnx(weights, part, patches)
+        onnx.save(as_onnx(weights, patches), part)
         checked = compare(weights, session(part, patches), patches=patches)
     words = f"run by onnxruntime {onnxruntime.__version__}: {checked}"
     notes = [f"opset {OPSET}; any batch, height and width"]
@@ -165,11 +174,12 @@ def program(weights: Weights, out: Path, patches: bool = False) -> Made:
     return Made([path], f"loaded back by torch {torch.__version__}: {checked}", use, notes)
 
 
-def int8(weights: Weights, out: Path, knn: KNN | None = None) -> Made:
+def int8(weights: Weights, out: Path, patches: bool = False, knn: KNN | None = None) -> Made:
     """`NAME-int8.onnx`: weights of linear layers in 8 bits, their inputs quantised as they come;
     convolutions and softmax stay float32. `NAME-int8.json` has what that costs.
     """
     needs("onnx", "onnx", "onnxscript", "onnxruntime")
+    import onnx
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -178,7 +188,7 @@ def int8(weights: Weights, out: Path, knn: KNN | None = None) -> Made:
     whole, folded = (path.with_name(f".{path.name}.{word}.part") for word in ("whole", "folded"))
     try:
         with beside(path) as part:
-            write_onnx(weights, whole, patches=False)
+            onnx.save(as_onnx(weights, patches), whole)
             with quiet():
                 # layer scale times weights becomes weights, which alone are quantised
                 quant_pre_process(whole, folded, skip_symbolic_shape=True, skip_onnx_shape=True)
@@ -189,9 +199,11 @@ def int8(weights: Weights, out: Path, knn: KNN | None = None) -> Made:
             runs = session(whole), session(part)
             num_bytes = whole.stat().st_size, part.stat().st_size
             checked, notes, data = cost(weights, "int8", runs, num_bytes, knn)
+            if patches:  # that they are there, and finite
+                difference(weights, session(part, patches), patches)
     finally:
         remove(whole)
         remove(folded)
     about = tell(weights, path.with_suffix(".json"), int8=data)
     words = f"run by onnxruntime {onnxruntime.__version__}: {checked}"
-    return Made([path, about], words, use_of(path), notes)
+    return Made([path, about], words, use_of(path, patches), notes)

@@ -5,7 +5,11 @@ user say of it, and with itself whenever it is used again.
 import hashlib
 import http.client
 import json
+import logging
 import re
+import socket
+import ssl
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,14 +20,17 @@ from typing import Any
 from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import flush, replacing, sha256_of
-from ssl_xcit.locks import exclusive
+from ssl_xcit.files import flush, replacing, sha256_of, written_to
+from ssl_xcit.locks import InUse, exclusive
 
+log = logging.getLogger(__name__)
 ATTEMPTS = 6  # in a row without a byte more
 PAUSE = 0.5  # seconds before the second attempt, twice as long before each other
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 20
-BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+BROKEN = (
+    urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
+)  # fmt: skip
 
 
 class Elsewhere(UserError):
@@ -45,18 +52,18 @@ def fetched(address: str, path: Path, sha256: str | None = None, show: bool = Fa
     Raises:
         Elsewhere: there is no network, or no such file there.
         UserError: it is not what it must be, or has changed since it was downloaded.
+        RunFailed: the disk is full.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    lock, waits = path.with_name(f".{path.name}.lock"), False
     while not path.is_file():
         try:
-            with exclusive(lock, str(path)):
+            with exclusive(lock, str(path)), written_to(path.parent):
                 if not path.is_file():
                     download(address, path, sha256, show)
-        except Elsewhere:
-            raise
-        except UserError as error:
-            if " is in use by " not in str(error):
-                raise
+        except InUse as error:
+            if not waits:
+                log.warning("waiting: %s", error)
+            waits = True
             time.sleep(0.5)
     check_kept(path, sha256)
     return path
@@ -76,13 +83,22 @@ def check_kept(path: Path, sha256: str | None) -> None:
                 f"{path} has changed since it was downloaded (SHA-256 {digest}, then {noted}): "
                 "remove it, and it is downloaded again"
             )
-    if sha256 is not None and sha256.lower() != digest:
-        raise UserError(
-            f"{path} has the SHA-256 {digest}, not {sha256.lower()}: remove it to download it "
-            "again, or mend what stands behind #sha256="
-        )
+    check_given(path, digest, sha256)
     if not note.is_file():  # brought by hand
         write_note(path, digest)
+
+
+def check_given(path: Path, digest: str, sha256: str | None) -> None:
+    """That a file that is there is the one that was asked for.
+
+    Raises:
+        UserError: it is not.
+    """
+    if sha256 is not None and sha256.lower() != digest:
+        raise UserError(
+            f"{path} has the SHA-256 {digest}, not {sha256.lower()}: remove it to have it anew, "
+            "or mend what stands behind #sha256="
+        )
 
 
 def write_note(path: Path, digest: str) -> None:
@@ -93,7 +109,6 @@ def write_note(path: Path, digest: str) -> None:
 
 def download(address: str, path: Path, sha256: str | None, show: bool) -> None:
     """Into `.NAME.download`, which stays when it breaks off, then the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.download")
     about = part.with_name(f"{part.name}.json")
     bar = Progress(
@@ -114,7 +129,10 @@ def download(address: str, path: Path, sha256: str | None, show: bool) -> None:
                     ) from error
                 failures, trouble = failures + 1, f"{error.code} {error.reason}"
             except BROKEN as error:
-                trouble = str(getattr(error, "reason", None) or error or type(error).__name__)
+                reason = getattr(error, "reason", None)
+                trouble = str(reason or error or type(error).__name__)
+                if isinstance(reason, socket.gaierror) and not size_of(part):  # no network at all
+                    raise Elsewhere(by_hand(address, path, trouble)) from error
                 failures = 0 if size_of(part) > most else failures + 1
             else:
                 trouble = f"it ends after {size_of(part):,} bytes"
@@ -122,12 +140,16 @@ def download(address: str, path: Path, sha256: str | None, show: bool) -> None:
             if not whole and failures:
                 if failures >= ATTEMPTS:
                     raise Elsewhere(by_hand(address, path, trouble))
-                time.sleep(PAUSE * 2 ** (failures - 1))
-    check_received(part, about, address, sha256)
+                pause = PAUSE * 2 ** (failures - 1)
+                log.warning("%s: %s; once more in %g s", address, trouble, pause)
+                time.sleep(pause)
+    digest = check_received(part, about, address, sha256)
     flush(part)
-    write_note(path, sha256_of(part))
+    write_note(path, digest)
     part.replace(path)
     about.unlink(missing_ok=True)
+    size = path.stat().st_size / 1e6
+    print(f"{path}: {size:,.1f} MB from {address}, SHA-256 {digest}", file=sys.stderr)
 
 
 def size_of(part: Path) -> int:
@@ -156,12 +178,12 @@ def receive(address: str, part: Path, about: Path, bar: Progress, task: Any) -> 
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
-        part.unlink(missing_ok=True)  # more than there is: it is another file now
-        about.unlink(missing_ok=True)
-        return False
+        return start_again(part, about)  # more than there is: it is another file now
     with answer:
         if answer.status != 206:
             done = 0
+        elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {done}-"):
+            return start_again(part, about)
         length = answer.headers.get("Content-Length")
         total = done + int(length) if length and length.isdigit() else None
         content = {"etag": answer.headers.get("ETag"), "total": total}
@@ -176,29 +198,41 @@ def receive(address: str, part: Path, about: Path, bar: Progress, task: Any) -> 
     return total is None or done == total
 
 
-def check_received(part: Path, about: Path, address: str, sha256: str | None) -> None:
+def start_again(part: Path, about: Path) -> bool:
+    """What is there is of no use; not whole."""
+    part.unlink(missing_ok=True)
+    about.unlink(missing_ok=True)
+    return False
+
+
+def check_received(part: Path, about: Path, address: str, sha256: str | None) -> str:
     """Against the server's word and the user's; what is wrong is not kept.
+
+    Returns:
+        The SHA-256.
 
     Raises:
         UserError: it is something else.
     """
     known = json.loads(about.read_text())
     etag = re.fullmatch(r'"([0-9a-f]{32})"', known.get("etag") or "")
-    problems = []
+    problems, digest = [], sha256_of(part)
+    with part.open("rb") as file:
+        if file.read(200).lstrip().lower().startswith((b"<!doctype", b"<html")):
+            problems.append("the text of a web page")  # of a network that asks to log in
     if etag:  # S3's, of a file that was uploaded in one piece
         md5 = hashlib.md5(usedforsecurity=False)
         with part.open("rb") as file:
             while chunk := file.read(CHUNK):
                 md5.update(chunk)
-        digest = md5.hexdigest()
-        if digest != etag[1]:
-            problems.append(f"the MD5 {digest}, and the server says {etag[1]}")
-    if sha256 is not None and (digest := sha256_of(part)) != sha256.lower():
+        if md5.hexdigest() != etag[1]:
+            problems.append(f"the MD5 {md5.hexdigest()}, and the server says {etag[1]}")
+    if sha256 is not None and digest != sha256.lower():
         problems.append(f"the SHA-256 {digest}, not {sha256.lower()}")
     if problems:
-        part.unlink()
-        about.unlink()
+        start_again(part, about)
         raise UserError(f"{address}: what came has {' and '.join(problems)}; it is not kept")
+    return digest
 
 
 def by_hand(address: str, path: Path, reason: str) -> str:

@@ -5,13 +5,14 @@ No checksums of them were ever published, so none are built in: give one as `NAM
 """
 
 import difflib
+import hashlib
 import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from ssl_xcit.errors import MissingPath, UserError
-from ssl_xcit.files import default_cache
-from ssl_xcit.models.download import Elsewhere, fetched
+from ssl_xcit.files import default_cache, sha256_of
+from ssl_xcit.models.download import Elsewhere, check_given, check_kept, fetched
 from ssl_xcit.models.xcit import SIZES
 
 SUPERVISED = "https://dl.fbaipublicfiles.com/xcit/{}.pth"
@@ -66,44 +67,68 @@ def found_by_name(word: str, show: bool = False) -> Path:
         raise UserError(f"{word}: 64 hexadecimal digits behind #sha256=")
     if name.startswith(TIMM):
         return from_hub(name, sha256 or None)
+    if Path(name).is_file():
+        check_given(Path(name), sha256_of(Path(name)), sha256 or None)
+        return Path(name)
     known = published()
     if not is_address(name) and name not in known:
         raise MissingPath(unknown(name, known))
-    address = name if is_address(name) else known[name]
-    file = unquote(urlsplit(address).path).rsplit("/", 1)[-1]
-    if not file:
-        raise UserError(f"{address}: no file's address")
-    return fetched(address, weights_folder() / file, sha256 or None, show)
+    address = known.get(name, name)
+    return fetched(address, kept_as(address, known), sha256 or None, show)
+
+
+def kept_as(address: str, known: dict[str, str]) -> Path:
+    """The released files by their own name; others may share one, so each has a folder.
+
+    Raises:
+        UserError: no file's address.
+    """
+    parts = urlsplit(address)
+    file = parts.path.rsplit("/", 1)[-1]
+    if not parts.hostname or file in ("", ".", ".."):
+        raise UserError(f"ckpt={address}: no file's address; such as https://HOST/FILE.pth")
+    if address in known.values():
+        return weights_folder() / file
+    digest = hashlib.sha256(address.encode()).hexdigest()[:8]
+    return weights_folder() / f"{parts.hostname}-{digest}" / file
 
 
 def from_hub(name: str, sha256: str | None) -> Path:
-    """timm's weights, from the hub or from where they were put before.
+    """timm's weights: brought by hand, from the hub's own cache (where timm has them), or from it.
 
     Raises:
-        UserError: huggingface_hub is missing, no network, or no such repository.
+        UserError: huggingface_hub is missing, no network, no such repository, or a file that has
+            changed.
     """
-    from ssl_xcit.models.download import check_kept
-
-    folder = weights_folder() / name
-    path = folder / TIMM_FILE
-    if not path.is_file():
-        try:
-            from huggingface_hub import hf_hub_download
-        except ImportError as error:
-            raise UserError(
-                f"ckpt={name} needs huggingface_hub: pip install 'ssl-xcit[hub]'"
-            ) from error
-        try:
-            hf_hub_download(name, TIMM_FILE, local_dir=folder)
-        except Exception as error:  # a dozen types of two libraries
-            reason = str(error).strip().splitlines()[0]
-            raise Elsewhere(
-                f"ckpt={name} cannot be had from the Hugging Face hub ({reason}): is it called so "
-                f"there? Without a network, bring its {TIMM_FILE} as {path}, or anywhere with "
-                "ckpt=FILE"
-            ) from error
-    check_kept(path, sha256)
-    return path
+    path = weights_folder() / name / TIMM_FILE
+    if path.is_file():
+        check_kept(path, sha256)
+        return path
+    try:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    except ImportError as error:
+        raise UserError(
+            f"ckpt={name} needs huggingface_hub: pip install 'ssl-xcit[hub]'"
+        ) from error
+    try:
+        found = try_to_load_from_cache(name, TIMM_FILE)
+        file = Path(found if isinstance(found, str) else hf_hub_download(name, TIMM_FILE))
+        digest = sha256_of(file)
+    except Exception as error:  # a dozen types of two libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Elsewhere(
+            f"ckpt={name} cannot be had from the Hugging Face hub ({reason}): is it called so "
+            f"there? Without a network, bring its {TIMM_FILE} as {path}, or anywhere with "
+            "ckpt=FILE"
+        ) from error
+    told = file.resolve().name  # the hub calls large files by their SHA-256
+    if re.fullmatch(r"[0-9a-f]{64}", told) and told != digest:
+        raise UserError(
+            f"{file} has changed since it was downloaded (SHA-256 {digest}): remove "
+            f"{file.resolve()}, and it is downloaded again"
+        )
+    check_given(file, digest, sha256)
+    return file
 
 
 def unknown(word: str, known: dict[str, str]) -> str:
@@ -115,16 +140,24 @@ def unknown(word: str, known: dict[str, str]) -> str:
             f"released weights of it are {', '.join(there)}"
         )
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
-    meant = f"; did you mean {close[0]}?" if close else ""
-    return f"ckpt={word}: no such file or run folder{meant}"
+    meant = (
+        f"did you mean {close[0]}?"
+        if close
+        else (
+            "released weights are called as dino_xcit_small_12_p16 or xcit_small_12_p16_224_dist, "
+            "timm's as timm/xcit_small_12_p16_224.fb_in1k"
+        )
+    )
+    return f"ckpt={word}: no such file or run folder; {meant}"
 
 
 def place_of(path: Path) -> Path | None:
     """Where results of downloaded weights go: a folder of their name here, and not the cache; None
     for other weights.
     """
-    folder = weights_folder()
-    if not path.is_absolute() or not path.is_relative_to(folder):
+    if path.parent.parent.name == "snapshots":  # of the Hugging Face hub
+        repository = re.fullmatch(r"models--.+?--(.+)", path.parents[2].name)
+        return Path(repository[1]) if repository else None
+    if not path.is_absolute() or not path.is_relative_to(weights_folder()):
         return None
-    inside = path.relative_to(folder)
-    return Path(path.stem if len(inside.parts) == 1 else inside.parent.name)
+    return Path(path.parent.name if path.name == TIMM_FILE else path.stem)

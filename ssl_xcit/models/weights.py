@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +27,11 @@ from ssl_xcit.models.xcit import SIZES, XCiT
 StateDict = dict[str, Tensor]
 Which = Literal["teacher", "student"]
 HEADER = "ssl_xcit"  # of what a safetensors file says of itself: architecture and preprocess
-HEAD_KEYS = re.compile(r"mlp\.[024]\.(weight|bias)|last_layer\.weight_[gv]")
+HEAD_KEYS = {f"mlp.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
+HEAD_KEYS |= {"last_layer.weight_v"}
+# what the tensors tell of an architecture
+MEASURED = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "num_classes")
+GAINS = "last_layer.weight_g"  # may be missing, for where they are frozen all are 1
 
 
 def load_backbone(
@@ -56,7 +60,12 @@ def backbone_in(
 ) -> XCiT:
     """The same of a file that was read; see `load_backbone`."""
     state = backbone_state(content, which, path)
-    architecture = recorded_architecture(content, path) or architecture_of(state, path)
+    seen = architecture_of(state, path)
+    architecture = {"num_classes": 0, **(recorded_architecture(content, path) or seen)}
+    wrong = [key for key in MEASURED if architecture[key] != seen[key]]
+    if wrong:
+        keys = ", ".join(f"{key} {architecture[key]}, not {seen[key]}" for key in wrong)
+        raise UserError(f"{path}: its architecture is not that of its tensors: {keys}")
     differs = {k: v for k, v in (expect or {}).items() if architecture.get(k) != v}
     if differs:
         keys = ", ".join(f"{k} {architecture.get(k)}, not {v}" for k, v in differs.items())
@@ -65,6 +74,8 @@ def backbone_in(
             f"{model_name({**architecture, **differs})} ({keys}): drop model=... to take what the "
             "file holds"
         )
+    with torch.device("meta"):  # what does not fit shall not take memory either
+        check_fit(XCiT(**architecture), state, path)
     model = XCiT(**architecture)
     load_strictly(model, state, path)
     preprocess = content.get("preprocess")
@@ -91,12 +102,26 @@ def load_training(path: str | Path, which: Which = "teacher") -> Training:
     content = read_checkpoint(path)
     backbone = backbone_in(content, path, which)
     head = head_state(content, which)
-    if head is not None and (strange := [k for k in head if not HEAD_KEYS.fullmatch(k)]):
-        raise UserError(f"{path}: a projection head with {', '.join(strange[:5])}, not DINO's")
-    center = content.get("state_dict", {}).get("center.center")
-    if center is None and isinstance(content.get("dino_loss"), Mapping):
-        center = content["dino_loss"].get("center")
-    return Training(backbone, head, None if center is None else center.detach().float().flatten())
+    if head is None:
+        return Training(backbone, None, None)
+    problems = [f"unexpected {key}" for key in head if key not in HEAD_KEYS | {GAINS}]
+    problems += [f"missing {key}" for key in sorted(HEAD_KEYS - head.keys())]
+    problems += [
+        f"{key} is {tuple(value.shape)}"
+        for key, value in head.items()
+        if value.ndim != (1 if key.endswith("bias") else 2)
+    ]
+    if problems:
+        raise UserError(f"{path}: its projection head is not DINO's: {listed(problems)}")
+    center = content.get("state_dict", content.get("dino_loss") or {}).get(
+        "center.center" if "state_dict" in content else "center"
+    )
+    if center is not None:
+        prototypes = len(head["last_layer.weight_v"])
+        if not isinstance(center, Tensor) or center.numel() != prototypes:
+            raise UserError(f"{path}: its center is not one number for each of {prototypes}")
+        center = center.detach().float().flatten()
+    return Training(backbone, head, center)
 
 
 def head_state(content: Mapping[str, Any], which: Which) -> StateDict | None:
@@ -218,29 +243,28 @@ def recorded_architecture(content: Mapping[str, Any], path: Path) -> dict[str, A
 
 def backbone_state(content: Mapping[str, Any], which: Which, path: Path) -> StateDict:
     """The backbone's tensors under the published names, whatever wraps them."""
-    state: Mapping[str, Any] = content
-    prefixes = ["module.", "backbone."]
-    if "state_dict" in content:  # ours
-        state = content["state_dict"]
-        prefixes = [f"{which}.backbone."]
-    elif which in content:  # a full DINO training file
-        state = content[which]
-    elif "model" in content:  # supervised
-        state = content["model"]
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    # ours, a full DINO training file, a supervised file, or bare
+    place = next((key for key in ("state_dict", which, "model") if key in content), None)
+    state = content if place is None else content[place]
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path}: {place} in it is a {type(state).__name__}, not weights by name")
+    ours = place == "state_dict"
+    prefixes = [f"{which}.backbone."] if ours else ["module.", "backbone."]
+    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    strange = [str(key) for key in state if key not in tensors]
     for prefix in prefixes:
         if any(key.startswith(prefix) for key in tensors):
             inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             # beside the backbone a training file holds the projection head, which is no part of it
             outside = [k for k in tensors if not k.startswith((prefix, "head."))]
-            if outside and prefix != f"{which}.backbone.":
-                raise UserError(
-                    f"{path}: unknown entries beside {prefix}*: {', '.join(outside[:5])}"
-                )
+            if outside and not ours:
+                raise UserError(f"{path}: unknown entries beside {prefix}*: {listed(outside)}")
             tensors = inside
     if not any(key.endswith("attn.temperature") for key in tensors):
         found = ", ".join(list(tensors)[:3]) or "no tensors"
         raise UserError(f"{path} is not an XCiT checkpoint: it holds {found} ...")
+    if strange:
+        raise UserError(f"{path}: entries that are no tensors: {listed(strange)}")
     if any(key.startswith("pos_embed.") for key in tensors):
         tensors = from_timm_names(tensors)
     return tensors
@@ -251,7 +275,7 @@ def architecture_of(state: StateDict, path: Path) -> dict[str, Any]:
     try:
         convolutions = [k for k in state if re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", k)]
         embed_dim = state["cls_token"].shape[-1]
-        depth = 1 + max(int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.", k)))
+        depth = len({m[1] for k in state if (m := re.match(r"blocks\.(\d+)\.", k))})
         num_heads = state["blocks.0.attn.temperature"].shape[0]
         # what shapes do not tell is known of the published sizes; else XCiT's defaults
         known = {size[:3]: size[3:] for size in SIZES.values()}
@@ -266,8 +290,10 @@ def architecture_of(state: StateDict, path: Path) -> dict[str, Any]:
             "in_chans": state["patch_embed.proj.0.0.weight"].shape[1],
             "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
         }
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
         raise UserError(f"{path} is not a whole XCiT checkpoint: {error} is missing") from error
+    except IndexError as error:
+        raise UserError(f"{path} is not an XCiT checkpoint: its tensors lack dimensions") from error
 
 
 def model_name(architecture: Mapping[str, Any]) -> str:
@@ -284,6 +310,16 @@ def model_name(architecture: Mapping[str, Any]) -> str:
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """load_state_dict that names the file and lists what does not fit."""
+    check_fit(model, state, path)
+    model.load_state_dict(dict(state))
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """That a state dict has just the names and shapes of a network.
+
+    Raises:
+        UserError: lists what does not fit.
+    """
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in own]
@@ -293,6 +329,10 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
         if key in state and state[key].shape != own[key].shape
     ]
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{path} does not fit the network: {'; '.join(problems[:5])}{more}")
-    model.load_state_dict(dict(state))
+        raise UserError(f"{path} does not fit the network: {listed(problems)}")
+
+
+def listed(words: Sequence[str]) -> str:
+    """The first five, and how many more."""
+    more = f" and {len(words) - 5:,} more" if len(words) > 5 else ""
+    return "; ".join(words[:5]) + more

@@ -47,6 +47,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if start >= len(server.body):
                 return self.send_error(416)
             self.send_response(206)
+            last = len(server.body) - 1
+            self.send_header("Content-Range", f"bytes {start}-{last}/{last + 1}")
         else:
             self.send_response(200)
         content = server.body[start:]
