@@ -10,7 +10,7 @@ import time
 import optuna
 import pytest
 from sweeping import swept
-from test_sweep import folders, states, steps, wait_for
+from test_driver import folders, states, steps, wait_for
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.sweeps import trial as trials

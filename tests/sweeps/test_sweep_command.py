@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import run
 from sweeping import TOY
-from test_sweep import folders, states
+from test_driver import folders, states
 
 
 @pytest.fixture(autouse=True)
