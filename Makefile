@@ -19,7 +19,7 @@ demo: $(STAMP)  ## pretrain on real photographs, then k-NN and linear probe (min
 	$(BIN)/ssl-xcit pretrain name=demo
 
 test: $(STAMP)  ## all tests but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not reliability and not browser'
+	$(BIN)/python -m pytest -m 'not slow and not reliability and not browser'
 
 test-slow: $(STAMP)  ## the slow ones: the wheel installed elsewhere, the demo's numbers
 	$(BIN)/python -m pytest -m slow

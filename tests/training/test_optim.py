@@ -38,7 +38,7 @@ def test_clip_is_by_tensor():
     parameters.append(torch.nn.Parameter(torch.randn(2)))  # without gradient
     before = [p.grad.clone() for p in parameters[:-1]]
     norms = clip_each_(parameters, 3.0)
-    assert norms.tolist() == pytest.approx([g.norm().item() for g in before])
+    assert norms.tolist() == pytest.approx([*(g.norm().item() for g in before), 0.0])
     for parameter, gradient in zip(parameters, before, strict=False):
         coefficient = min(1.0, 3.0 / (gradient.norm().item() + 1e-6))
         assert torch.allclose(parameter.grad, gradient * coefficient)
