@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig
 
 from ssl_xcit.data.module import check_labelled
+from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.export.exported import Weights, title
@@ -35,7 +36,7 @@ def main(cfg: DictConfig) -> None:
     backbone = load_backbone(path, cfg.which)
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
     name = name_of(path, run_dir, cfg.which)
-    pair = labelled(cfg, run_dir)
+    pair = labelled(cfg, run_dir, of_weights(backbone.preprocess))
     weights = Weights(
         backbone, name, about(cfg.which, path, run_dir, model_name(backbone.architecture)),
         *((pair.resize, pair.size) if pair else ()),
@@ -89,7 +90,7 @@ def wanted(cfg: DictConfig) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def labelled(cfg: DictConfig, run_dir: Path | None) -> LabelledPair | None:
+def labelled(cfg: DictConfig, run_dir: Path | None, how: Preprocess) -> LabelledPair | None:
     """Images that accuracy is measured on where a format changes the numbers; None without."""
     of_run = HydraConfig.get().runtime.choices["eval_data"] == "of_run"
     if not cfg.get("eval_data") or (of_run and run_dir is None):
@@ -97,7 +98,7 @@ def labelled(cfg: DictConfig, run_dir: Path | None) -> LabelledPair | None:
     try:
         pair: LabelledPair | None = instantiate(cfg.eval_data)
         if pair is not None:
-            check_labelled(pair, instantiate(cfg.preprocess))
+            check_labelled(pair, how)
     except (UserError, InstantiationException) as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) else error
         if not of_run or not isinstance(cause, UserError):

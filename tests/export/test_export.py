@@ -284,6 +284,26 @@ def check_rounded(ours, out):
         assert f"{about[name]['times_as_fast']:.2f} times as fast" in out
 
 
+def test_images_of_other_channels_are_read_as_the_weights_want(capsys):
+    torch.manual_seed(0)
+    backbone = XCiT(32, 1, 2, patch_size=8, in_chans=5).eval()
+    how = {"channels": 5, "mean": [0.5] * 5, "std": [0.3] * 5, "value_range": [0, 10_000]}
+    state = {f"teacher.backbone.{k}": v for k, v in backbone.state_dict().items()}
+    content = {"state_dict": state, "architecture": backbone.architecture, "preprocess": how}
+    torch.save(content, "w.ckpt")
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        Path("bands", label).mkdir(parents=True)
+        for i in range(30):
+            np.save(f"bands/{label}/{i}.npy", rng.integers(0, 10_000, (32, 32, 5), np.uint16))
+    words = ["eval_data=folder", "eval_data.root=bands", "eval_data.resize=32", "eval_data.size=32"]
+    assert run("export", "ckpt=w.ckpt", "format=[timm,bf16]", *words) == 0
+    out = capsys.readouterr().out
+    assert "num_classes=0, in_chans=5" in out
+    assert "k-NN 20 in %: float32 " in out
+    assert json.loads(Path("export/w-bf16.json").read_text())["preprocess"]["channels"] == 5
+
+
 def test_numbers_are_of_the_very_weights(run_dir):
     """Neither the student nor an earlier checkpoint has the final numbers, or the final name."""
     first = "ckpt=lr-0.001/checkpoints/step-000003.ckpt"
