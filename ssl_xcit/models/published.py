@@ -7,8 +7,10 @@ No checksums of them were ever published, so none are built in: give one as `NAM
 import difflib
 import hashlib
 import re
+import socket
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.files import default_cache, sha256_of
@@ -94,7 +96,7 @@ def kept_as(address: str, known: dict[str, str]) -> Path:
 
 
 def from_hub(name: str, sha256: str | None) -> Path:
-    """timm's weights: brought by hand, from the hub's own cache (where timm has them), or from it.
+    """timm's weights: brought by hand, from the hub's own cache (as timm has it), or from the hub.
 
     Raises:
         UserError: huggingface_hub is missing, no network, no such repository, or a file that has
@@ -105,17 +107,22 @@ def from_hub(name: str, sha256: str | None) -> Path:
         check_kept(path, sha256)
         return path
     try:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     except ImportError as error:
         raise UserError(
             f"ckpt={name} needs huggingface_hub: pip install 'ssl-xcit[hub]'"
         ) from error
     try:
         found = try_to_load_from_cache(name, TIMM_FILE)
-        file = Path(found if isinstance(found, str) else hf_hub_download(name, TIMM_FILE))
+        if not isinstance(found, str):
+            if not getproxies():  # without a network the library tries for half a minute
+                socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+            found = hf_hub_download(name, TIMM_FILE)
+        file = Path(found)
         digest = sha256_of(file)
     except Exception as error:  # a dozen types of two libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise Elsewhere(
             f"ckpt={name} cannot be had from the Hugging Face hub ({reason}): is it called so "
             f"there? Without a network, bring its {TIMM_FILE} as {path}, or anywhere with "
@@ -140,15 +147,12 @@ def unknown(word: str, known: dict[str, str]) -> str:
             f"released weights of it are {', '.join(there)}"
         )
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
-    meant = (
-        f"did you mean {close[0]}?"
-        if close
-        else (
-            "released weights are called as dino_xcit_small_12_p16 or xcit_small_12_p16_224_dist, "
-            "timm's as timm/xcit_small_12_p16_224.fb_in1k"
-        )
+    if close:
+        return f"ckpt={word}: no such file or run folder; did you mean {close[0]}?"
+    return (
+        f"ckpt={word}: no such file or run folder; names of released weights are such as "
+        "dino_xcit_small_12_p16, xcit_small_12_p16_224_dist, timm/xcit_small_12_p16_224.fb_in1k"
     )
-    return f"ckpt={word}: no such file or run folder; {meant}"
 
 
 def place_of(path: Path) -> Path | None:

@@ -29,9 +29,9 @@ Which = Literal["teacher", "student"]
 HEADER = "ssl_xcit"  # of what a safetensors file says of itself: architecture and preprocess
 HEAD_KEYS = {f"mlp.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
 HEAD_KEYS |= {"last_layer.weight_v"}
+GAINS = "last_layer.weight_g"  # may be missing, for where they are frozen all are 1
 # what the tensors tell of an architecture
 MEASURED = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "num_classes")
-GAINS = "last_layer.weight_g"  # may be missing, for where they are frozen all are 1
 
 
 def load_backbone(
@@ -62,6 +62,8 @@ def backbone_in(
     state = backbone_state(content, which, path)
     seen = architecture_of(state, path)
     architecture = {"num_classes": 0, **(recorded_architecture(content, path) or seen)}
+    if empty := [key for key in MEASURED if not seen[key] and key != "num_classes"]:
+        raise UserError(f"{path} is not an XCiT checkpoint: {listed(empty)} 0")
     wrong = [key for key in MEASURED if architecture[key] != seen[key]]
     if wrong:
         keys = ", ".join(f"{key} {architecture[key]}, not {seen[key]}" for key in wrong)
@@ -113,9 +115,11 @@ def load_training(path: str | Path, which: Which = "teacher") -> Training:
     ]
     if problems:
         raise UserError(f"{path}: its projection head is not DINO's: {listed(problems)}")
-    center = content.get("state_dict", content.get("dino_loss") or {}).get(
-        "center.center" if "state_dict" in content else "center"
-    )
+    if "state_dict" in content:
+        center = content["state_dict"].get("center.center")
+    else:
+        loss = content.get("dino_loss")
+        center = loss.get("center") if isinstance(loss, Mapping) else None
     if center is not None:
         prototypes = len(head["last_layer.weight_v"])
         if not isinstance(center, Tensor) or center.numel() != prototypes:

@@ -17,7 +17,7 @@ import torch
 from ssl_xcit.eval.run import folder_of
 
 from ssl_xcit import create_model, load_backbone
-from ssl_xcit.errors import UserError
+from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.models import download, published
 from ssl_xcit.models.download import fetched
 
@@ -28,7 +28,7 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     body, etag, breaks, ranges = BODY, '"one"', [], True
-    status, slow, length = 200, 0.0, None
+    status, slow, length, shifted = 200, 0.0, None, 0
 
     def handle_error(self, *_):
         """Who hangs up is expected."""
@@ -48,6 +48,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.send_error(416)
             self.send_response(206)
             last = len(server.body) - 1
+            start += server.shifted
             self.send_header("Content-Range", f"bytes {start}-{last}/{last + 1}")
         else:
             self.send_response(200)
@@ -169,6 +170,25 @@ def test_a_server_that_errs(server, tmp_path, change, message):
         assert not list(tmp_path.glob(".w.pth.download*"))
 
 
+def test_a_part_from_elsewhere_is_not_joined(server, tmp_path):
+    server.breaks, server.shifted = [700_000], 100
+    assert fetched(server.address, tmp_path / "w.pth").read_bytes() == BODY
+    assert [at for _, at in server.asked] == [None, 700_000, None]
+
+
+def test_a_page_that_asks_to_log_in_is_no_weights(server, tmp_path):
+    server.body = b"\n<!DOCTYPE html><html>Welcome to the hotel"
+    with pytest.raises(UserError, match="the text of a web page; it is not kept"):
+        fetched(server.address, tmp_path / "w.pth")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full(server, tmp_path):
+    (tmp_path / ".w.pth.download").symlink_to("/dev/full")
+    with pytest.raises(RunFailed, match=r"No space left on device.*make room"):
+        fetched(server.address, tmp_path / "w.pth")
+
+
 def test_an_md5_that_is_right(server, tmp_path):
     server.etag = f'"{hashlib.md5(BODY).hexdigest()}"'
     assert fetched(server.address, tmp_path / "w.pth").read_bytes() == BODY
@@ -202,6 +222,20 @@ def test_names_and_addresses_load(server, cache, monkeypatch, tmp_path):
     assert folder_of(path) == folder_of(path.parent / "timm/xcit_nano_12_p16_224/model.safetensors")
     loaded = load_backbone(f"{base}/mine.pth")
     assert torch.equal(loaded.cls_token, model.cls_token)
+    # the name of the first, at another address: nothing is mistaken for the other
+    other = {**model.state_dict(), "cls_token": model.cls_token + 1}
+    torch.save({"model": other}, tmp_path / "other.pth")
+    server.body, server.etag = (tmp_path / "other.pth").read_bytes(), '"other"'
+    loaded = load_backbone(f"{base}/elsewhere/mine.pth")
+    assert torch.equal(loaded.cls_token, model.cls_token + 1)
+    loaded = load_backbone(f"{base}/elsewhere/xcit_nano_12_p16_224.pth")
+    assert torch.equal(loaded.cls_token, model.cls_token + 1)
+    loaded = load_backbone("xcit_nano_12_p16_224")
+    assert torch.equal(loaded.cls_token, model.cls_token)
+    # a checksum of a file that is there already
+    load_backbone(f"{tmp_path / 'm.pth'}#sha256={digest}")
+    with pytest.raises(UserError, match="has the SHA-256"):
+        load_backbone(f"{tmp_path / 'other.pth'}#sha256={digest}")
 
 
 def test_the_addresses_are_the_public_ones():
@@ -235,6 +269,8 @@ def test_the_addresses_are_the_public_ones():
         ("xcit_nano_12_p8_224#sha256=12", "64 hexadecimal digits"),
         ("timm/xcit_nano_12_p16_224.fb_in1k", "cannot be had from the Hugging Face hub"),
         ("runs/none.pth", "ckpt=runs/none.pth: no such file or run folder$"),
+        ("dinosaur", "names of released weights are such as dino_xcit_small_12_p16"),
+        ("https://example.com", "no file's address"),
     ],
 )
 def test_what_cannot_be_had(word, message, cache, monkeypatch):
@@ -242,6 +278,41 @@ def test_what_cannot_be_had(word, message, cache, monkeypatch):
     with pytest.raises(UserError, match=message) as error:
         load_backbone(word)
     assert "\n" not in str(error.value)
+
+
+def test_what_timm_has_downloaded_is_used_offline(monkeypatch, tmp_path):
+    """In the hub's own cache, where large files are called by their SHA-256."""
+    import timm
+    from huggingface_hub import constants
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    theirs = timm.create_model("xcit_nano_12_p16_224").eval()
+    name = "xcit_nano_12_p16_224.fb_in1k"
+    folder = tmp_path / f"models--timm--{name}"
+    for part in ("refs", "blobs", "snapshots/abc"):
+        (folder / part).mkdir(parents=True)
+    (folder / "refs/main").write_text("abc")
+    save_file(theirs.state_dict(), tmp_path / "w")
+    digest = hashlib.sha256((tmp_path / "w").read_bytes()).hexdigest()
+    blob = (tmp_path / "w").rename(folder / "blobs" / digest)
+    path = folder / "snapshots/abc/model.safetensors"
+    path.symlink_to(blob)
+    ours = load_backbone(f"timm/{name}")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        features = ours(x)
+        assert (theirs.forward_features(x)[:, 0] - features).abs().max() < 1e-5
+        assert (theirs(x) - ours.head(features)).abs().max() < 1e-5
+    assert str(folder_of(path)) == name  # results are not left in the cache
+    with pytest.raises(UserError, match=f"has the SHA-256 {digest}, not"):
+        load_backbone(f"timm/{name}#sha256={'0' * 64}")
+    with blob.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    with pytest.raises(UserError, match="has changed since it was downloaded"):
+        load_backbone(f"timm/{name}")
 
 
 def test_without_huggingface_hub(monkeypatch):

@@ -35,7 +35,7 @@ def same(model, other) -> bool:
 
 
 def full_training_file(model):
-    head = DINOHead(128, 32, 16, 8).state_dict()
+    head = DINOHead(model.embed_dim, 32, 16, 8).state_dict()
     state = {f"module.backbone.{k}": v for k, v in model.state_dict().items()}
     state |= {f"module.head.{k}": v for k, v in head.items()}
     other = {k: torch.zeros_like(v) for k, v in state.items()}
@@ -145,6 +145,20 @@ def truncated(model, path):
         (broken(lambda s: s.update(extra=torch.ones(1))), "unexpected extra"),
         (broken(lambda s: s.update({"norm.bias": torch.ones(3)})), "(3,), not (128,)"),
         (broken(lambda s: s.pop("cls_token")), "cls_token"),
+        (broken(lambda s: s.update(epoch=3)), "entries that are no tensors: epoch"),
+        (broken(lambda s: s.update({7: torch.ones(1)})), "entries that are no tensors: 7"),
+        (broken(lambda s: s.update(cls_token=torch.ones(()))), "lack dimensions"),
+        (broken(lambda s: s.update(cls_token=torch.ones(1, 1, 0))), "embed_dim 0"),
+        (broken(lambda s: s.update({"blocks.99.gamma1": torch.ones(128)})), "missing blocks.12."),
+        # a tensor that says a million channels takes no memory, and the network is not made
+        (
+            broken(lambda s: s.update(cls_token=torch.ones(1).expand(1, 1, 2**20))),
+            "(16, 3, 3, 3), not (131072, 3, 3, 3)",
+        ),
+        *(
+            (lambda model, path, key=key: torch.save({key: [1]}, path), f"{key} in it is a list")
+            for key in ("state_dict", "teacher", "model")
+        ),
     ],
 )
 def test_bad_files(model, make, message, tmp_path, monkeypatch):
@@ -247,7 +261,8 @@ def test_a_header_of_others_is_data(model, tmp_path, header):
 def test_an_architecture_of_others_is_data(model, tmp_path):
     good = dict(model.architecture)
     state = {f"teacher.backbone.{k}": v for k, v in model.state_dict().items()}
-    for change in ({"more": 1}, {"depth": 10**9}, {"depth": "12"}, {"embed_dim": None}):
+    changes = ({"more": 1}, {"depth": 10**9}, {"depth": "12"}, {"embed_dim": None}, {"depth": 9999})
+    for change in changes:
         torch.save({"state_dict": state, "architecture": {**good, **change}}, tmp_path / "w.ckpt")
         with pytest.raises(UserError, match="architecture"):
             load_backbone(tmp_path / "w.ckpt")
@@ -288,11 +303,26 @@ def test_training_files_give_head_and_center(model, tmp_path, form):
     )
 
 
-def test_a_backbone_alone_has_no_head_and_another_head_is_refused(model, tmp_path):
+def test_a_backbone_alone_has_no_head_and_another_head_is_refused(tmp_path):
+    model = XCiT(32, 1, 2, patch_size=4)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     assert load_training(tmp_path / "bare.pth")[1:] == (None, None)
     content = full_training_file(model)
-    content["teacher"]["module.head.mlp.1.running_mean"] = torch.ones(3)
-    torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"not DINO's: unexpected mlp\.1\.running_mean"):
-        load_training(tmp_path / "other.pth")
+    head = "module.head.last_layer.weight_v"
+    changes = {
+        r"not DINO's: unexpected mlp\.1\.running_mean": {
+            "module.head.mlp.1.running_mean": torch.ones(3)
+        },
+        "not DINO's: missing last_layer.weight_v": {head: None},
+        r"not DINO's: last_layer.weight_v is \(32,\)": {head: torch.ones(32)},
+    }
+    for message, change in changes.items():
+        other = {**content["teacher"], **change}
+        teacher = {key: value for key, value in other.items() if value is not None}
+        torch.save({**content, "teacher": teacher}, tmp_path / "other.pth")
+        with pytest.raises(UserError, match=message):
+            load_training(tmp_path / "other.pth")
+    for center in (torch.ones(3), "x"):
+        torch.save({**content, "dino_loss": {"center": center}}, tmp_path / "other.pth")
+        with pytest.raises(UserError, match="its center is not one number for each of 32"):
+            load_training(tmp_path / "other.pth")
