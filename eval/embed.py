@@ -4,11 +4,13 @@ Extraction goes into a hidden folder beside the file, noted as it goes; a rerun 
 goes on there, and the file gets its name when it is whole.
 """
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,29 @@ from ssl_xcit.run_folder import versions
 from ssl_xcit.shard import names_digest
 from ssl_xcit.table import shown_in_terminal
 
-from .embedded import ENDINGS, Embedded, about_file, write
+from .embedded import ENDINGS, Embedded, about_file, arrow, is_whole, write
 from .feature_cache import Folder, stamp_of, weights_digest
 from .features import KINDS, parts_of
 from .frozen import Frozen, placed
-from .run import data_of_run, folder_of
+from .run import folder_of, settings_of_run
 from .settings import number
 
+log = logging.getLogger(__name__)
 RESIZE, SIZE = 256, 224  # where neither a setting nor the run has one
-SAME = ("weights", "images", "names", "stamp", "resize", "size", "features", "dtype", "preprocess")
+DIFFERENT = {  # what a file, or one that was begun, is compared by, and how it is said
+    "weights": "from other weights",
+    "images": "of {before} images, where there are {now} now",
+    "names": "of images with other names",
+    "stamp": "of images whose files have changed since",
+    "preprocess": "with other preprocess.* settings",
+    "resize": "with resize={before}, not {now}",
+    "size": "with size={before}, not {now}",
+    "features": "with features={before}, not {now}",
+    "dtype": "with dtype={before}, not {now}",
+    "labels": "with other labels",
+    "index": "with index={before}, not {now}",
+}
+OF_FILES = ("labels", "index")  # not of what is extracted
 
 
 def main(cfg: DictConfig) -> None:
@@ -50,6 +66,7 @@ def main(cfg: DictConfig) -> None:
     path = checkpoint_path(str(cfg.ckpt))
     backbone = load_backbone(path, cfg.which)
     source: Source = instantiate(cfg.data.source)
+    check_not_images(outs, cfg)
     resize, size = sizes(cfg, path)
     how = of_weights(backbone.preprocess, cfg.max_pixels)
     about = {
@@ -60,6 +77,7 @@ def main(cfg: DictConfig) -> None:
         "images": len(source),
         "names": names_digest(source),
         "stamp": stamp_of(source),
+        "labels": labels_digest(source),
         "resize": resize,
         "size": size,
         "features": cfg.features,
@@ -68,38 +86,68 @@ def main(cfg: DictConfig) -> None:
         "folder": os.getcwd(),  # that relative names start from
         "versions": versions(),
     }
-    todo = [out for out in outs if not is_there(out, about)]
-    if not todo:
-        print("all of it is there already; remove the files to make them again")
-        return
-    first, *others = placed(backbone, str(cfg.device))
-    frozen = Frozen(backbone, how, first, cfg.batch_size, cfg.num_workers,
-                    show=shown_in_terminal(), more_devices=others)  # fmt: skip
-    print(f"{path}: {model_name(backbone.architecture)}, {cfg.which}; {len(source):,} images, "
-          f"short side {resize}, central {size} x {size}")  # fmt: skip
-    work = outs[0].with_name(f".{outs[0].name}.embedding")
-    with (
-        written_to(outs[0]),
-        exclusive(work.with_name(f"{work.name}.lock"), str(outs[0])),
-    ):
+    abouts = {out: about | ({"index": cfg.index} if out.suffix == ".faiss" else {}) for out in outs}
+    with ExitStack() as stack:
+        for out in sorted(outs):  # in one order, so that two commands do not wait for each other
+            stack.enter_context(written_to(out))
+            lock = out.with_name(f"{hidden(out).name}.lock")
+            stack.enter_context(exclusive(lock, str(out)))
+        todo = [out for out in outs if not is_there(out, abouts[out])]
+        if not todo:
+            print("all of it is there already; remove the files to make them again")
+            return
+        first, *others = placed(backbone, str(cfg.device))
+        frozen = Frozen(backbone, how, first, cfg.batch_size, cfg.num_workers,
+                        show=shown_in_terminal(), more_devices=others)  # fmt: skip
+        print(f"{path}: {model_name(backbone.architecture)}, {cfg.which}; {len(source):,} images, "
+              f"short side {resize}, central {size} x {size}")  # fmt: skip
+        work = hidden(outs[0])
         try:
             folder = begun(work, about, cfg.dtype)
             features, rows = extracted(folder, frozen, source, resize, size, cfg.features)
-            what = Embedded(features, rows, source, about)
             for out in todo:
-                write(what, out, cfg.index)
+                write(Embedded(features, rows, source, abouts[out]), out, cfg.index)
             bad = note_bad(source, rows, how, outs[0])
         except KeyboardInterrupt:
             print(f"stopped; the same command goes on ({work})", flush=True)
             raise
-        del what, features
+        del features
         shutil.rmtree(work)
-    say(outs, todo, len(rows), backbone.embed_dim, bad)
+    say(outs, todo, len(rows), bad)
     if len(bad) > cfg.data.max_bad_fraction * len(source):
         raise RunFailed(
             f"{len(bad):,} of {len(source):,} images are bad and were left out, more than "
             f"data.max_bad_fraction={cfg.data.max_bad_fraction:g} allows; the others are written"
         )
+
+
+def hidden(out: Path) -> Path:
+    """The folder beside a file in which its features are gathered."""
+    return out.with_name(f".{out.name}.embedding")
+
+
+def labels_digest(source: Source) -> str | None:
+    """SHA-256 of the labels, which are written beside the features."""
+    if source.labels is None:
+        return None
+    return hashlib.sha256(np.ascontiguousarray(source.labels).tobytes()).hexdigest()
+
+
+def check_not_images(outs: Sequence[Path], cfg: DictConfig) -> None:
+    """No file lands among the images as one of them.
+
+    Raises:
+        UserError: one would.
+    """
+    if (root := cfg.data.get("root")) is None:
+        return
+    for out in outs:
+        inside = out.resolve().is_relative_to(Path(str(root)).expanduser().resolve())
+        if inside and out.suffix == ".npy":
+            raise UserError(
+                f"out={out} lies in data.root={root}, where the next command would take it for an "
+                "image: name a place outside"
+            )
 
 
 def outs_of(cfg: DictConfig) -> list[Path]:
@@ -119,6 +167,8 @@ def outs_of(cfg: DictConfig) -> list[Path]:
         raise UserError(f"features={cfg.features}: one of {', '.join(KINDS)}")
     if cfg.dtype not in ("float32", "float16"):
         raise UserError(f"dtype={cfg.dtype}: float32 or float16")
+    if any(out.suffix == ".parquet" for out in outs):
+        arrow()  # now, not after hours
     if cfg.index not in ("flat", "ivf", "hnsw"):
         raise UserError(f"index={cfg.index}: flat, ivf or hnsw")
     if cfg.which not in ("teacher", "student"):
@@ -135,19 +185,28 @@ def sizes(cfg: DictConfig, path: Path) -> tuple[int, int]:
     """Short side and central square: of the settings, else what the run was measured at."""
     resize, size = RESIZE, SIZE
     if (folder_of(path) / "run.json").is_file() and None in (cfg.resize, cfg.size):
-        # its images may be elsewhere by now
-        with suppress(UserError, OSError, ValueError, KeyError, Exception):
-            if pair := data_of_run(str(cfg.ckpt)):
+        try:
+            if data := settings_of_run(str(cfg.ckpt)).get("eval_data"):
+                # the images may be elsewhere by now, so they are not asked for if settings tell
+                pair = data if "size" in data else instantiate(data)
                 resize, size = pair.resize, pair.size
+        except Exception as error:  # its options may be those of another version
+            log.warning(
+                "at which size the run was measured cannot be told (%s): resize=%s size=%s",
+                str(error).partition("\n")[0], resize, size,
+            )  # fmt: skip
     return cfg.resize or resize, cfg.size or size
 
 
-def differing(before: dict[str, Any], about: dict[str, Any]) -> list[str]:
-    """What is not the same; times of files that were just written tell nothing."""
-    found = [key for key in SAME if before.get(key) != about[key]]
-    if "stamp" in found and None in (before.get("stamp"), about["stamp"]):
-        found.remove("stamp")
-    return found
+def differing(before: dict[str, Any], about: dict[str, Any]) -> str:
+    """What is not the same, in words; empty where all is."""
+    found = [key for key in DIFFERENT if key in about and before.get(key) != about[key]]
+    if None in (before.get("stamp"), about["stamp"]) and "stamp" in found:
+        found.remove("stamp")  # times of files that were just written tell nothing
+    implied = {"images": ("names", "stamp", "labels"), "names": ("stamp", "labels")}
+    for key in [key for key in implied if key in found]:
+        found = [other for other in found if other not in implied[key]]
+    return ", ".join(DIFFERENT[k].format(before=before.get(k), now=about[k]) for k in found)
 
 
 def is_there(out: Path, about: dict[str, Any]) -> bool:
@@ -159,11 +218,13 @@ def is_there(out: Path, about: dict[str, Any]) -> bool:
     if not out.exists():
         return False
     before = about_file(out)
-    if before and not (differs := differing(before, about)):
-        print(f"{out} is there")
-        return True
-    what = f"made with another {', '.join(differs)}" if before else "none that ssl-xcit embed made"
-    raise UserError(f"out={out} is there, and {what}: name another file, or remove it")
+    if not before or not is_whole(out):
+        trouble = "is none that ssl-xcit embed made" if not before else "is not whole"
+        raise UserError(f"out={out} is there, and {trouble}: name another file, or remove it")
+    if differs := differing(before, about):
+        raise UserError(f"out={out} is there, made {differs}: name another file, or remove it")
+    print(f"{out} is there")
+    return True
 
 
 def begun(work: Path, about: dict[str, Any], dtype: str) -> Folder:
@@ -175,11 +236,10 @@ def begun(work: Path, about: dict[str, Any], dtype: str) -> Folder:
     work.mkdir(exist_ok=True)
     note = work / "settings.json"
     if note.is_file():
-        differs = differing(json.loads(note.read_text()), about)
-        if differs:
+        extracted_with = {k: v for k, v in about.items() if k not in OF_FILES}
+        if differs := differing(json.loads(note.read_text()), extracted_with):
             raise UserError(
-                f"{work} was begun with another {', '.join(differs)}: name another out=..., or "
-                "remove it"
+                f"{work} was begun {differs}: name another out=..., or remove that folder"
             )
     write_json(about, note)
     return Folder(work, dtype)
@@ -233,7 +293,7 @@ def note_bad(source: Source, rows: Any, how: Any, out: Path) -> list[int]:
     return bad
 
 
-def say(outs: Sequence[Path], todo: Sequence[Path], count: int, width: int, bad: list[int]) -> None:
+def say(outs: Sequence[Path], todo: Sequence[Path], count: int, bad: list[int]) -> None:
     """What was made, and what to type next."""
     for out in todo:
         print(f"written: {out}, {count:,} rows ({out.stat().st_size / 1e6:,.1f} MB)")

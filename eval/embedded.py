@@ -118,13 +118,13 @@ def write(what: Embedded, path: Path, index: str) -> None:
     """
     if path.suffix == ".parquet":
         return write_parquet(what, path)
+    write_beside(what, path)  # first: where the file is, all of it is
     with replacing(path) as part:
         if path.suffix == ".npy":
             with part.open("wb") as file:
                 write_rows(file, what.features)
         else:
             write_index(built_index(what.features, index), part)
-    write_beside(what, path)  # last: with it the file is whole
     return None
 
 
@@ -135,6 +135,19 @@ def about_file(path: Path) -> dict[str, Any]:
             return dict(json.loads(arrow()[1].read_schema(path).metadata[KEY]))
         return dict(json.loads(path.with_name(f"{path.name}.json").read_text()))
     return {}
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there are as many features as names: they may have been copied apart."""
+    with suppress(Exception):  # of three libraries
+        if path.suffix == ".parquet":
+            return bool(arrow()[1].read_metadata(path).num_rows)
+        with path.with_name(f"{path.name}.rows.jsonl").open() as file:
+            names = sum(1 for _ in file)
+        if path.suffix == ".npy":
+            return len(np.load(path, mmap_mode="r", allow_pickle=False)) == names
+        return int(opened_index(path).ntotal) == names
+    return False
 
 
 class Opened:
@@ -180,3 +193,9 @@ class Opened:
             raise
         except Exception as error:  # of three libraries
             raise UserError(f"index={path} cannot be read: {error}") from error
+        count = len(self.bank) if self.index is None else self.index.ntotal
+        if count != len(self.names):
+            raise UserError(
+                f"index={path} has {count:,} rows, and {len(self.names):,} names are beside it: "
+                "they are not of one another"
+            )

@@ -355,10 +355,7 @@ def default_out(path: Path, count: int, data: str) -> Path:
 
 
 def data_of_run(ckpt: Any) -> LabelledPair | None:
-    """The labelled images that a run was measured on, from the choices in its `run.json`.
-
-    Only names of our own options and plain values are taken from the file; nothing in it is
-    instantiated by itself.
+    """The labelled images that a run was measured on.
 
     Args:
         ckpt: the weights; of several the first.
@@ -366,7 +363,22 @@ def data_of_run(ckpt: Any) -> LabelledPair | None:
     Raises:
         UserError: the weights do not lie in a run folder.
     """
-    ckpt = checkpoints_in(ckpt)[0]
+    cfg = settings_of_run(checkpoints_in(ckpt)[0])
+    return instantiate(cfg.eval_data) if cfg.get("eval_data") else None
+
+
+def settings_of_run(ckpt: str) -> DictConfig:
+    """What a run says of its data, from the choices in its `run.json`.
+
+    Only names of our own options and plain values are taken from the file; nothing in it is
+    instantiated by itself.
+
+    Args:
+        ckpt: its folder, or a checkpoint in it.
+
+    Raises:
+        UserError: the weights do not lie in a run folder.
+    """
     file = folder_of(checkpoint_path(ckpt)) / "run.json"
     if not file.is_file():
         raise UserError(
@@ -379,5 +391,4 @@ def data_of_run(ckpt: Any) -> LabelledPair | None:
         o for o in run["overrides"] if re.match(r"eval_data\.[a-z]\w*=|data\.[a-z]\w*=", o)
     ]
     chosen = [f"{key}={run['choices'][key]}" for key in ("data", "eval_data")]
-    cfg = compose("pretrain", overrides=[*chosen, *overrides])
-    return instantiate(cfg.eval_data) if cfg.get("eval_data") else None
+    return compose("pretrain", overrides=[*chosen, *overrides])

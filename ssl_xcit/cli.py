@@ -233,7 +233,9 @@ def explain(command: str, message: str) -> str:
             f"{command} --help lists all"
         )
     if match := re.search(
-        r"(?:find|load) '([^']+)'.*?Available options in '[^']+':(.*)", message, re.S
+        r"(?:find|load) '([^']+)'.*?Available options in '[^']+':(.*?)(?:Config search path|$)",
+        message,
+        re.S,
     ):
         option = match[1].split("/")
         options = match[2].split()
@@ -250,6 +252,10 @@ def explain(command: str, message: str) -> str:
             f"{group}=[{name}]: no such option{nearest(name, options)}; there are "
             f"{', '.join(sorted(options))}"
         )
+    if match := re.search(r"Key '[^']+' is not in struct\s+full_key: (\S+)", message):
+        key = match[1]
+        taken = f"; ~{key} has taken it out" if f"~{key}" in sys.argv else ""
+        return f"{key}: this setting is needed{taken}; ssl-xcit {command} --help lists all"
     return " ".join(message.split())
 
 

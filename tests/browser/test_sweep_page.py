@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 from ssl_xcit.eval.report.sweep import read_sweep
 from ssl_xcit.eval.report.sweep_command import write_page
 from test_report_page import emulated, opened
@@ -36,7 +37,8 @@ def test_the_page_of_a_sweep(browser, swept):
     browser.save_screenshot(str(SHOT))
     try:
         emulated(browser, "dark", 390)
-        width = browser.execute_script("return document.documentElement.scrollWidth")
-        assert width <= 390
+        width = "return document.documentElement.scrollWidth"
+        # figures follow the window when the browser has time
+        WebDriverWait(browser, 20).until(lambda b: b.execute_script(width) <= 390)
     finally:
         emulated(browser)

@@ -184,7 +184,7 @@ def test_begun_with_other_settings_or_by_another_process(capsys):
     about = json.loads(Path("f.npy.json").read_text())
     (work / "settings.json").write_text(json.dumps(about | {"size": 5}))
     assert run("embed", *words, *LOOK) == 2
-    assert "was begun with another size" in capsys.readouterr().err
+    assert "was begun with size=5, not 32:" in capsys.readouterr().err
     holder = os.fork()
     if holder == 0:
         with exclusive(Path(".f.npy.embedding.lock"), "f.npy"):
@@ -256,10 +256,10 @@ def test_another_file_in_the_way_and_other_settings(capsys):
     Path("f.npy").unlink()
     assert run("embed", *words, *LOOK) == 0
     assert run("embed", *words, "resize=64", *LOOK[1:]) == 2
-    assert "made with another resize" in capsys.readouterr().err
+    assert "made with resize=32, not 64:" in capsys.readouterr().err
     images(Path("in/more"), 1)
     assert run("embed", *words, *LOOK) == 2
-    assert "made with another images, names" in capsys.readouterr().err
+    assert "made of 3 images, where there are 4 now:" in capsys.readouterr().err
 
 
 def test_too_many_bad_images_and_none_that_is_good(capsys):
@@ -334,5 +334,6 @@ def test_bad_searches(words, message, capsys):
 def test_without_pyarrow(monkeypatch, capsys):
     images(Path("in"), 2)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr(feature_cache, "batches", None)  # it is said before anything is extracted
     assert run("embed", "ckpt=w.pth", "data.root=in", "out=f.parquet", *LOOK) == 2
     assert "pip install 'ssl-xcit[tables]'" in capsys.readouterr().err
