@@ -18,8 +18,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## pretrain on real photographs, then k-NN and linear probe (minutes)
 	$(BIN)/ssl-xcit pretrain name=demo
 
-test: $(STAMP)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow and not reliability and not browser'
+test: $(STAMP)  ## all tests but the slow ones, a process of one thread for each core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile \
+	  -m 'not slow and not reliability and not browser'
 
 test-slow: $(STAMP)  ## the slow ones: the wheel installed elsewhere, the demo's numbers
 	$(BIN)/python -m pytest -m slow

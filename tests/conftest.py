@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads, no network, the photographs cut once a session."""
+"""Shared by all tests: few threads, no network, the photographs cut once a session."""
 
 import os
 import socket
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 
 from ssl_xcit.data.photos import labelled_photos
 
@@ -34,6 +35,16 @@ def offline(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", no_names)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once():
+    """Hydra composes a command's settings twice, first to see whether its yaml asks for a sweep,
+    which none of ours does: 0.3 s for each of a thousand commands.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Hydra, "get_mode", lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

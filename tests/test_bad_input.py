@@ -20,6 +20,8 @@ BAD = [
     (["pretrain", "nonsense"], "nonsense"),
     (["pretrain", "model=xcit_smal_12_p16"], "did you mean xcit_small_12_p16?"),
     (["pretrain", "data=imagnet"], "did you mean imagenet?"),
+    (["pretrain", "evaluation=fast"], "evaluation=fast: no such option; there are standard"),
+    (["pretrain", "~evaluation"], "evaluation: this setting is needed; ~evaluation has taken it"),
     (["pretrian"], "did you mean pretrain?"),
     (["pretrain", "data=folder"], "data.root is needed"),
     (["pretrain", "data=folder", "data.root=none"], "no such folder"),
@@ -155,8 +157,9 @@ WRONG_TYPES = [
 def test_values_of_the_wrong_type_are_one_line_too():
     """In a process of its own: the tests' type checker would be first."""
     code = (
-        "import sys\n"
+        "from hydra._internal.hydra import Hydra\n"
         "from ssl_xcit import cli\n"
+        "Hydra.get_mode = lambda *_, **__: None\n"  # see conftest.py
         f"for words in {[words for words, _ in WRONG_TYPES]!r}:\n"
         "    try: cli.main(words)\n"
         "    except SystemExit as end: assert end.code == 2, words\n"

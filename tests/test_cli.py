@@ -105,6 +105,7 @@ def test_own_labelled_images(tmp_path, capsys):
     assert "in (2 class folders)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_a_folder_each():
     assert run("pretrain", "-m", "seed=1,2", "evaluation.baselines=null", *SMALL) == 0
     (sweep,) = Path("runs").iterdir()

@@ -318,8 +318,9 @@ def test_a_worker_killed_in_training_changes_no_number(monkeypatch, capsys):
         calls.append(update(*args))
         if len(calls) == 4:
             children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-            for child in children:
-                if b"pytest" in Path(f"/proc/{child}/cmdline").read_bytes():
+            itself = Path("/proc/self/cmdline").read_bytes()
+            for child in children:  # loader processes are forked, and nothing else is
+                if Path(f"/proc/{child}/cmdline").read_bytes() == itself:
                     os.kill(int(child), signal.SIGKILL)
 
     monkeypatch.setattr(module, "ema_update_", killing)

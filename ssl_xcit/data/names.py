@@ -39,11 +39,12 @@ class Names(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> "Names": ...
     def __getitem__(self, index: int | slice) -> "str | Names":
+        count = len(self.ends)
         if isinstance(index, slice):
-            return Names.of(self[i] for i in range(*index.indices(len(self))))
-        if not -len(self) <= index < len(self):
+            return Names.of(self[i] for i in range(*index.indices(count)))
+        if not -count <= index < count:
             raise IndexError(index)
-        index %= len(self)
+        index %= count
         start = int(self.ends[index - 1]) if index else 0
         return (
             self.content[start : int(self.ends[index])].tobytes().decode("utf-8", "surrogateescape")

@@ -236,6 +236,7 @@ def facts_of(crops):
     return np.column_stack((mean, std, red_blue, np.sqrt(gradient)))
 
 
+@pytest.mark.slow
 def test_crops_are_distributed_as_the_references(real_photos):
     """1,200 crops of each global kind and 2,400 local ones. Tolerances: mean 0.012 and deviation
     0.008 of the range of values, correlation of red and blue 0.02, gradient energy 5 %.

@@ -96,6 +96,7 @@ def test_two_checkpoints_are_compared(here, capsys):
     assert "named twice" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ranks_share_the_images_and_agree_with_one(here):
     assert run("eval", "ckpt=runs/a", "out=one.json", *QUICK) == 0
     command = [

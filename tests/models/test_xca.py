@@ -86,7 +86,8 @@ def test_mixing_by_head_is_the_formula(seed):
 
     for a, b in zip(gradients(ChannelMixing.apply), gradients(mixing), strict=True):
         assert relative(a, b) < 1e-11
-    assert torch.autograd.gradcheck(ChannelMixing.apply, (qkv / scale, temperature))
+    few = (qkv[:1, :4] / scale).detach().requires_grad_()
+    assert torch.autograd.gradcheck(ChannelMixing.apply, (few, temperature))
 
 
 @pytest.mark.parametrize("seed", range(3))

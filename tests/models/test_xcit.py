@@ -52,7 +52,12 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+LARGE = ("xcit_medium_24_p8", "xcit_large_24_p8")  # whose other patch size is compared too
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in PUBLISHED]
+)
 def test_agrees_with_timm(name):
     ours, theirs = pair(name)
     size = 32 if name.endswith("p8") else 64

@@ -9,12 +9,9 @@ from runs import HERE, Place, Zygote
 # those that `make test` runs too; the others are for `make test-reliability`
 REPRESENTATIVE = {
     "test_row_01_sigkill_at_any_step",
-    "test_row_04_sigterm",
     "test_row_09_10_the_newest_checkpoint_is_damaged[row_09_truncated]",
-    "test_row_12_the_third_failure_in_a_row_ends_it",
     "test_row_19_20_steps_that_are_not_finite_are_left_out[images]",
     "test_row_28_a_hostile_checkpoint",
-    "test_row_29_two_processes_in_one_folder",
 }
 
 
