@@ -166,6 +166,8 @@ class Opened:
             raise MissingPath(f"index={path}: no such file; ssl-xcit embed out={path} makes one")
         if path.suffix not in ENDINGS:
             raise UserError(f"index={path}: a file ending in {', '.join(ENDINGS)}")
+        if path.suffix == ".parquet":
+            arrow()  # else nothing could tell what made it
         self.path, self.about = path, about_file(path)
         if not self.about:
             raise UserError(

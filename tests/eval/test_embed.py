@@ -333,7 +333,10 @@ def test_bad_searches(words, message, capsys):
 
 def test_without_pyarrow(monkeypatch, capsys):
     images(Path("in"), 2)
+    assert run("embed", "ckpt=w.pth", "data.root=in", "out=g.parquet", *LOOK) == 0
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert run("search", "index=g.parquet", "image=in/0.png", "out=null") == 2
+    assert "pip install 'ssl-xcit[tables]'" in capsys.readouterr().err
     monkeypatch.setattr(feature_cache, "batches", None)  # it is said before anything is extracted
     assert run("embed", "ckpt=w.pth", "data.root=in", "out=f.parquet", *LOOK) == 2
     assert "pip install 'ssl-xcit[tables]'" in capsys.readouterr().err
