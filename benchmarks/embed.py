@@ -1,7 +1,7 @@
 """`ssl-xcit embed` of a few and of many images: seconds, and the most memory of its own (pages of
 files that are mapped belong to the system, which takes them back).
 
-    python benchmarks/embed.py [--counts 5000 50000]
+    python benchmarks/embed.py [--counts 2000 20000]
 """
 
 import argparse
@@ -57,12 +57,12 @@ def embedded(folder: Path, count: int, ending: str) -> tuple[float, int]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--counts", type=int, nargs="+", default=[5_000, 50_000])
+    parser.add_argument("--counts", type=int, nargs="+", default=[2_000, 20_000])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.manual_seed(0)
-        torch.save(create_model("xcit_micro_4_p8").state_dict(), folder / "w.pth")
+        torch.save(create_model("xcit_nano_12_p8").state_dict(), folder / "w.pth")
         print("| file | images | seconds | memory, MB |\n|---|---:|---:|---:|")
         for ending in (".parquet", ".npy", ".faiss"):
             for count in arguments.counts:
