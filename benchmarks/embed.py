@@ -5,29 +5,20 @@ files that are mapped belong to the system, which takes them back).
 """
 
 import argparse
-import re
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from measure import status
 
 from ssl_xcit import create_model
 
 SIDE = 16  # pixels: reading and computing play little part
-
-
-def own_memory(process_id: int) -> int:
-    """Bytes that belong to a process alone; 0 when it is over."""
-    try:
-        status = Path(f"/proc/{process_id}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return 1024 * int(found[1]) if found else 0
 
 
 def embedded(folder: Path, count: int, ending: str) -> tuple[float, int]:
@@ -48,7 +39,8 @@ def embedded(folder: Path, count: int, ending: str) -> tuple[float, int]:
     started, most = time.perf_counter(), 0
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        most = max(most, own_memory(process.pid))
+        with suppress(OSError, KeyError):  # it has just ended
+            most = max(most, status("RssAnon", process.pid))
         time.sleep(0.02)
     if process.returncode:
         raise SystemExit(process.returncode)

@@ -58,9 +58,9 @@ def extra_memory(work: Callable[[], object]) -> int:
     return max(0, status("VmHWM") - before)
 
 
-def status(key: str) -> int:
-    """Bytes, from what the kernel says of this process."""
-    for row in Path("/proc/self/status").read_text().splitlines():
+def status(key: str, process: int | str = "self") -> int:
+    """Bytes, from what the kernel says of a process."""
+    for row in Path(f"/proc/{process}/status").read_text().splitlines():
         if row.startswith(key):
             return int(row.split()[1]) * 1024
     raise KeyError(key)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig
 
@@ -34,7 +35,7 @@ from .embedded import ENDINGS, Embedded, about_file, arrow, is_whole, write
 from .feature_cache import Folder, stamp_of, weights_digest
 from .features import KINDS, parts_of
 from .frozen import Frozen, placed
-from .run import folder_of, settings_of_run
+from .run import data_settings_of_run, folder_of
 from .settings import number
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,6 @@ DIFFERENT = {  # what a file, or one that was begun, is compared by, and how it 
     "labels": "with other labels",
     "index": "with index={before}, not {now}",
 }
-OF_FILES = ("labels", "index")  # not of what is extracted
 
 
 def main(cfg: DictConfig) -> None:
@@ -77,7 +77,6 @@ def main(cfg: DictConfig) -> None:
         "images": len(source),
         "names": names_digest(source),
         "stamp": stamp_of(source),
-        "labels": labels_digest(source),
         "resize": resize,
         "size": size,
         "features": cfg.features,
@@ -86,10 +85,13 @@ def main(cfg: DictConfig) -> None:
         "folder": os.getcwd(),  # that relative names start from
         "versions": versions(),
     }
-    abouts = {out: about | ({"index": cfg.index} if out.suffix == ".faiss" else {}) for out in outs}
+    labels = labels_digest(source)
+    abouts = {out: about | {"labels": labels} for out in outs}
+    for out in outs:
+        if out.suffix == ".faiss":
+            abouts[out]["index"] = cfg.index
     with ExitStack() as stack:
-        for out in sorted(outs):  # in one order, so that two commands do not wait for each other
-            stack.enter_context(written_to(out))
+        for out in sorted(outs):  # in one order, so that of two commands one goes on
             lock = out.with_name(f"{hidden(out).name}.lock")
             stack.enter_context(exclusive(lock, str(out)))
         todo = [out for out in outs if not is_there(out, abouts[out])]
@@ -103,11 +105,13 @@ def main(cfg: DictConfig) -> None:
               f"short side {resize}, central {size} x {size}")  # fmt: skip
         work = hidden(outs[0])
         try:
-            folder = begun(work, about, cfg.dtype)
-            features, rows = extracted(folder, frozen, source, resize, size, cfg.features)
+            with written_to(outs[0]):
+                folder = begun(work, about, cfg.dtype)
+                features, rows = extracted(folder, frozen, source, resize, size, cfg.features)
+                bad = note_bad(source, rows, how, outs[0])
             for out in todo:
-                write(Embedded(features, rows, source, abouts[out]), out, cfg.index)
-            bad = note_bad(source, rows, how, outs[0])
+                with written_to(out):
+                    write(Embedded(features, rows, source, abouts[out]), out, cfg.index)
         except KeyboardInterrupt:
             print(f"stopped; the same command goes on ({work})", flush=True)
             raise
@@ -139,15 +143,17 @@ def check_not_images(outs: Sequence[Path], cfg: DictConfig) -> None:
     Raises:
         UserError: one would.
     """
-    if (root := cfg.data.get("root")) is None:
-        return
-    for out in outs:
-        inside = out.resolve().is_relative_to(Path(str(root)).expanduser().resolve())
-        if inside and out.suffix == ".npy":
-            raise UserError(
-                f"out={out} lies in data.root={root}, where the next command would take it for an "
-                "image: name a place outside"
-            )
+    if HydraConfig.get().runtime.choices["data"] != "folder":
+        return  # which alone looks for image files
+    root = cfg.data.root
+    for folder in root if isinstance(root, ListConfig) else [root]:
+        place = Path(str(folder)).expanduser().resolve()
+        for out in outs:
+            if out.suffix == ".npy" and out.resolve().is_relative_to(place):
+                raise UserError(
+                    f"out={out} lies in data.root={folder}, where the next command would take it "
+                    "for an image: name a place outside"
+                )
 
 
 def outs_of(cfg: DictConfig) -> list[Path]:
@@ -186,10 +192,10 @@ def sizes(cfg: DictConfig, path: Path) -> tuple[int, int]:
     resize, size = RESIZE, SIZE
     if (folder_of(path) / "run.json").is_file() and None in (cfg.resize, cfg.size):
         try:
-            if data := settings_of_run(str(cfg.ckpt)).get("eval_data"):
+            if data := data_settings_of_run(str(cfg.ckpt)).get("eval_data"):
                 # the images may be elsewhere by now, so they are not asked for if settings tell
-                pair = data if "size" in data else instantiate(data)
-                resize, size = pair.resize, pair.size
+                looked = data if "size" in data else instantiate(data)
+                resize, size = looked.resize, looked.size
         except Exception as error:  # its options may be those of another version
             log.warning(
                 "at which size the run was measured cannot be told (%s): resize=%s size=%s",
@@ -235,12 +241,8 @@ def begun(work: Path, about: dict[str, Any], dtype: str) -> Folder:
     """
     work.mkdir(exist_ok=True)
     note = work / "settings.json"
-    if note.is_file():
-        extracted_with = {k: v for k, v in about.items() if k not in OF_FILES}
-        if differs := differing(json.loads(note.read_text()), extracted_with):
-            raise UserError(
-                f"{work} was begun {differs}: name another out=..., or remove that folder"
-            )
+    if note.is_file() and (differs := differing(json.loads(note.read_text()), about)):
+        raise UserError(f"{work} was begun {differs}: name another out=..., or remove that folder")
     write_json(about, note)
     return Folder(work, dtype)
 

@@ -363,11 +363,11 @@ def data_of_run(ckpt: Any) -> LabelledPair | None:
     Raises:
         UserError: the weights do not lie in a run folder.
     """
-    cfg = settings_of_run(checkpoints_in(ckpt)[0])
+    cfg = data_settings_of_run(checkpoints_in(ckpt)[0])
     return instantiate(cfg.eval_data) if cfg.get("eval_data") else None
 
 
-def settings_of_run(ckpt: str) -> DictConfig:
+def data_settings_of_run(ckpt: str) -> DictConfig:
     """What a run says of its data, from the choices in its `run.json`.
 
     Only names of our own options and plain values are taken from the file; nothing in it is

@@ -319,7 +319,7 @@ def test_a_worker_killed_in_training_changes_no_number(monkeypatch, capsys):
         if len(calls) == 4:
             children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
             itself = Path("/proc/self/cmdline").read_bytes()
-            for child in children:  # loader processes are forked, and nothing else is
+            for child in children:  # of which loader processes alone are forked
                 if Path(f"/proc/{child}/cmdline").read_bytes() == itself:
                     os.kill(int(child), signal.SIGKILL)
 

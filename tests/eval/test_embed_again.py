@@ -89,6 +89,8 @@ def test_names_that_belong_to_another_file(capsys):
 def test_an_array_among_the_images_is_refused(capsys):
     assert run("embed", *LOOK, "out=in/f.npy") == 2
     assert "out=in/f.npy lies in data.root=in, where" in capsys.readouterr().err
+    assert run("embed", *LOOK, "data.root=[in/a,in/b]", "out=in/b/f.npy") == 2
+    assert "out=in/b/f.npy lies in data.root=in/b, where" in capsys.readouterr().err
     assert run("embed", *LOOK, "out=in/f.parquet") == 0
     assert run("embed", *LOOK, "out=in/f.parquet") == 0
     assert "all of it is there already" in capsys.readouterr().out
