@@ -1,44 +1,50 @@
 """Bytes to pixels, safely; what a bad image is.
 
-Pillow decodes: torchvision's PNG decoder ends the process on a corrupt file. The header is checked
-before any pixel is allocated, only formats of images are tried (no PostScript, which runs a
-program), and truncated files are refused rather than filled with grey.
+Pillow decodes 8 bits (torchvision's PNG decoder ends the process on a corrupt file); more bits come
+from OpenCV and tifffile, for Pillow keeps the upper eight. A reader returns `Samples`: the numbers
+as they are stored and what the file says they mean. `to_pixels` alone decides what becomes of
+colours, palettes, transparency and orientation, for every format and depth.
+
+The header is checked before any pixel is allocated, only formats of images are tried (no
+PostScript, which runs a program), and truncated files are refused rather than filled with grey.
 """
 
 import io
 import logging
 import math
 import os
+import re
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
+from ssl_xcit.data.formats import HEIC_REMEDY, image_format, readable_formats
 from ssl_xcit.data.preprocess import Pixels, Preprocess
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 STRIP = 4_000_000  # pixels that are converted at a time
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_BYTES = 256 * 2**20  # of a file; no image below the limit of pixels is larger
 NPY = b"\x93NUMPY"
+Stored = UInt8[np.ndarray, "rows columns channels"]
 RGB = Preprocess()
-EXIF_ORIENTATION = 0x0112
-BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+EXIF_ORIENTATION = ORIENTATION = 0x0112
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLES_PER_PIXEL, PLANAR = 258, 262, 277, 284
+DESCRIPTION, EXTRA_SAMPLES = 270, 338
+COLOURS = {"grey": 1, "rgb": 3, "cmyk": 4}  # number of samples
+MODES = {  # Pillow's, of 8-bit samples without and with transparency
+    ("grey", False): "L",
+    ("grey", True): "LA",
+    ("rgb", False): "RGB",
+    ("rgb", True): "RGBA",
+    ("cmyk", False): "CMYK",
 }
 
 
@@ -46,11 +52,27 @@ class BadImage(Exception):
     """This file cannot be used as an image; the message says why."""
 
 
-@cache
-def formats() -> tuple[str, ...]:
-    """Those that this Pillow was built with; AVIF is not always there."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+class Deep(NamedTuple):
+    """Of an image of more than 8 bits: its largest value, and the largest its file can hold."""
+
+    largest: int
+    top: int
+
+
+def dark_images(found: Sequence[Deep], preprocess: Preprocess) -> str | None:
+    """A sentence for images of more than 8 bits none of which comes near the top of its type, such
+    as 12 bits of a camera in 16: they look nearly black. None where nothing is wrong.
+    """
+    if not found or preprocess.value_range is not None:
+        return None
+    largest, top = (max(values) for values in zip(*found, strict=True))
+    if largest >= top // 2:
+        return None
+    likely = max(255, 2 ** largest.bit_length() - 1)
+    return (
+        f"no value of {len(found):,} images of more than 8 bits is above {likely} of {top}: they "
+        f"become nearly black unless preprocess.value_range=[0,{likely}] is set"
+    )
 
 
 class Picture:
@@ -62,12 +84,21 @@ class Picture:
         width: likewise.
         decode: pixels that are at most so many times smaller than the image.
         kind: format and mode as the file has them, `JPEG RGB`.
+        deep: of an image of whole numbers of more than 8 bits.
     """
 
-    def __init__(self, height: int, width: int, decode: Callable[[float], Pixels], kind: str):
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        decode: Callable[[float], Pixels],
+        kind: str,
+        deep: Deep | None = None,
+    ):
         self.height = height
         self.width = width
         self.kind = kind
+        self.deep = deep
         self._decode = decode
 
     def pixels(self, shrink: float = 1.0) -> Pixels:
@@ -80,10 +111,41 @@ class Picture:
             return self._decode(shrink)
 
 
-def decoded(pixels: Pixels, kind: str) -> Picture:
+class Samples(NamedTuple):
+    """The numbers of an image as they are stored, and what its file says they mean.
+
+    Args:
+        values: (H, W, S).
+        top: the value of full intensity, of whole numbers: 2 ** bits - 1.
+        colours: the first samples: grey, rgb or cmyk; None: the file does not say.
+        zero_is_white: of grey.
+        alpha: of the sample behind the colours: straight, or premultiplied with the colours; None:
+            further samples are no transparency.
+        orientation: 1 to 8 as in EXIF.
+    """
+
+    values: np.ndarray
+    top: int
+    colours: str | None = None
+    zero_is_white: bool = False
+    alpha: str | None = None
+    orientation: int = 1
+
+
+def decoded(pixels: Pixels, kind: str, deep: Deep | None = None) -> Picture:
     """A picture whose pixels are there."""
     height, width, _ = pixels.shape
-    return Picture(height, width, lambda _: pixels, kind)
+    return Picture(height, width, lambda _: pixels, kind, deep)
+
+
+def picture_of(samples: Samples, preprocess: Preprocess, kind: str) -> Picture:
+    """Samples decoded now."""
+    pixels = to_pixels(samples, preprocess)
+    deep = None
+    if samples.values.dtype.kind == "u" and samples.top > 255 and samples.values.size:
+        count = COLOURS.get(samples.colours or "", samples.values.shape[-1])
+        deep = Deep(int(samples.values[..., :count].max()), samples.top)
+    return decoded(pixels, kind, deep)
 
 
 @contextmanager
@@ -105,45 +167,77 @@ def as_bad_image() -> Iterator[None]:
         raise BadImage(f"{type(error).__name__}: {words.split(' <_io.BytesIO')[0]}") from error
 
 
-def open_picture(content: bytes | np.ndarray, how: Preprocess = RGB) -> Picture:
+def open_picture(content: bytes | np.ndarray, preprocess: Preprocess = RGB) -> Picture:
     """An encoded image, or pixels as they are stored; upright, with the wanted channels.
 
-    EXIF rotation is applied. For three channels grey is repeated, for one colours are weighed
-    (ITU-R 601); CMYK and palettes are converted, transparency composited on `how.background`; of
-    an animation the first frame is taken. Other channel counts come from TIFF, .npy, or a file
-    with exactly as many. More than 8 bits are scaled from `how.value_range`.
+    EXIF and TIFF orientation are applied. For three channels grey is repeated, for one colours are
+    weighed (ITU-R 601); CMYK and palettes are converted, transparency composited on
+    `preprocess.background`; a further sample that the file does not call alpha is left out; of an
+    animation the first frame is taken. Other channel counts come from TIFF, .npy, or a file with
+    exactly as many. More than 8 bits are scaled from `preprocess.value_range`, by default from the
+    whole range of the bits that the file names.
 
     Raises:
         BadImage: empty, corrupt, no image, other channels than wanted, or more than
-            `how.max_pixels` pixels by its header.
+            `preprocess.max_pixels` pixels by its header.
     """
     if isinstance(content, np.ndarray):
-        pixels = from_array(content, how)
-        return decoded(pixels, f"array {content.dtype}")
+        return open_array(content, preprocess, f"array {content.dtype}")
     if not content:
         raise BadImage("empty file")
     with as_bad_image():
         if content.startswith(NPY):
-            return open_npy(content, how)
+            return open_npy(content, preprocess)
         try:
-            image = Image.open(io.BytesIO(content), formats=formats())
+            image = Image.open(io.BytesIO(content), formats=readable_formats())
         except Image.DecompressionBombError as error:  # Pillow's own, higher limit
-            raise too_large(how) from error
-        except Image.UnidentifiedImageError:
+            raise too_large(preprocess) from error
+        except Image.UnidentifiedImageError as error:
             if content.startswith(TIFF):
-                return open_tiff(content, how)
+                return open_tiff(content, preprocess)
+            if image_format(content[:32]) == "HEIF" and "HEIF" not in readable_formats():
+                raise BadImage(f"HEIC, which needs {HEIC_REMEDY}") from error
             raise
-        check_size(*image.size, how)
-        if image.format == "TIFF" and (tag(image, SAMPLES_PER_PIXEL) > 4 or is_deep(image)):
-            return open_tiff(content, how)  # Pillow would drop what it cannot show
-        if image.format == "PNG" and is_deep_png(content):
-            return open_deep_png(image, content, how)
-        return open_pillow(image, how)
+        check_size(*image.size, preprocess)
+        top = top_of(image, content)
+        if image.format == "TIFF":
+            if not pillow_shows(image, top) or channels_apart(image):
+                return open_tiff(content, preprocess)
+        elif top > 255 and (deep := read_deep(image, content, top)) is not None:
+            mode = image.mode.partition(";")[0]
+            return picture_of(deep, preprocess, f"{image.format} {mode};{top.bit_length()}")
+        elif top > 255 and preprocess.value_range is not None:
+            raise BadImage(
+                f"{image.format} of {top.bit_length()} bits: this OpenCV reads 8 of them"
+            )
+        return open_pillow(image, top, preprocess)
 
 
-def decode(content: bytes | np.ndarray, how: Preprocess = RGB) -> Pixels:
+def top_of(image: Image.Image, content: bytes) -> int:
+    """The largest value that the samples of an open file can have by its header."""
+    bits = 8
+    if image.format == "PNG":
+        bits = content[24]
+    elif image.format == "TIFF":
+        bits = tag(image, BITS_PER_SAMPLE)
+    elif image.format == "PPM":
+        header = re.sub(rb"#[^\r\n]*", b"", content[:1024])
+        if found := re.match(rb"P[2356]\s+\d+\s+\d+\s+(\d+)\s", header):
+            return max(255, int(found[1]))  # Pillow scales what is less
+    elif image.format == "JPEG2000":
+        start = content.find(b"\xff\x4f\xff\x51")  # the code stream's size marker
+        if 0 <= start < len(content) - 42:
+            bits = (content[start + 42] & 0x7F) + 1
+    elif image.format == "AVIF":
+        start = content.find(b"av1C")
+        flags = content[start + 6] if 0 <= start < len(content) - 6 else 0
+        bits = (12 if flags & 0x20 else 10) if flags & 0x40 else 8
+    return max(255, 2**bits - 1)
+
+
+def decode(content: bytes | np.ndarray, preprocess: Preprocess = RGB) -> Pixels:
     """All pixels of `open_picture`; raises as it does."""
-    return open_picture(content, how).pixels()
+    return open_picture(content, preprocess).pixels()
 
 
 def read_file(path: str | Path) -> bytes:
@@ -165,45 +259,66 @@ def read_file(path: str | Path) -> bytes:
         raise BadImage(f"{type(error).__name__}: {getattr(error, 'strerror', error)}") from error
 
 
-def read_image(path: str | Path, how: Preprocess = RGB) -> Pixels:
+def read_image(path: str | Path, preprocess: Preprocess = RGB) -> Pixels:
     """`decode` of a file; raises BadImage."""
-    return decode(read_file(path), how)
+    return decode(read_file(path), preprocess)
 
 
-def too_large(how: Preprocess, size: str = "") -> BadImage:
-    """The refusal of an image bomb."""
-    return BadImage(f"by its header more than {how.max_pixels:,} pixels{size}")
+def too_large(preprocess: Preprocess, size: str = "") -> BadImage:
+    """The refusal of a decompression bomb."""
+    return BadImage(f"by its header more than {preprocess.max_pixels:,} pixels{size}")
 
 
-def check_size(width: int, height: int, how: Preprocess) -> None:
+def check_size(width: int, height: int, preprocess: Preprocess) -> None:
     """Refuse what is too large, or nothing."""
-    if width * height > how.max_pixels:
-        raise too_large(how, f": {width} x {height}")
+    if width * height > preprocess.max_pixels:
+        raise too_large(preprocess, f": {width} x {height}")
     if min(width, height) < 1:
         raise BadImage(f"no pixels: {width} x {height}")
 
 
-def open_pillow(image: Image.Image, how: Preprocess) -> Picture:
+def open_pillow(image: Image.Image, top: int, preprocess: Preprocess) -> Picture:
     """Of an open file; a JPEG waits, anything else is decoded now."""
     kind = f"{image.format} {image.mode}"
     if image.format in ("JPEG", "MPO"):
-        turn = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
-        width, height = image.size
-        if turn in (UPRIGHT[5], UPRIGHT[6], UPRIGHT[7], UPRIGHT[8]):
-            width, height = height, width
+        orientation = orientation_of(image)
+        width, height = image.size[::-1] if orientation > 4 else image.size
 
         def decode_jpeg(shrink: float) -> Pixels:
             scale = next(s for s in (8, 4, 2, 1) if s <= max(shrink, 1.0))
             if scale > 1:
                 image.draft(None, (image.width // scale or 1, image.height // scale or 1))
             image.load()
-            return to_array(image if turn is None else image.transpose(turn), how)
+            return upright(to_array(image, preprocess), orientation)
 
         return Picture(height, width, once(decode_jpeg), kind)
+    # Pillow turns a TIFF upright as it loads it, and inverts only 8 bits where zero is white
+    zero_is_white = image.format == "TIFF" and tag(image, PHOTOMETRIC, 1) == 0
+    no_alpha = image.format == "TIFF" and EXTRA_SAMPLES not in getattr(image, "tag_v2", {})
     image.load()
-    turn = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
-    pixels = to_array(image if turn is None else image.transpose(turn), how)
-    return decoded(pixels, kind)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)[..., None]
+        samples = Samples(values, top, "grey", zero_is_white, None, orientation_of(image))
+        return picture_of(samples, preprocess, kind)
+    if image.mode == "RGBA" and no_alpha and preprocess.channels in (1, 3):
+        image = Image.merge("RGB", image.split()[:3])
+    return decoded(upright(to_array(image, preprocess), orientation_of(image)), kind)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """1 to 8, by EXIF (or XMP)."""
+    found = image.getexif().get(EXIF_ORIENTATION, 1)
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def upright(pixels: Stored, orientation: int) -> Pixels:
+    """Pixels that are stored in one of EXIF's eight orientations, turned as they are to be seen."""
+    if orientation > 4:  # rows of the file are columns of the image
+        pixels = pixels.swapaxes(0, 1)
+    rows, columns = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}.get(
+        orientation, (1, 1)
+    )
+    return np.ascontiguousarray(pixels[::rows, ::columns])
 
 
 def once(decode: Callable[[float], Pixels]) -> Callable[[float], Pixels]:
@@ -218,72 +333,99 @@ def once(decode: Callable[[float], Pixels]) -> Callable[[float], Pixels]:
     return decode_once
 
 
-def to_array(image: Image.Image, how: Preprocess) -> Pixels:
-    """A loaded Pillow image of any mode as (H, W, channels) in 0..255."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        return from_array(np.asarray(image), how)
-    if how.channels not in (1, 3):
-        if len(image.getbands()) == how.channels and image.mode not in ("PA", "La"):
-            return np.asarray(image).reshape(image.height, image.width, how.channels)
-        raise BadImage(f"mode {image.mode}, and preprocess.channels={how.channels}")
-    wanted = "L" if how.channels == 1 else "RGB"
+def to_array(image: Image.Image, preprocess: Preprocess) -> Pixels:
+    """A loaded Pillow image of 8 bits, of any mode, as (H, W, channels) in 0..255."""
+    channels = preprocess.channels
+    if channels not in (1, 3):
+        if len(image.getbands()) == channels and image.mode not in ("PA", "La"):
+            return np.asarray(image).reshape(image.height, image.width, channels)
+        raise BadImage(f"mode {image.mode}, and preprocess.channels={channels}")
+    wanted = "L" if channels == 1 else "RGB"
     if image.mode == wanted and "transparency" not in image.info:
-        return np.asarray(image).reshape(image.height, image.width, how.channels)
-    pixels = np.empty((image.height, image.width, how.channels), np.uint8)
+        return np.asarray(image).reshape(image.height, image.width, channels)
+    pixels = np.empty((image.height, image.width, channels), np.uint8)
     rows = max(1, STRIP // image.width)  # in strips: the copies of a large image stay small
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-        pixels[top : top + rows] = np.asarray(flat(strip, how, wanted)).reshape(
-            -1, image.width, how.channels
+        pixels[top : top + rows] = np.asarray(flat(strip, preprocess, wanted)).reshape(
+            -1, image.width, channels
         )
     return pixels
 
 
-def flat(image: Image.Image, how: Preprocess, mode: str) -> Image.Image:
+def flat(image: Image.Image, preprocess: Preprocess, mode: str) -> Image.Image:
     """Without transparency, in the mode."""
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        image = Image.new("RGB", rgba.size, how.background)
+        image = Image.new("RGB", rgba.size, preprocess.background)
         image.paste(rgba, mask=rgba.getchannel("A"))
     return image if image.mode == mode else image.convert(mode)
 
 
-def tag(image: Image.Image, number: int) -> int:
-    """A number of a TIFF's header; of several the first, where there is none 1."""
+def tag(image: Image.Image, number: int, default: int = 1) -> int:
+    """A number of a TIFF's header, of several the first."""
     tags: Any = getattr(image, "tag_v2", {})
-    value = tags.get(number, 1)
+    value = tags.get(number, default)
     return int(value[0] if isinstance(value, tuple) else value)
 
 
-def is_deep(image: Image.Image) -> bool:
-    """A TIFF of several channels of more than 8 bits, of which Pillow keeps the upper 8."""
-    return tag(image, SAMPLES_PER_PIXEL) > 1 and tag(image, BITS_PER_SAMPLE) > 8
+def pillow_shows(image: Image.Image, top: int) -> bool:
+    """Whether Pillow gives all that a TIFF has: not more bits of several samples, nor transparency
+    in a plane of its own, nor grey premultiplied with it.
+    """
+    count = tag(image, SAMPLES_PER_PIXEL)
+    if count == 1:
+        return top == 255 or tag(image, PHOTOMETRIC) != 3
+    apart = count in (2, 4) and tag(image, PLANAR) == 2
+    return count <= 4 and top == 255 and not apart and image.mode != "La"
 
 
-def is_deep_png(content: bytes) -> bool:
-    """A PNG of 16 bits with colours or transparency, of which Pillow keeps the upper 8."""
-    return content[24:25] == b"\x10" and content[25:26] in (b"\2", b"\4", b"\6")
+def channels_apart(image: Image.Image) -> bool:
+    """Whether a TIFF says that it has channels, which a microscope stores as a page each."""
+    tags: Any = getattr(image, "tag_v2", {})
+    words = str(tags.get(DESCRIPTION, ""))[:10_000]
+    found = re.search(r"^channels=(\d+)|<Pixels[^>]*SizeC=\"(\d+)\"", words, re.MULTILINE)
+    return found is not None and int(found[1] or found[2]) > 1
 
 
-def open_deep_png(image: Image.Image, content: bytes, how: Preprocess) -> Picture:
-    """Pillow says whether it is whole, OpenCV reads all its bits."""
-    kind = f"PNG {image.mode};16"
+def read_deep(image: Image.Image, content: bytes, top: int) -> Samples | None:
+    """More than 8 bits of a file that Pillow has opened and, loading it, finds whole: OpenCV reads
+    all of them; None where it cannot.
+    """
     image.load()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     array = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    if array is None or array.ndim != 3:
-        raise BadImage("corrupt")
-    order = {3: [2, 1, 0], 4: [2, 1, 0, 3]}[array.shape[-1]]
-    return open_bands(to_uint8(array[..., order], how), how, kind)
+    if array is None or array.dtype != np.uint16:
+        if image.format == "PNG":
+            raise BadImage("corrupt")
+        return None
+    array = array.reshape(*array.shape[:2], -1)
+    if array.shape[-1] > 2:  # OpenCV's order is blue, green, red
+        array = array[..., [2, 1, 0, 3][: array.shape[-1]]]
+    colours = "grey" if array.shape[-1] < 3 else "rgb"
+    alpha = "straight" if array.shape[-1] in (2, 4) else None
+    key = image.info.get("transparency") if image.format == "PNG" and alpha is None else None
+    if key is not None:  # one colour that is transparent
+        clear = (array == np.array(key)).all(axis=-1, keepdims=True)
+        array = np.concatenate((array, np.where(clear, 0, top).astype(np.uint16)), axis=-1)
+        alpha = "straight"
+    return Samples(array, top, colours, False, alpha, orientation_of(image))
 
 
-def open_bands(array: np.ndarray, how: Preprocess, kind: str) -> Picture:
-    """8-bit pixels that may have transparency as their fourth channel."""
-    if array.shape[-1] == 4 and how.channels in (1, 3):
-        return decoded(to_array(Image.fromarray(array, "RGBA"), how), kind)
-    return decoded(from_array(array, how), kind)
+def open_array(array: np.ndarray, preprocess: Preprocess, kind: str) -> Picture:
+    """(H, W), (H, W, channels) or, with exactly the wanted channels, (channels, H, W)."""
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3:
+        raise BadImage(f"an array of shape {array.shape} is no image")
+    wanted = {1: (1, 3), 3: (3, 1)}.get(preprocess.channels, (preprocess.channels,))
+    if array.shape[-1] not in wanted and array.shape[0] == preprocess.channels:
+        array = np.moveaxis(array, 0, -1)
+    bits = 8 * array.dtype.itemsize
+    return picture_of(Samples(array, 2**bits - 1), preprocess, kind)
 
 
-def open_npy(content: bytes, how: Preprocess) -> Picture:
+def open_npy(content: bytes, preprocess: Preprocess) -> Picture:
     """A numpy file of (H, W), (H, W, channels) or (channels, H, W)."""
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
@@ -293,18 +435,19 @@ def open_npy(content: bytes, how: Preprocess) -> Picture:
         np.lib.format.read_array_header_2_0
     )  # fmt: skip
     shape, _, dtype = read(stream)
+    if len(shape) == 4 and dtype.kind in "uif":
+        raise BadImage(f"{shape[0]} images in one array: data.file=FILE.npy takes them")
     if not 2 <= len(shape) <= 3 or dtype.kind not in "uifb":
         raise BadImage(f"an array of shape {shape} and type {dtype} is no image")
     expected = dtype.itemsize * int(np.prod(shape, dtype=object))
     if expected != len(content) - stream.tell():
         raise BadImage(f"truncated: {len(content) - stream.tell():,} of {expected:,} bytes")
     array = np.load(io.BytesIO(content), allow_pickle=False)
-    pixels = from_array(array, how)
-    return decoded(pixels, f"NPY {dtype}")
+    return open_array(array, preprocess, f"NPY {dtype}")
 
 
-def open_tiff(content: bytes, how: Preprocess) -> Picture:
-    """What Pillow does not read: any number of channels, 8 or 16 bits, floating point."""
+def open_tiff(content: bytes, preprocess: Preprocess) -> Picture:
+    """What Pillow does not read whole: any number of channels, 8 to 32 bits, floating point."""
     import tifffile  # only here: it takes a tenth of a second to import
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong, BadImage says
@@ -313,73 +456,139 @@ def open_tiff(content: bytes, how: Preprocess) -> Picture:
         page = file.pages.first
         if page.dtype is None or not 2 <= len(page.shape) <= 3:
             raise BadImage(f"a TIFF page of shape {page.shape} and type {page.dtype} is no image")
-        check_size(page.imagewidth, page.imagelength, how)
-        if int(page.nbytes) > 8 * how.max_pixels:
-            raise too_large(how, f": {page.shape}")
+        check_size(page.imagewidth, page.imagelength, preprocess)
+        if int(page.nbytes) > 8 * preprocess.max_pixels:
+            raise too_large(preprocess, f": {page.shape}")
         whole = math.prod(page.chunked) == len(page.dataoffsets) and all(
             count > 0 and offset + count <= len(content)
             for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)
         )
         if not whole:  # tifffile would put zeros in its place
             raise BadImage("truncated")
+        stack = file.series[0]  # of pages that belong together
+        channels = "C" in stack.axes and len(page.shape) == 2
+        if channels and stack.size * stack.dtype.itemsize > 8 * preprocess.max_pixels:
+            raise too_large(preprocess, f": {stack.shape}")
         try:
-            array = page.asarray()
+            array = stack.asarray() if channels else page.asarray()
         except ValueError as error:
             if "imagecodecs" in str(error):
                 raise BadImage(
                     f"{page.compression.name} needs imagecodecs: pip install 'ssl-xcit[tiff]'"
                 ) from error
             raise
-        kind = f"TIFF {page.dtype}"
-    if array.ndim == 3 and array.shape[-1] == 4:
-        return open_bands(to_uint8(array, how), how, kind)
-    return decoded(from_array(array, how), kind)
+        if channels:  # of the first slice and the first moment
+            kept = [axis for axis in stack.axes if axis in "CYX"]
+            array = array[tuple(slice(None) if axis in "CYX" else 0 for axis in stack.axes)]
+            bands = array.transpose([kept.index(axis) for axis in "YXC"])
+            samples = Samples(bands, 2 ** (8 * array.dtype.itemsize) - 1)
+            return picture_of(samples, preprocess, f"TIFF {page.dtype}")
+        if array.ndim == 2:
+            array = array[..., None]
+        elif page.axes.startswith("S"):  # a plane a sample
+            array = np.moveaxis(array, 0, -1)
+        return picture_of(tiff_samples(page, array), preprocess, f"TIFF {page.dtype}")
 
 
-def from_array(array: np.ndarray, how: Preprocess) -> Pixels:
-    """(H, W), (H, W, channels) or, with exactly the wanted channels, (channels, H, W) as 0..255.
-
-    uint8 stays as it is; bool is 0 and 255; others are scaled from `how.value_range`, which is by
-    default 0 to 65535 for uint16, and has to be given for other types.
+def tiff_samples(page: Any, array: np.ndarray) -> Samples:
+    """What the tags of a TIFF's page say of its (H, W, S) array.
 
     Raises:
-        BadImage: other channels, no range, or values that are not finite.
+        BadImage: colours that need more than these tags.
     """
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3:
-        raise BadImage(f"an array of shape {array.shape} is no image")
-    wanted = {1: (1, 3), 3: (3, 1)}.get(how.channels, (how.channels,))
-    if array.shape[-1] not in wanted and array.shape[0] == how.channels:
-        array = np.moveaxis(array, 0, -1)
-    if array.shape[-1] not in wanted:
-        raise BadImage(f"shape {array.shape}, and preprocess.channels={how.channels}")
-    check_size(array.shape[1], array.shape[0], how)
-    pixels = np.ascontiguousarray(to_uint8(array, how))
-    if pixels.shape[-1] == how.channels:
-        return pixels
-    if how.channels == 1:
-        return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-    return np.repeat(pixels, 3, axis=-1)
+    count = array.shape[-1]
+    photometric = int(page.photometric)
+    extra = [int(kind) for kind in page.extrasamples or ()]
+    orientation = page.tags.get(ORIENTATION)
+    turn = int(orientation.value) if orientation is not None else 1
+    turn = turn if 1 <= turn <= 8 else 1
+    top = 1 if array.dtype.kind == "f" else 2 ** int(page.bitspersample) - 1
+    if photometric == 3 and count == 1 and page.colormap is not None:
+        colours_of = (
+            (page.colormap >> 8).astype(np.uint8).T
+        )  # which no range of values is meant for
+        return Samples(colours_of[array[..., 0]], 255, "rgb", orientation=turn)
+    if photometric not in (0, 1, 2, 5):
+        raise BadImage(f"a TIFF of colours {getattr(page.photometric, 'name', photometric)}")
+    colours = {2: "rgb", 5: "cmyk"}.get(photometric, "grey")
+    alpha = None
+    if count < COLOURS[colours] or (colours == "grey" and count > 2):
+        return Samples(array, top, orientation=turn)  # bands of a satellite, mostly
+    if count > COLOURS[colours] and extra:
+        alpha = {1: "premultiplied", 2: "straight"}.get(extra[0])
+    return Samples(array, top, colours, photometric == 0, alpha, turn)
 
 
-def to_uint8(array: np.ndarray, how: Preprocess) -> np.ndarray:
-    """Values as 0..255, rounded to the nearest."""
-    if array.dtype == np.uint8:
+def to_pixels(samples: Samples, preprocess: Preprocess) -> Pixels:
+    """Samples as (H, W, channels) in 0..255, upright: the one place that decides what they become.
+
+    Colours are scaled from `preprocess.value_range`, transparency always from the whole range.
+
+    Raises:
+        BadImage: other channels than wanted, no range, or values that are not finite.
+    """
+    values, channels = samples.values, preprocess.channels
+    height, width, count = values.shape
+    check_size(width, height, preprocess)
+    if not values.dtype.isnative:
+        values = values.astype(values.dtype.newbyteorder("="))
+    if samples.colours is None or channels not in (1, 3):
+        if count != channels and (count, channels) not in ((1, 3), (3, 1)):
+            raise BadImage(f"shape {values.shape}, and preprocess.channels={channels}")
+        mode = {1: "L", 3: "RGB"}.get(count)
+        plain = channels == count
+    else:
+        mode = MODES.get((samples.colours, samples.alpha is not None)) or "CMYK"
+        count = COLOURS[samples.colours]
+        plain = mode == {1: "L", 3: "RGB"}[channels]
+    low, high = value_range(values.dtype, samples.top, preprocess)
+    pixels = np.empty((height, width, channels), np.uint8)
+    rows = max(1, STRIP // width)  # in strips: the copies of a large image stay small
+    for top in range(0, height, rows):
+        strip = values[top : top + rows]
+        colours: np.ndarray = strip[..., :count]
+        if samples.alpha == "premultiplied":
+            share = strip[..., count : count + 1].astype(np.float32) / samples.top
+            colours = np.minimum(colours / np.maximum(share, 1e-9), samples.top)
+        shown = scaled(colours, low, high)
+        if samples.zero_is_white and samples.colours == "grey":
+            shown = 255 - shown
+        if not plain:
+            if mode in ("LA", "RGBA"):
+                clear = scaled(strip[..., count : count + 1], 0, samples.top)
+                shown = np.concatenate((shown, clear), axis=-1)
+            image = Image.fromarray(shown[..., 0] if mode == "L" else shown, mode)
+            wanted = "L" if channels == 1 else "RGB"
+            shown = np.asarray(flat(image, preprocess, wanted)).reshape(-1, width, channels)
+        pixels[top : top + rows] = shown
+    return upright(pixels, samples.orientation)
+
+
+def value_range(dtype: np.dtype, top: int, preprocess: Preprocess) -> tuple[float, float]:
+    """The values that become 0 and 255.
+
+    Raises:
+        BadImage: nobody has said what values of this type mean.
+    """
+    if dtype.kind == "b":
+        return 0, 1
+    if dtype.kind not in "uif":
+        raise BadImage(f"type {dtype} is no image")
+    if dtype == np.uint8:
+        return 0, top
+    if preprocess.value_range is not None:
+        return preprocess.value_range
+    if dtype != np.uint16:
+        raise BadImage(f"pixels of type {dtype}: set preprocess.value_range=[low,high]")
+    return 0, top
+
+
+def scaled(array: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values `low` to `high` as 0..255, rounded to the nearest."""
+    if array.dtype == np.uint8 and (low, high) == (0, 255):
         return array
-    if array.dtype == bool:
-        return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype.kind not in "uif":
-        raise BadImage(f"type {array.dtype} is no image")
-    if array.dtype != np.uint16 and how.value_range is None:  # what their values mean, none knows
-        raise BadImage(f"pixels of type {array.dtype}: set preprocess.value_range=[low,high]")
-    low, high = how.value_range or (0, 65535)
-    pixels = np.empty(array.shape, np.uint8)
-    rows = max(1, STRIP // max(1, array[0].size))
-    for top in range(0, len(array), rows):
-        values = array[top : top + rows].astype(np.float32)
-        values = (values - np.float32(low)) * np.float32(255.0 / (high - low))
-        if not np.isfinite(values).all():
-            raise BadImage("pixels that are not finite")
-        pixels[top : top + rows] = np.rint(values.clip(0.0, 255.0)).astype(np.uint8)
-    return pixels
+    values = array.astype(np.float32)
+    values = (values - np.float32(low)) * np.float32(255.0 / (high - low))
+    if not np.isfinite(values).all():
+        raise BadImage("pixels that are not finite")
+    return np.rint(values.clip(0.0, 255.0)).astype(np.uint8)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ssl_xcit.errors import MissingPath, UserError
 
-MAX_PIXELS = 64_000_000  # an image bomb unpacks to hundreds of millions
+MAX_PIXELS = 64_000_000  # a decompression bomb unpacks to hundreds of millions
+MAX_RESIZED = 16_000_000  # pixels of an image that evaluation resizes as a whole
 Pixels = UInt8[np.ndarray, "height width channels"]
 
 # Of values in 0..1. RGB: ImageNet's; grey: their means over the channels.
@@ -200,10 +201,24 @@ def resize_center_crop(
 
 
 def resized_center(picture: Image.Image, resize: int, size: int) -> Image.Image:
-    """`resize_center_crop` of one RGB or grey picture, to the pixel as torchvision does it."""
+    """`resize_center_crop` of one RGB or grey picture, to the pixel as torchvision does it.
+
+    Of a long and thin picture, which would become larger than `MAX_RESIZED` pixels, only the part
+    that is kept is enlarged.
+    """
     scale = resize / min(picture.size)
-    if scale != 1.0:
-        width, height = (max(resize, int(side * scale)) for side in picture.size)
+    width, height = (max(resize, int(side * scale)) for side in picture.size)
+    if scale == 1.0:
+        width, height = picture.size
+    left, top = (round((side - size) / 2) for side in (width, height))
+    if width * height > MAX_RESIZED:
+        start = max(left, 0), max(top, 0)
+        end = min(left + size, width), min(top + size, height)
+        across, down = picture.width / width, picture.height / height
+        box = (start[0] * across, start[1] * down, end[0] * across, end[1] * down)
+        sides = end[0] - start[0], end[1] - start[1]
+        picture = picture.resize(sides, Image.Resampling.BICUBIC, box=box)
+        left, top = left - start[0], top - start[1]
+    elif scale != 1.0:
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (round((side - size) / 2) for side in picture.size)
     return picture.crop((left, top, left + size, top + size))

@@ -1,5 +1,8 @@
 """Crops of the reference: shapes, repeatability, geometry and probabilities; normalisation."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +110,35 @@ def test_resize_center_crop_is_torchvisions():
         theirs = np.asarray(reference(Image.fromarray(image)))
         assert ours.shape == (40, 40, 3)
         assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(1, 700, 3), (700, 1, 3), (3, 400, 3), (5, 300, 1), (60, 80, 3)])
+@pytest.mark.parametrize("sides", [(48, 40), (32, 48)])  # the crop may be larger than the image
+def test_a_thin_image_is_cropped_before_it_is_enlarged(shape, sides, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    whole = resize_center_crop(image, *sides)
+    monkeypatch.setattr("ssl_xcit.data.preprocess.MAX_RESIZED", 0)
+    cropped = resize_center_crop(image, *sides)
+    assert cropped.shape == whole.shape
+    assert np.abs(cropped.astype(int) - whole).max() <= 1
+
+
+def test_a_png_of_a_hundred_bytes_takes_no_memory_in_evaluation():
+    """60,000 x 1 pixels: with its short side at 256 it would have 16 GB as float32."""
+    code = (
+        "import io, resource\n"
+        "from PIL import Image\n"
+        "from ssl_xcit.data.decode import decode\n"
+        "from ssl_xcit.data.preprocess import resize_center_crop\n"
+        "out = io.BytesIO()\n"
+        "Image.new('RGB', (60_000, 1), (9, 8, 7)).save(out, 'PNG')\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert (resize_center_crop(decode(out.getvalue()), 256, 224) == [9, 8, 7]).all()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(said) < 50_000  # KiB
 
 
 @pytest.mark.parametrize(
