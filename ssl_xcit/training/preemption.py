@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -40,9 +41,10 @@ class Stopped(BaseException):
 
 
 class StopOnSignal(lightning.Callback):
-    """While a step runs the handler only sets a flag; the step's end saves and raises `Stopped`.
-    Before and after training, when there is nothing to save, it raises at once. A second Ctrl-C
-    leaves at once, unsaved; a second SIGTERM changes nothing.
+    """While a step runs the handler only sets a flag; the step's end saves and raises `Stopped`. So
+    does, with one process, the wait for the next step's images, which a file system that hangs may
+    make long. Before and after training, when there is nothing to save, it raises at once. A second
+    Ctrl-C leaves at once, unsaved; a second SIGTERM changes nothing.
 
     Handlers stay when a run has been stopped, until the process ends: a scheduler may ask twice.
 
@@ -84,6 +86,17 @@ class StopOnSignal(lightning.Callback):
         """From here on there is something to save."""
         self.install()
         self.training = True
+        if trainer.world_size == 1:
+            loader: Any = trainer.train_dataloader
+            loader.while_waiting = partial(self.between_steps, trainer)
+
+    def between_steps(self, trainer: lightning.Trainer) -> None:
+        """Leave if asked to, as at a step's end; before the first there is nothing to save."""
+        if self.received is not None:
+            if trainer.global_step == 0:
+                self.stopping = True
+                raise Stopped(self.received)
+            self.leave(trainer, self.received)
 
     def on_train_end(self, *_: object) -> None:
         """Everything is saved."""
@@ -122,9 +135,13 @@ class StopOnSignal(lightning.Callback):
             mine = torch.tensor(code, device=trainer.strategy.root_device)
             code = int(trainer.strategy.reduce(mine, reduce_op="max"))
         if (number := ORDER[code]) is not None:
-            saved = self.checkpoints.save(trainer)
-            self.stopping = True
-            raise Stopped(number, trainer.global_step, saved)
+            self.leave(trainer, number)
+
+    def leave(self, trainer: lightning.Trainer, number: int) -> None:
+        """Save this step and end the run."""
+        saved = self.checkpoints.save(trainer)
+        self.stopping = True
+        raise Stopped(number, trainer.global_step, saved)
 
 
 def requeue() -> None:

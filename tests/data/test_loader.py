@@ -1,12 +1,19 @@
 """Batches: the same whatever the workers, whatever happens to them, and whatever is bad."""
 
+import _multiprocessing
+import errno
 import json
 import logging
 import multiprocessing
 import os
 import re
+import resource
+import shutil
 import signal
+import tempfile
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +25,9 @@ from ssl_xcit.data.bad import BadSamples
 from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.fused import FusedMultiCrop
 from ssl_xcit.data.loader import (
+    NoWorkers,
     Restarting,
+    cause_of,
     default_workers,
     loader_options,
     look_at_all,
@@ -286,6 +295,234 @@ def test_killed_while_training_the_crops_stay_the_same(photos_pair, quick, caplo
     assert len(seen) == 12
     for a, b in zip(expected, seen, strict=True):
         assert torch.equal(a.global_crops, b.global_crops)
+
+
+def tensor(index):
+    """Sent through shared memory, whose descriptor comes through a socket."""
+    return torch.full((4,), index)
+
+
+def found_in(loader):
+    return [int(one[0]) for chunk in loader for one in chunk]
+
+
+@pytest.fixture
+def socket_settings(monkeypatch):
+    """Where multiprocessing's sockets are, as a process that has made none finds it."""
+    settings = multiprocessing.current_process()._config
+    monkeypatch.setitem(settings, "tempdir", None)
+    return settings
+
+
+@pytest.mark.parametrize("name", ["long" * 40, "gone/away", "a file"])
+def test_a_temporary_folder_that_holds_no_sockets(tmp_path, monkeypatch, socket_settings, name):
+    folder = tmp_path / name
+    if "long" in name:
+        folder.mkdir()
+    if "file" in name:
+        folder.touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert found_in(numbers(tensor)) == list(range(40))
+    used = Path(socket_settings["tempdir"])
+    assert used.is_dir()
+    assert tmp_path not in used.parents
+    shutil.rmtree(used)
+
+
+def test_no_folder_holds_sockets(monkeypatch, socket_settings):
+    def full(**_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    monkeypatch.setenv("TMPDIR", "/somewhere")
+    with pytest.raises(NoWorkers, match=r"TMPDIR=/somewhere.*hold none: set TMPDIR to a short"):
+        found_in(numbers(tensor))
+
+
+def test_the_folder_of_the_sockets_is_removed_on_the_way(socket_settings, quick, caplog):
+    loader = look_at_all(tensor, 400, 1, chunk=1)
+    found = []
+    for chunk in loader:
+        found += [int(one[0]) for one in chunk]
+        if len(found) == 5:
+            shutil.rmtree(socket_settings["tempdir"])
+    assert found == list(range(400))
+    assert "the connection to a loader process broke (FileNotFoundError" in caplog.text
+    assert "nothing is lost" in caplog.text
+
+
+class Unsendable:
+    """What the queue's thread in the worker fails on."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "tries"),
+    [
+        (RuntimeError("can't start new thread"), "ulimit -u", 1),
+        (OSError("AF_UNIX path too long"), "set TMPDIR to a short path", 1),
+        (RuntimeError("unable to write to shared memory"), "enlarge /dev/shm", 3),
+        (ValueError("two\nlines"), "(ValueError: two)", 3),
+    ],
+)
+def test_a_batch_that_cannot_be_sent(quick, caplog, capfd, error, words, tries):
+    loader = look_at_all(lambda _: Unsendable(error), 4, 1)
+    began = time.monotonic()
+    with pytest.raises(RunFailed) as failed:
+        list(loader)
+    assert time.monotonic() - began < 10.0
+    assert re.match(r"loader process \d+ ended \(\w*Error: ?", str(failed.value))
+    assert words in str(failed.value)
+    assert isinstance(failed.value, NoWorkers) == (tries == 1)
+    assert caplog.text.count("started again") == tries - 1
+    assert capfd.readouterr().err == ""
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy", "passes"),
+    [
+        ("BlockingIOError: [Errno 11] Resource temporarily unavailable", "ulimit -u", False),
+        ("OSError: [Errno 24] Too many open files", "ulimit -n", False),
+        ("RuntimeError: received 0 items of ancdata", "ulimit -n", False),
+        ("OSError: [Errno 30] Read-only file system: '/x/pymp-1'", "TMPDIR", False),
+        ("RuntimeError: unable to mmap 8 bytes from file <x>: Cannot allocate memory (12)",
+         "out of memory", True),
+        ("RuntimeError: DefaultCPUAllocator: can't allocate memory", "out of memory", True),
+        ("MemoryError: ", "out of memory", True),
+        ("RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space left",
+         "enlarge /dev/shm", True),
+    ],
+)  # fmt: skip
+def test_words_of_python_and_torch_have_a_remedy(words, remedy, passes):
+    cause = cause_of(words)
+    assert remedy in cause.remedy
+    assert cause.passes == passes
+
+
+def test_other_words_have_none():
+    """A disk that is full while shards are written is none of the loader's."""
+    assert cause_of("OSError: [Errno 28] No space left on device") is None
+
+
+def test_a_worker_that_says_what_it_lacks(quick):
+    def look(index):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with pytest.raises(NoWorkers, match=r"\(OSError: .Errno 24. Too many open files\): raise the"):
+        list(look_at_all(look, 4, 1))
+
+
+def test_a_worker_that_fails_before_it_loads(quick, monkeypatch, capfd):
+    def fail(count):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(torch, "set_num_threads", fail)
+    with pytest.raises(NoWorkers, match="ulimit -u"):
+        found_in(numbers(tensor))
+    assert capfd.readouterr().err == ""
+
+
+def nothing_is_left(threads):
+    """Neither processes nor more threads than before, soon."""
+    deadline = time.monotonic() + 5.0
+    while multiprocessing.active_children() or threading.active_count() > threads:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def failing(monkeypatch, owner, name, number, error):
+    """From its call of this number on a function raises."""
+    function, calls = getattr(owner, name), []
+
+    def maybe(*args, **kwargs):
+        calls.append(args)
+        if len(calls) >= number:
+            raise error
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, maybe)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "error", "words"),
+    [
+        (os, "fork", 1, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "out of memory"),
+        (os, "fork", 2, BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "ulimit -u"),
+        (threading.Thread, "start", 1, RuntimeError("can't start new thread"), "ulimit -u"),
+        (threading.Thread, "start", 3, RuntimeError("can't start new thread"), "ulimit -u"),
+        (_multiprocessing, "SemLock", 1, OSError(errno.ENOSPC, "No space left"), "/dev/shm must"),
+        (_multiprocessing, "SemLock", 9, OSError(errno.ENOSPC, "No space left"), "/dev/shm must"),
+    ],
+)
+def test_workers_that_cannot_be_started(monkeypatch, capfd, owner, name, number, error, words):
+    threads = threading.active_count()
+    with monkeypatch.context() as patched:
+        failing(patched, owner, name, number, error)
+        with pytest.raises(NoWorkers, match="loader processes cannot be started") as failed:
+            found_in(numbers(tensor))
+    assert words in str(failed.value)
+    del failed
+    assert capfd.readouterr().err == ""
+    nothing_is_left(threads)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    assert found_in(numbers(tensor)) == list(range(40))
+
+
+@pytest.mark.parametrize("room", [2, 14, 20])
+def test_few_open_files(quick, room):
+    """Too few to start, or to receive tensors, or hardly enough."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(name) for name in os.listdir("/proc/self/fd")}
+    limit = [number for number in range(before[0]) if number not in used][room]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        assert found_in(look_at_all(tensor, 64, 1)) == list(range(64))
+    except NoWorkers as failed:
+        assert "ulimit -n 65536" in str(failed)  # noqa: PT017
+    else:
+        assert room > 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_whoever_waits_may_be_called_away(quick):
+    def look(index):
+        time.sleep(100.0 if index >= 4 else 0.0)
+        return index
+
+    def leave():
+        raise KeyboardInterrupt
+
+    loader = look_at_all(look, 8, 1, chunk=4)
+    batches = iter(loader)
+    next(batches)
+    loader.while_waiting, threads = leave, threading.active_count()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    assert time.monotonic() - began < 3.0
+    assert loader.done == 1
+    nothing_is_left(threads)
+
+
+def test_an_accident_does_not_keep_whoever_is_called_away(tmp_path, quick, caplog):
+    loader = numbers(Accident(tmp_path, {0}, signal.SIGKILL))
+
+    def leave():
+        if (tmp_path / "0").exists():
+            raise KeyboardInterrupt
+
+    loader.while_waiting = leave
+    with pytest.raises(KeyboardInterrupt):
+        list(loader)
+    assert "started again" not in caplog.text
 
 
 def test_restarting_without_workers_is_the_loader():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import struct
 import subprocess
@@ -12,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from runs import TOY, assert_equal_runs
+from runs import HERE, TOY, assert_equal_runs
 
 
 def folder_of(place, count=100):
@@ -166,3 +167,80 @@ def test_row_24_three_times_in_a_hundred_steps_ends_it(place):
     assert run.wait() == 1
     assert "3rd time within 100 batches" in run.err
     assert "Traceback" not in run.err
+
+
+def until_it_waits(place, run):
+    """Until all batches that were ready are used up."""
+    known = -1
+    while known != len(place.records()):
+        known = len(place.records())
+        assert not run.over(), run.err
+        time.sleep(1.0)
+
+
+@pytest.mark.parametrize("step", [0, 6])
+def test_row_25_a_signal_while_images_do_not_come(place, whole, step):
+    """Not only after worker_timeout; what the last step has left is saved."""
+    slow = ["+callbacks.slow._target_=tricks.Slow", "+callbacks.slow.seconds=0.05"]
+    run = place.start(*slow, "num_workers=1", "worker_timeout=300")
+    if step:
+        place.until_step(step, run)
+    place.until(lambda: children_of(run.pid), run)
+    (worker,) = children_of(run.pid)
+    os.kill(worker, signal.SIGSTOP)
+    until_it_waits(place, run)
+    done = len(place.records())
+    assert done < 40
+    began = time.monotonic()
+    run.kill(signal.SIGTERM)
+    assert run.wait() == 75, run.err
+    assert time.monotonic() - began < 10.0
+    assert "Traceback" not in run.err
+    if done:
+        assert f"after step {done}; " in run.out
+        assert f"step-{done:06d}.ckpt" in place.checkpoints()
+    assert not os.path.exists(f"/proc/{worker}")
+    assert place()[0] == 0
+    assert [record["step"] for record in place.records()] == list(range(1, 41))  # none twice
+    assert_equal_runs(place, whole)
+
+
+def test_a_temporary_folder_with_a_long_path(place, whole):
+    """Of more than the 107 bytes that a socket's path may have: another is used."""
+    long = place.folder / ("long" * 40)
+    long.mkdir()
+    before = set(os.listdir("/tmp"))
+    status, err = place("num_workers=2", env={"TMPDIR": str(long)})
+    assert status == 0, err
+    assert err == ""
+    assert not list(long.iterdir())
+    assert not [name for name in set(os.listdir("/tmp")) - before if name.startswith("pymp-")]
+    assert_equal_runs(place, whole)
+
+
+SMALL_SHM = "mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {command}"
+MAY_MOUNT = subprocess.run(
+    ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True
+).returncode == 0  # fmt: skip
+
+
+@pytest.mark.skipif(not MAY_MOUNT, reason="mounts need root")
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [("4k", "loader processes cannot be started"), ("200k", "shared memory is full")],
+)
+def test_a_small_shared_memory(place, cache, size, words):
+    """No room for semaphores; none for a batch."""
+    program = os.path.join(os.path.dirname(sys.executable), "ssl-xcit")
+    command = shlex.join([program, *TOY, "num_workers=2", "name=x"])
+    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", SMALL_SHM.format(size=size, command=command)],
+        cwd=place.folder, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert words in done.stderr
+    assert "/dev/shm" in done.stderr.splitlines()[-1]
+    assert len(done.stderr.splitlines()) <= 3
+    assert "Traceback" not in done.stderr
