@@ -1,16 +1,20 @@
-"""Files of weights: ours, the published XCiT and DINO files, timm's, safetensors; by path or by
-name (`published.py`).
+"""Files of weights: ours, the published XCiT and DINO files, timm's, safetensors, those of people's
+own scripts; by path or by name (`published.py`).
 
-Files are read with `weights_only=True`, so a hostile one runs no code; nothing is loaded in part:
-whatever does not match is an error that lists it.
+A backbone is found by the name of its first block's temperature, in whatever dictionary and behind
+whatever prefix it stands. Files are read with `weights_only=True`, so a hostile one runs no code; a
+backbone is not loaded in part: whatever does not match is an error that lists it.
 """
 
-import argparse
 import json
+import logging
+import os
 import re
+import shlex
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,11 +23,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.models.foreign import SAVE_WHOLE, Foreign, read_pickled
 from ssl_xcit.models.manifest import verify
 from ssl_xcit.models.names import from_timm_names
 from ssl_xcit.models.published import TIMM, TIMM_FILE, found_by_name, is_address
 from ssl_xcit.models.xcit import SIZES, XCiT
 
+log = logging.getLogger(__name__)
 StateDict = dict[str, Tensor]
 Which = Literal["teacher", "student"]
 HEADER = "ssl_xcit"  # of what a safetensors file says of itself: architecture and preprocess
@@ -32,6 +38,23 @@ HEAD_KEYS |= {"last_layer.weight_v"}
 GAINS = "last_layer.weight_g"  # may be missing, for where they are frozen all are 1
 # what the tensors tell of an architecture
 MEASURED = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "num_classes")
+# DDP, torch.compile, FSDP, activation checkpointing and Fabric wrap a network or parts of it, so
+# these words stand anywhere in a name
+WRAPPERS = (
+    r"(?:(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|"
+    r"_forward_module)\.)"
+)
+WRAPPED = re.compile(rf"(?<![^.]){WRAPPERS}+")
+TEMPERATURE = "blocks.0.attn.temperature"  # no other network's weights have one
+OF_XCIT = re.compile(rf"((?:.*\.)?)blocks\.{WRAPPERS}*0\.{WRAPPERS}*attn\.{WRAPPERS}*temperature")
+STEM = "patch_embed.proj.0.0.weight"
+ROLES: dict[Which, re.Pattern[str]] = {  # by words in the names that lead to the weights
+    "teacher": re.compile(
+        r"(?<![a-z])(?:teacher|ema|swa|avg|averaged?|shadow|momentum|target|k)(?![a-z])"
+    ),
+    "student": re.compile(r"(?<![a-z])(?:student|online|current|q)(?![a-z])"),
+}
+NO_WEIGHTS = re.compile(r"optim|exp_avg|grad")  # dictionaries in which names of weights may stand
 
 
 def load_backbone(
@@ -49,7 +72,7 @@ def load_backbone(
         UserError: unreadable, not an XCiT, or another architecture than expected (names both).
     """
     path = checkpoint_path(path)
-    return backbone_in(read_checkpoint(path), path, which, expect)
+    return backbone_in(read_weights(path), path, which, expect)
 
 
 def backbone_in(
@@ -59,11 +82,17 @@ def backbone_in(
     expect: Mapping[str, Any] | None = None,
 ) -> XCiT:
     """The same of a file that was read; see `load_backbone`."""
-    state = backbone_state(content, which, path)
-    seen = architecture_of(state, path)
-    architecture = {"num_classes": 0, **(recorded_architecture(content, path) or seen)}
+    place = place_in(content, which, path)
+    where = f"{path} ({place})" if str(place) else str(path)
+    state = backbone_state(place, where)
+    say_the_rest(place, content, which, path)
+    seen = architecture_of(state, where)
+    # other people's words of the same name mean other things
+    ours = is_ours(place, which) or path.suffix == ".safetensors"
+    recorded = recorded_architecture(content, path) if ours else None
+    architecture = {"num_classes": 0, **(recorded or seen)}
     if empty := [key for key in MEASURED if not seen[key] and key != "num_classes"]:
-        raise UserError(f"{path} is not an XCiT checkpoint: {listed(empty)} 0")
+        raise UserError(f"{where} is not an XCiT checkpoint: {listed(empty)} 0")
     wrong = [key for key in MEASURED if architecture[key] != seen[key]]
     if wrong:
         keys = ", ".join(f"{key} {architecture[key]}, not {seen[key]}" for key in wrong)
@@ -77,10 +106,10 @@ def backbone_in(
             "file holds"
         )
     with torch.device("meta"):  # what does not fit shall not take memory either
-        check_fit(XCiT(**architecture), state, path)
+        check_fit(XCiT(**architecture), state, where)
     model = XCiT(**architecture)
-    load_strictly(model, state, path)
-    preprocess = content.get("preprocess")
+    load_strictly(model, state, where)
+    preprocess = content.get("preprocess") if ours else None
     model.preprocess = dict(preprocess) if isinstance(preprocess, dict) else {}
     model.preprocess.setdefault("channels", architecture["in_chans"])
     return model.eval()
@@ -101,9 +130,9 @@ def load_training(path: str | Path, which: Which = "teacher") -> Training:
         UserError: as `load_backbone`; or there is a head, but none of ours (lists what it has).
     """
     path = checkpoint_path(path)
-    content = read_checkpoint(path)
+    content = read_weights(path)
     backbone = backbone_in(content, path, which)
-    head = head_state(content, which)
+    head = head_state(place_in(content, which, path))
     if head is None:
         return Training(backbone, None, None)
     problems = [f"unexpected {key}" for key in head if key not in HEAD_KEYS | {GAINS}]
@@ -115,11 +144,10 @@ def load_training(path: str | Path, which: Which = "teacher") -> Training:
     ]
     if problems:
         raise UserError(f"{path}: its projection head is not DINO's: {listed(problems)}")
-    if "state_dict" in content:
-        center = content["state_dict"].get("center.center")
-    else:
-        loss = content.get("dino_loss")
-        center = loss.get("center") if isinstance(loss, Mapping) else None
+    state, loss = content.get("state_dict"), content.get("dino_loss")
+    center = state.get("center.center") if isinstance(state, Mapping) else None
+    if center is None and isinstance(loss, Mapping):
+        center = loss.get("center")
     if center is not None:
         prototypes = len(head["last_layer.weight_v"])
         if not isinstance(center, Tensor) or center.numel() != prototypes:
@@ -128,18 +156,22 @@ def load_training(path: str | Path, which: Which = "teacher") -> Training:
     return Training(backbone, head, center)
 
 
-def head_state(content: Mapping[str, Any], which: Which) -> StateDict | None:
-    """The projection head's tensors under our names; None where there are none."""
-    state = content.get("state_dict", content.get(which, {}))
-    prefix = re.compile(rf"(?:{which}\.head|(?:module\.)?head)\.")
+def head_state(place: "Place") -> StateDict | None:
+    """The tensors of the projection head beside a backbone, under our names; None where there is
+    none.
+    """
+    if (prefix := place.head_prefix) is None:
+        return None
     found = {
-        key[match.end() :]: value
-        for key, value in state.items()
-        if isinstance(value, Tensor) and (match := prefix.match(key))
+        key.removeprefix(prefix): value
+        for key, value in unwrapped(place.tensors).items()
+        if key.startswith(prefix) and isinstance(value, Tensor)
     }
+    if not any(key.startswith(("mlp.", "last_layer.")) for key in found):  # a classifier
+        return None
     names = {f"last_layer.parametrizations.weight.original{i}": f"last_layer.weight_{letter}"
              for i, letter in enumerate("gv")}  # fmt: skip
-    return {names.get(key, key): value for key, value in found.items()} or None
+    return whole({names.get(key, key): value for key, value in found.items()}, "its head")
 
 
 def checkpoint_path(path: str | Path) -> Path:
@@ -149,12 +181,23 @@ def checkpoint_path(path: str | Path) -> Path:
 
     Raises:
         MissingPath: there is none.
-        UserError: it cannot be downloaded.
+        UserError: it cannot be downloaded, or may not be read.
     """
+    try:
+        return found_file(path)
+    except PermissionError as error:
+        raise UserError(f"ckpt={path}: {error.filename}: {error.strerror}") from error
+
+
+def found_file(path: str | Path) -> Path:
+    """See `checkpoint_path`."""
     word, path = str(path), Path(path)
+    check_whole(path)
     if path.is_file():
         return path
     if path.is_dir():
+        if (path / "checkpoints").is_dir():
+            os.listdir(path / "checkpoints")  # where it may not be read, it does not look empty
         if found := checkpoints_of(path):
             return found[-1]
         if (path / TIMM_FILE).is_file():
@@ -168,11 +211,40 @@ def checkpoint_path(path: str | Path) -> Path:
     return found_by_name(word, sys.stdout.isatty())
 
 
+def check_whole(path: Path) -> None:
+    """That it is not what several processes have saved in parts.
+
+    Raises:
+        UserError: it is; says what makes one file of it.
+    """
+    folder = path.parent if path.suffix == ".distcp" or path.name == ".metadata" else path
+    file = shlex.quote(f"{folder.absolute().name}.pth")
+    if (folder / ".metadata").is_file():
+        raise UserError(
+            f"ckpt={path}: saved in parts by torch.distributed.checkpoint; this makes one file of "
+            "them: python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+            f"{shlex.quote(str(folder))} {file}"
+        )
+    if (folder / "zero_to_fp32.py").is_file():
+        raise UserError(
+            f"ckpt={path}: saved in parts by DeepSpeed; this makes files of whole weights of them: "
+            f"python {shlex.quote(str(folder / 'zero_to_fp32.py'))} {shlex.quote(str(folder))} out"
+        )
+
+
 def checkpoints_of(run_dir: Path) -> list[Path]:
     """`RUN/checkpoints/step-000100.ckpt` and the like, by step, the newest last."""
     files = (run_dir / "checkpoints").glob("step-*.ckpt")
     numbered = [(int(m[1]), f) for f in files if (m := re.fullmatch(r"step-(\d+)\.ckpt", f.name))]
     return [file for _, file in sorted(numbered)]
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """As `read_checkpoint`, where a disk that does not let it be read is for the user to mend."""
+    try:
+        return read_checkpoint(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -181,22 +253,30 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or is not what the manifest beside it says was written.
     """
+    path.open("rb").close()  # what the disk says is not what is in the file
     verify(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
-        # Published training files carry their command line as a Namespace, which only holds values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_pickled(path)
+    except UserError:
+        raise
     except Exception as error:  # torch raises half a dozen types for a damaged or foreign file
-        reason = (
-            "truncated or not a PyTorch file"
-            if not zipfile.is_zipfile(path)
-            else str(error).splitlines()[0]
-        )
+        if "torchscript" in str(error).lower():
+            raise UserError(
+                f"{path} is a TorchScript program: torch.save(torch.jit.load({path.name!r})"
+                ".state_dict(), 'weights.pth') takes the weights out of it"
+            ) from error
+        # of what torch says only the line that tells
+        said = re.search(r"[^\n:]*(Unsupported global|Can only|Trying to).*", str(error))
+        if said or zipfile.is_zipfile(path):
+            reason = (said[0] if said else str(error)).strip().partition("\n")[0]
+            reason = reason.partition(". ")[0]
+        else:
+            reason = "truncated or not a PyTorch file"
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read: {reason}; copy or "
-            "download it again"
+            "download it again, or save weights alone, torch.save(model.state_dict(), FILE)"
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
@@ -245,36 +325,265 @@ def recorded_architecture(content: Mapping[str, Any], path: Path) -> dict[str, A
     return dict(recorded)
 
 
-def backbone_state(content: Mapping[str, Any], which: Which, path: Path) -> StateDict:
-    """The backbone's tensors under the published names, whatever wraps them."""
-    # ours, a full DINO training file, a supervised file, or bare
-    place = next((key for key in ("state_dict", which, "model") if key in content), None)
-    state = content if place is None else content[place]
-    if not isinstance(state, Mapping):
-        raise UserError(f"{path}: {place} in it is a {type(state).__name__}, not weights by name")
-    ours = place == "state_dict"
-    prefixes = [f"{which}.backbone."] if ours else ["module.", "backbone."]
-    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    strange = [str(key) for key in state if key not in tensors]
-    for prefix in prefixes:
-        if any(key.startswith(prefix) for key in tensors):
-            inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            # beside the backbone a training file holds the projection head, which is no part of it
-            outside = [k for k in tensors if not k.startswith((prefix, "head."))]
-            if outside and not ours:
-                raise UserError(f"{path}: unknown entries beside {prefix}*: {listed(outside)}")
-            tensors = inside
-    if not any(key.endswith("attn.temperature") for key in tensors):
-        found = ", ".join(list(tensors)[:3]) or "no tensors"
-        raise UserError(f"{path} is not an XCiT checkpoint: it holds {found} ...")
+class Place(NamedTuple):
+    """Where in a file an XCiT lies.
+
+    Args:
+        names: that lead to its dictionary.
+        prefix: of its tensors in there, as it stands.
+        tensors: all that the dictionary holds.
+        deeper: prefixes of other XCiTs that begin with this one.
+    """
+
+    names: tuple[str, ...]
+    prefix: str
+    tensors: Mapping[Any, Any]
+    deeper: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        prefix = self.prefix + "*" * self.prefix.endswith(".")
+        return " in ".join(word for word in (prefix, ".".join(self.names)) if word)
+
+    @property
+    def words(self) -> list[str]:
+        """Of all names that lead to it, without what wraps networks."""
+        return [*self.names, *WRAPPED.sub("", self.prefix).split(".")]
+
+    @property
+    def role(self) -> Which | None:
+        """By the innermost name that tells: the averaged weights are the teacher's."""
+        for word in reversed(self.words):
+            for role, words in ROLES.items():
+                if words.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", word).lower()):
+                    return role
+        return None
+
+    @property
+    def head_prefix(self) -> str | None:
+        """Of a projection head, which DINO has beside `backbone.`."""
+        prefix = WRAPPED.sub("", self.prefix)
+        beside = re.fullmatch(r"((?:.*\.)?)backbone\.", prefix)
+        return f"{beside[1]}head." if beside else None
+
+    def own(self, key: Any) -> bool:
+        """Whether a name in the dictionary is the backbone's; a head of several layers is not."""
+        if not self.prefix and not isinstance(key, str):
+            return True
+        if not str(key).startswith(self.prefix) or str(key).startswith(self.deeper or ("\0",)):
+            return False
+        inside = WRAPPED.sub("", str(key).removeprefix(self.prefix))
+        return not inside.startswith("head.") or inside in ("head.weight", "head.bias")
+
+
+def unwrapped(tensors: Mapping[Any, Any]) -> dict[str, Any]:
+    """Names without what wraps networks and their parts."""
+    return {WRAPPED.sub("", str(key)): value for key, value in tensors.items()}
+
+
+def dictionaries_in(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping]]:
+    """All that a file holds but those of optimizers, the outermost first, with the names that lead
+    to them; a network that was pickled as a whole gives its state dict.
+    """
+    todo: list[tuple[tuple[str, ...], Mapping]] = [((), content)]
+    seen = set()  # in a hostile file they hold each other
+    for names, found in todo:
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        if "_modules" in found:
+            found = pickled_state(found)
+        yield names, found
+        todo += [
+            ((*names, str(key)), value)
+            for key, value in found.items()
+            if isinstance(value, Mapping) and not NO_WEIGHTS.search(str(key).lower())
+        ]
+
+
+def pickled_state(module: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """The state dict of a network that was pickled instead of it."""
+    left_out = module.get("_non_persistent_buffers_set") or ()
+    state = {
+        f"{prefix}{name}": value
+        for kind in ("_parameters", "_buffers")
+        for name, value in dict(module.get(kind) or {}).items()
+        if value is not None and name not in left_out
+    }
+    for name, child in dict(module.get("_modules") or {}).items():
+        if isinstance(child, Mapping) and prefix.count(".") < 20:  # a hostile one holds itself
+            state |= pickled_state(child, f"{prefix}{name}.")
+    return state
+
+
+def places_in(content: Mapping[str, Any]) -> list[Place]:
+    """Of every XCiT in a file."""
+    found = []
+    for names, tensors in dictionaries_in(content):
+        prefixes = [
+            match[1]
+            for key, value in tensors.items()
+            if isinstance(key, str)
+            and (match := OF_XCIT.fullmatch(key))
+            and (not isinstance(value, Mapping) or isinstance(value, Foreign))  # an optimizer's
+        ]
+        for prefix in prefixes:
+            deeper = [p for p in prefixes if p != prefix and p.startswith(prefix)]
+            found.append(Place(names, prefix, tensors, tuple(deeper)))
+    return found
+
+
+def place_in(content: Mapping[str, Any], which: Which, path: Path) -> Place:
+    """The XCiT that is meant: that of the role where a file tells roles apart, else the only one.
+
+    Raises:
+        UserError: there is none, or it cannot be told which (lists the prefixes).
+    """
+    places = places_in(content)
+    if not places:
+        for key in ("state_dict", which, "model"):
+            if key in content and not isinstance(content[key], Mapping):
+                kind = type(content[key]).__name__
+                raise UserError(f"{path}: {key} in it is a {kind}, not weights by name")
+        seen = listed(prefixes_in(content)) or "no tensors by name"
+        raise UserError(
+            f"{path} is not an XCiT checkpoint: no {TEMPERATURE} behind any prefix; it holds {seen}"
+        )
+    fitting = [p for p in places if p.role == which] or [p for p in places if p.role is None]
+    if not fitting:
+        other = "student" if which == "teacher" else "teacher"
+        raise UserError(
+            f"{path} holds no {which}: {listed([str(p) for p in places])}; which={other} takes it"
+        )
+    if len(fitting) > 1:  # parts of another network may be XCiT's blocks
+        fitting = [p for p in fitting if STEM in named(p)] or fitting
+    first = named(fitting[0])
+    if not all(same_tensors(first, named(place)) for place in fitting[1:]):
+        raise UserError(
+            f"{path} holds {len(fitting)} XCiTs, and {which} does not tell which is meant: "
+            f"{listed([str(p) for p in fitting])}; save the one that is meant as a file by itself"
+        )
+    return fitting[0]
+
+
+def prefixes_in(content: Mapping[str, Any]) -> list[str]:
+    """Of all tensors in a file, as `module.layer1.* in state_dict`."""
+    found: dict[str, None] = {}
+    for names, tensors in dictionaries_in(content):
+        keys = [str(key) for key, value in tensors.items() if isinstance(value, Tensor)]
+        found |= dict.fromkeys(str(Place(names, p, {})) for p in grouped(keys))
+    return list(found)
+
+
+def grouped(keys: Sequence[str], beside: str | None = None) -> list[str]:
+    """What names begin with: one word more than they share with what is beside them, or with each
+    other.
+    """
+    if not keys:
+        return []
+    split = [key.split(".") for key in keys]
+    others = [min(split), max(split)] if beside is None else [beside.split(".")]  # the extremes
+    found = []
+    for words in split:
+        shared = 0
+        while all(
+            shared < min(len(words), len(o)) - 1 and o[shared] == words[shared] for o in others
+        ):
+            shared += 1
+        found.append(".".join(words[: shared + 1]) + "." * (shared + 1 < len(words)))
+    return list(dict.fromkeys(found))
+
+
+def named(place: Place) -> dict[str, Any]:
+    """All entries of a backbone by the names that they have in it."""
+    inside = {key: value for key, value in place.tensors.items() if place.own(key)}
+    return unwrapped({str(key).removeprefix(place.prefix): v for key, v in inside.items()})
+
+
+def same_tensors(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two are the same network, which a file may hold under two names."""
+    return one.keys() == other.keys() and all(
+        isinstance(v, Tensor) and isinstance(other[k], Tensor) and torch.equal(v, other[k])
+        for k, v in one.items()
+    )
+
+
+def is_ours(place: Place, which: Which) -> bool:
+    """Whether it lies where `ssl-xcit pretrain` puts it."""
+    prefix = WRAPPED.sub("", place.prefix)
+    return place.names == ("state_dict",) and prefix == f"{which}.backbone."
+
+
+def say_the_rest(place: Place, content: Mapping[str, Any], which: Which, path: Path) -> None:
+    """Log what a file of others holds beside the backbone: other XCiTs, other modules."""
+    if is_ours(place, which):
+        return
+    places = places_in(content)
+    others = [str(p) for p in places if p.role != place.role and which not in place.words]
+    heads = tuple(p.head_prefix for p in places if p.head_prefix)
+    keys = [
+        key
+        for key, value in place.tensors.items()
+        if isinstance(key, str)
+        and isinstance(value, Tensor)
+        and not WRAPPED.sub("", key).startswith(heads)
+        and not any(p.own(key) for p in places if p.names == place.names)
+    ]
+    modules = [p + "*" * p.endswith(".") for p in grouped(keys, place.prefix)]
+    if others or modules:
+        taken = (
+            f"{path}{f', which={which}' if others else ''}: the backbone is {str(place) or 'bare'}"
+        )
+        log.warning("%s; not loaded: %s", taken, listed(others + modules))
+
+
+def backbone_state(place: Place, where: str) -> StateDict:
+    """A backbone's tensors under the published names, plain and of float32.
+
+    Raises:
+        UserError: an entry is no tensor, or only a part of one.
+    """
+    entries = {key: value for key, value in place.tensors.items() if place.own(key)}
+    strange = [
+        str(key) if isinstance(value, Tensor) else f"{key} ({type(value).__name__})"
+        for key, value in entries.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
     if strange:
-        raise UserError(f"{path}: entries that are no tensors: {listed(strange)}")
-    if any(key.startswith("pos_embed.") for key in tensors):
-        tensors = from_timm_names(tensors)
-    return tensors
+        raise UserError(f"{where}: entries that are no tensors: {listed(strange)}")
+    counts = Counter(WRAPPED.sub("", key) for key in entries)
+    if twice := [key for key, count in counts.items() if count > 1]:
+        raise UserError(f"{where}: entries that are there twice: {listed(twice)}")
+    return from_timm_names(whole(named(place), where))
 
 
-def architecture_of(state: StateDict, path: Path) -> dict[str, Any]:
+def whole(tensors: Mapping[str, Tensor], where: str) -> StateDict:
+    """Plain tensors, those of floating point in float32, also where DTensor was saved.
+
+    Raises:
+        UserError: some are one process's part of a tensor, or hold no plain numbers.
+    """
+    found, parts = {}, []
+    for key, tensor in tensors.items():
+        local = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
+        partial = any(p.is_partial() for p in getattr(tensor, "placements", ()))
+        if local.shape != tensor.shape or partial:
+            parts.append(key)
+        plain = local.detach()
+        found[key] = plain.float() if plain.is_floating_point() else plain
+    if parts:
+        raise UserError(
+            f"{where}: parts of tensors, as one of several processes holds them: {listed(parts)}; "
+            f"{SAVE_WHOLE}"
+        )
+    empty = [
+        k for k, t in found.items() if t.is_meta or t.is_quantized or t.layout != torch.strided
+    ]
+    if empty:
+        raise UserError(f"{where}: tensors that are sparse, quantised or on meta: {listed(empty)}")
+    return found
+
+
+def architecture_of(state: StateDict, path: str | Path) -> dict[str, Any]:
     """Read off the shapes; `XCiT(**architecture)` fits the state dict."""
     try:
         convolutions = [k for k in state if re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", k)]
@@ -331,6 +640,11 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -
         f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
         for key in own
         if key in state and state[key].shape != own[key].shape
+    ]
+    problems += [
+        f"{key} is {str(state[key].dtype).removeprefix('torch.')}, not of floating point"
+        for key, value in own.items()
+        if key in state and value.is_floating_point() and not state[key].is_floating_point()
     ]
     if problems:
         raise UserError(f"{path} does not fit the network: {listed(problems)}")

@@ -3,14 +3,26 @@ the file.
 """
 
 import argparse
+import collections
+import dataclasses
 import json
+import logging
+import os
 import pickle
 import re
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint
 from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from ssl_xcit import create_model, load_backbone
 from ssl_xcit.errors import UserError
@@ -326,3 +338,239 @@ def test_a_backbone_alone_has_no_head_and_another_head_is_refused(tmp_path):
         torch.save({**content, "dino_loss": {"center": center}}, tmp_path / "other.pth")
         with pytest.raises(UserError, match="its center is not one number for each of 32"):
             load_training(tmp_path / "other.pth")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Two small networks of one architecture."""
+    torch.manual_seed(0)
+    return tuple(XCiT(32, 2, 2, patch_size=4).eval() for _ in range(2))
+
+
+def behind(prefix, model, change=dict):
+    """A state dict with all of its names behind a prefix."""
+    return {prefix + key: value for key, value in change(model.state_dict()).items()}
+
+
+def loaded_is(content, model, path, which="teacher"):
+    torch.save(content, path)
+    found, own = load_backbone(path, which).state_dict(), model.state_dict()
+    return found.keys() == own.keys() and all(torch.equal(found[key], own[key]) for key in own)
+
+
+def wrapped_inside(state):
+    """As FSDP, activation checkpoints and torch.compile of parts name things."""
+    inside = "blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module."
+    return {
+        key.replace("blocks.0.", inside).replace(".attn.", ".attn._orig_mod."): value
+        for key, value in state.items()
+    }
+
+
+class Own(nn.Module):
+    """A network of somebody's own script."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.fc = backbone, nn.Linear(32, 3)
+
+
+class Settings(dict):
+    """Somebody's own dictionary."""
+
+
+@dataclasses.dataclass
+class Options:
+    """Somebody's own options."""
+
+    lr: float = 0.1
+
+    class Inner:
+        """And theirs."""
+
+
+def by_name(model):
+    """What an optimizer keeps for each tensor."""
+    names = model.state_dict()
+    return {"state": {name: {"exp_avg": torch.ones(1)} for name in names}, "exp_avg": dict(names)}
+
+
+OWN_SCRIPTS = {
+    "ddp": lambda m, o: {"state_dict": behind("module.", m), "epoch": 3},
+    "model_state_dict": lambda m, o: {"model_state_dict": m.state_dict(), "optimizer": by_name(o)},
+    "net": lambda m, o: {"net": behind("module.", m)},
+    "ema": lambda m, o: {"ema": m.state_dict()},
+    "lightning": lambda m, o: {"state_dict": behind("model.", m), "hyper_parameters": {"lr": 1.0}},
+    "compiled": lambda m, o: {"state_dict": behind("model._orig_mod.", m)},
+    "parts": lambda m, o: behind("_fsdp_wrapped_module.net.", m, wrapped_inside),
+    "nested": lambda m, o: {"model": {"state_dict": behind("encoder.", m)}},
+    "deep": lambda m, o: {"a": {"b": {"c": {"d": {"trunk": behind("module.", m)}}}}},
+    "timm": lambda m, o: {"state_dict": behind("model.backbone.", m, to_timm_names)},
+    "one under two names": lambda m, o: behind("backbone.", m) | behind("model.backbone.", m),
+    "its own words": lambda m, o: {
+        "architecture": "xcit", "preprocess": {"resize": 9}, "model": behind("module.", m)
+    },
+    "its own objects": lambda m, o: {
+        "model": m.state_dict(), "args": Options(), "inner": Options.Inner(),
+        "accuracy": np.float64(71.5), "log": collections.defaultdict(list, {"loss": [1.0]}),
+    },
+    "its own dictionary": lambda m, o: Settings(model=Settings(m.state_dict())),
+    "a whole network": lambda m, o: {"model": nn.DataParallel(Own(m)), "epoch": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_SCRIPTS)
+def test_own_scripts(pair, tmp_path, name):
+    content = OWN_SCRIPTS[name](*pair)
+    assert loaded_is(content, pair[0], tmp_path / "own.pth")
+    assert load_training(tmp_path / "own.pth").head is None
+
+
+ROLES = {
+    "model_ema": lambda m, o: {"model": o.state_dict(), "model_ema": {"module": m.state_dict()}},
+    "state_dict_ema": lambda m, o: {
+        "state_dict": behind("module.", o), "state_dict_ema": behind("module.", m)
+    },
+    "ema_state_dict": lambda m, o: {"net": o.state_dict(), "ema_state_dict": m.state_dict()},
+    "modelEMA": lambda m, o: {"model": o.state_dict(), "modelEMA": m.state_dict()},
+    "moco": lambda m, o: behind("module.encoder_q.", o) | behind("module.encoder_k.", m),
+    "byol": lambda m, o: {"state_dict": behind("online.", o) | behind("target.", m)},
+    "momentum": lambda m, o: behind("backbone.", o) | behind("momentum_backbone.", m),
+    "teacher": lambda m, o: {"model": behind("student.net.", o) | behind("teacher.net.", m)},
+    "current": lambda m, o: {"state_dict": behind("m.", m), "current_model_state": behind("m.", o)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_the_averaged_weights_are_the_teacher_s(pair, tmp_path, name, caplog):
+    averaged, plain = pair
+    content, path = ROLES[name](averaged, plain), tmp_path / "both.pth"
+    with caplog.at_level(logging.WARNING):
+        assert loaded_is(content, averaged, path, "teacher")
+        assert loaded_is(content, plain, path, "student")
+    said = [record.getMessage() for record in caplog.records]
+    if name == "teacher":  # its very names
+        assert said == []
+    else:
+        assert ["which=teacher" in said[0], "which=student" in said[1], len(said)] == [1, 1, 2]
+
+
+def test_what_is_beside_the_backbone_is_named(pair, tmp_path, caplog):
+    content = {"state_dict": behind("model.backbone.", pair[0])}
+    beside = ("model.projector.0.weight", "model.projector.2.weight", "loss.center", "queue")
+    content["state_dict"] |= {key: torch.ones(3) for key in beside}
+    assert loaded_is(content, pair[0], tmp_path / "own.pth")
+    assert "model.backbone.* in state_dict; not loaded: model.projector.*; loss.*; queue" in (
+        caplog.text
+    )
+    caplog.clear()
+    head = {"model.head.0.weight": torch.ones(3, 32), "model.head.2.weight": torch.ones(3)}
+    assert loaded_is(behind("model.", pair[0]) | head, pair[0], tmp_path / "own.pth")
+    assert "the backbone is model.*; not loaded: model.head.*" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_become_float32(pair, tmp_path, dtype):
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in behind("", pair[0]).items()}
+    torch.save({"model": state}, tmp_path / "own.pth")
+    found = load_backbone(tmp_path / "own.pth").state_dict()
+    assert all(torch.equal(found[key], state[key].to(found[key].dtype)) for key in state)
+    assert {v.dtype for v in found.values()} == {torch.float32, torch.int64}
+
+
+def test_tensors_of_a_gpu_load_on_the_cpu(pair, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+        torch.save({"model": pair[0].state_dict()}, tmp_path / "cuda.pth")
+    assert b"cuda:3" in (tmp_path / "cuda.pth").read_bytes()
+    found = load_backbone(tmp_path / "cuda.pth").state_dict()
+    assert all(v.device.type == "cpu" for v in found.values())
+
+
+LOADING = """
+import sys, torch
+from ssl_xcit import load_backbone
+
+print("torch.distributed.tensor" in sys.modules)
+plain = torch.load(sys.argv[1])
+for path in sys.argv[2:]:
+    try:
+        found = load_backbone(path).state_dict()
+        print(all(torch.equal(found[name], plain[name]) for name in plain))
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_dtensors_and_what_was_saved_in_parts(pair, tmp_path):
+    """Loaded in another process, which has not imported what makes them."""
+    state = dict(pair[0].state_dict())
+    torch.save(state, tmp_path / "plain.pth")
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for name, place in (("whole", Shard(0)), ("parts", Partial())):
+            made = {k: DTensor.from_local(v, mesh, [place]) if v.ndim else v
+                    for k, v in state.items()}  # fmt: skip
+            torch.save({"model": made}, tmp_path / f"{name}.pth")
+        torch.distributed.checkpoint.save({"model": state}, checkpoint_id=tmp_path / "in parts")
+    finally:
+        dist.destroy_process_group()
+    names = ("plain.pth", "whole.pth", "parts.pth", "in parts", "in parts/__0_0.distcp")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, *(str(tmp_path / name) for name in names)],
+        capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    imported, whole, parts, *folder = done.stdout.splitlines()
+    assert [imported, whole] == ["False", "True"]
+    assert re.search(r"parts of tensors.*: cls_token;.*full_state_dict=True", parts)
+    assert len(folder) == 2
+    for said in folder:
+        assert f"dcp_to_torch '{tmp_path}/in parts' 'in parts.pth'" in said
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda m, o: behind("a.", m) | behind("b.", o), r"2 XCiTs.*a\.\*; b\.\*"),
+        (lambda m, o: {"model": m.state_dict(), "best": o.state_dict()}, "model; best"),
+        (lambda m, o: {"student": m.state_dict()}, "no teacher: student; which=student takes it"),
+        (
+            lambda m, o: {"state_dict": {"module.conv1.weight": torch.ones(1), "module.fc.weight":
+                                         torch.ones(1)}, "center": torch.ones(1)},
+            r"no blocks\.0\.attn\.temperature behind any prefix; it holds center; "
+            r"module\.conv1\.\* in state_dict; module\.fc\.\* in state_dict",
+        ),
+        (
+            lambda m, o: {"net": {k: v for k, v in behind("x.", m).items() if k != "x.norm.bias"}},
+            r"own\.pth \(x\.\* in net\) does not fit the network: missing norm\.bias",
+        ),
+        (
+            lambda m, o: behind("module.", m) | {"module.module.cls_token": torch.ones(1, 1, 32)},
+            "there twice: cls_token",
+        ),
+        (lambda m, o: {"net": {k: v.to("meta") for k, v in behind("", m).items()}}, "on meta"),
+        (
+            lambda m, o: {"net": {k: v.to(torch.int8) for k, v in behind("", m).items()}},
+            "cls_token is int8, not of floating point",
+        ),
+        (
+            lambda m, o: {"net": {k: v.numpy() for k, v in behind("", m).items()}},
+            r"no tensors: cls_token \(numpy",
+        ),
+        (lambda m, o: {"net": Hostile()}, "holds no tensors by name"),
+    ],
+)  # fmt: skip
+def test_own_scripts_that_do_not_tell(pair, tmp_path, monkeypatch, make, message):
+    monkeypatch.chdir(tmp_path)
+    torch.save(make(*pair), tmp_path / "own.pth")
+    with pytest.raises(UserError, match=message) as error:
+        load_backbone(tmp_path / "own.pth")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "hostile-code-ran").exists()
+
+
+def test_classes_beside_the_weights_run_no_code(pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert loaded_is({"model": pair[0].state_dict(), "x": Hostile()}, pair[0], tmp_path / "x.pth")
+    assert not (tmp_path / "hostile-code-ran").exists()
