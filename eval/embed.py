@@ -30,6 +30,7 @@ from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
 from ssl_xcit.run_folder import versions
 from ssl_xcit.shard import names_digest
 from ssl_xcit.table import shown_in_terminal
+from ssl_xcit.terminal import say
 
 from .embedded import ENDINGS, Embedded, about_file, arrow, is_whole, write
 from .feature_cache import Folder, stamp_of, weights_digest
@@ -96,12 +97,12 @@ def main(cfg: DictConfig) -> None:
             stack.enter_context(exclusive(lock, str(out)))
         todo = [out for out in outs if not is_there(out, abouts[out])]
         if not todo:
-            print("all of it is there already; remove the files to make them again")
+            say("all of it is there already; remove the files to make them again")
             return
         first, *others = placed(backbone, str(cfg.device))
         frozen = Frozen(backbone, how, first, cfg.batch_size, cfg.num_workers,
                         show=shown_in_terminal(), more_devices=others)  # fmt: skip
-        print(f"{path}: {model_name(backbone.architecture)}, {cfg.which}; {len(source):,} images, "
+        say(f"{path}: {model_name(backbone.architecture)}, {cfg.which}; {len(source):,} images, "
               f"short side {resize}, central {size} x {size}")  # fmt: skip
         work = hidden(outs[0])
         try:
@@ -113,11 +114,11 @@ def main(cfg: DictConfig) -> None:
                 with written_to(out):
                     write(Embedded(features, rows, source, abouts[out]), out, cfg.index)
         except KeyboardInterrupt:
-            print(f"stopped; the same command goes on ({work})", flush=True)
+            say(f"stopped; the same command goes on ({work})")
             raise
         del features
         shutil.rmtree(work)
-    say(outs, todo, len(rows), bad)
+    conclude(outs, todo, len(rows), bad)
     if len(bad) > cfg.data.max_bad_fraction * len(source):
         raise RunFailed(
             f"{len(bad):,} of {len(source):,} images are bad and were left out, more than "
@@ -229,7 +230,7 @@ def is_there(out: Path, about: dict[str, Any]) -> bool:
         raise UserError(f"out={out} is there, and {trouble}: name another file, or remove it")
     if differs := differing(before, about):
         raise UserError(f"out={out} is there, made {differs}: name another file, or remove it")
-    print(f"{out} is there")
+    say(f"{out} is there")
     return True
 
 
@@ -295,10 +296,10 @@ def note_bad(source: Source, rows: Any, how: Any, out: Path) -> list[int]:
     return bad
 
 
-def say(outs: Sequence[Path], todo: Sequence[Path], count: int, bad: list[int]) -> None:
+def conclude(outs: Sequence[Path], todo: Sequence[Path], count: int, bad: list[int]) -> None:
     """What was made, and what to type next."""
     for out in todo:
-        print(f"written: {out}, {count:,} rows ({out.stat().st_size / 1e6:,.1f} MB)")
+        say(f"written: {out}, {count:,} rows ({out.stat().st_size / 1e6:,.1f} MB)")
     if bad:
-        print(f"  {len(bad):,} images could not be read: {outs[0]}.{BAD}")
-    print(f"next: ssl-xcit search index={outs[0]} image=FILE")
+        say(f"  {len(bad):,} images could not be read: {outs[0]}.{BAD}")
+    say(f"next: ssl-xcit search index={outs[0]} image=FILE")

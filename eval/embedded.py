@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from ssl_xcit.data.sources import Source, label_kind
+from ssl_xcit.data.labels import label_kind
+from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.files import replacing
 

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from jaxtyping import Float
-from rich.progress import track
 
+from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.module import plain_loader
 from ssl_xcit.data.preprocess import normalise
-from ssl_xcit.data.sources import LabelledPair, Source, label_kind
+from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import UserError
 from ssl_xcit.export.exported import Run, Weights
 from ssl_xcit.table import shown_in_terminal
+from ssl_xcit.terminal import track
 
 from .features import FeatureSet
 from .knn import KNN
@@ -68,7 +69,7 @@ class KNNOf:
         found, readable = [], []
         title, shown = f"{name}: features", shown_in_terminal()
         with torch.inference_mode():
-            for pixels, good in track(plain_loader(source, *size), title, disable=not shown):
+            for pixels, good in track(plain_loader(source, *size), title, show=shown):
                 found.append(run(normalise(pixels, weights.how)).float().numpy()[good.numpy()])
                 readable.append(good.numpy())
         return np.concatenate(found), np.flatnonzero(np.concatenate(readable))

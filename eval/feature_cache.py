@@ -17,17 +17,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import track
+from jaxtyping import Shaped
 
+from ssl_xcit.data.cache import load_arrays, save_arrays
 from ssl_xcit.data.decode import BadImage
-from ssl_xcit.data.sources import Files, LabelledPair, Source, Subset
+from ssl_xcit.data.sources import Files, LabelledPair, Source, Subset, digest_of
 from ssl_xcit.errors import UserError
 from ssl_xcit.files import default_cache, replacing, sha256_of, write_json
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.terminal import say, track
 
 from .features import (
     FeatureSet,
@@ -80,20 +82,36 @@ def stamp_of(source: Source) -> str | None:
     return digest.hexdigest() if time.time_ns() - newest > SETTLED else None
 
 
-def data_digest(source: Source, cache: Path | None, title: str | None = None) -> str:
-    """SHA-256 of the stored images, one after another.
+class Digests(NamedTuple):
+    """What a source's stored images are, by content.
 
-    Files whose names, sizes and times are as they were are not read again.
+    Args:
+        all: SHA-256 of one image after another.
+        each: 16 bytes that tell images apart; empty where one cannot be read.
+    """
+
+    all: str
+    each: Shaped[np.ndarray, " N"]
+
+
+def digests_of(source: Source, cache: Path | None, title: str | None = None) -> Digests:
+    """Hashes of the stored images. Files whose names, sizes and times are as they were are not read
+    again.
+
+    Args:
+        source: the images.
+        cache: folder where the hashes of files are kept; None: nowhere.
+        title: shows a progress bar under this name.
     """
     stamp = stamp_of(source) if cache is not None else None
-    memo = cache / "digests" / stamp if cache is not None and stamp is not None else None
-    if memo is not None and memo.is_file() and len(known := memo.read_text()) == 64:
-        return known
-    digest = hashlib.sha256()
-    rows = track(range(len(source)), title or "", transient=True, disable=title is None)
-    for index in rows:
+    memo = cache / "digests" / f"{stamp}.npz" if cache is not None and stamp is not None else None
+    if memo is not None and (kept := load_arrays(memo)) and kept.keys() >= {"all", "each"}:
+        return Digests(str(kept["all"]), kept["each"])
+    digest, each = hashlib.sha256(), np.zeros(len(source), "S16")
+    for index in track(range(len(source)), title or "", show=title is not None):
         try:
             stored: Any = source.read(index)
+            each[index] = digest_of(stored)
         except BadImage:
             stored = b"bad"
         if isinstance(stored, np.ndarray):
@@ -101,10 +119,15 @@ def data_digest(source: Source, cache: Path | None, title: str | None = None) ->
             stored = np.ascontiguousarray(stored).tobytes()
         digest.update(len(stored).to_bytes(8, "little"))
         digest.update(stored)
+    found = Digests(digest.hexdigest(), each)
     if memo is not None:
-        with suppress(OSError), replacing(memo) as part:
-            part.write_text(digest.hexdigest())
-    return digest.hexdigest()
+        save_arrays(memo, {"all": np.array(found.all), "each": each})
+    return found
+
+
+def data_digest(source: Source, cache: Path | None, title: str | None = None) -> str:
+    """SHA-256 of the stored images, one after another; see `digests_of`."""
+    return digests_of(source, cache, title).all
 
 
 class Folder:
@@ -187,7 +210,7 @@ class Folder:
             name: np.memmap(file, self.dtype, "r+", shape=(N, C)) for name, file in names.items()
         }
         if done:
-            print(f"{title or source.name(0)}: going on from image {done:,} of {N:,}")
+            say(f"{title or source.name(0)}: going on from image {done:,} of {N:,}")
         rest = Subset(source, np.arange(done, N)) if done else source
         last_note = time.monotonic()
 

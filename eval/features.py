@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int64, Shaped
-from rich.progress import track
 from torch import Tensor
 
 from ssl_xcit.data.module import plain_loader
@@ -23,6 +22,7 @@ from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.data.sources import LabelledPair, Source, Subset
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.terminal import track
 
 from .frozen import Device, Frozen
 
@@ -150,9 +150,7 @@ def batches(
         for copied, _ in frozen.replicas[1:]:
             copied.eval()
         waiting: deque[tuple[Future[dict[str, Tensor]], Tensor]] = deque()
-        for number, (pixels, good) in enumerate(
-            track(loader, title or "", transient=True, disable=not shown)
-        ):
+        for number, (pixels, good) in enumerate(track(loader, title or "", show=shown)):
             turn = number % len(pools)
             if len(pools) == 1:
                 yield run(frozen.replicas[0], pixels), good

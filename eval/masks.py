@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from ssl_xcit.cores import usable_cores
@@ -24,6 +23,7 @@ from ssl_xcit.data.decode import BadImage, as_bad_image, check_size, read_file, 
 from ssl_xcit.data.folders import image_files
 from ssl_xcit.data.preprocess import Pixels, Preprocess
 from ssl_xcit.errors import MissingPath, RunFailed, UserError
+from ssl_xcit.terminal import track
 
 from .frozen import Frozen
 
@@ -228,7 +228,7 @@ def read_batches(
     threads = usable_cores() if frozen.num_workers is None else frozen.num_workers
     starts = range(0, len(pairs), frozen.batch_size)
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        for start in track(starts, title, disable=not frozen.show, transient=True):
+        for start in track(starts, title, show=frozen.show):
             here = pairs[start : start + frozen.batch_size]
             batch = list(pool.map(read, here))
             images = frozen.images(*(image for image, _ in batch))

@@ -14,7 +14,8 @@ import lightning
 import numpy as np
 import torch
 
-from ssl_xcit.data.sources import LabelledPair, Source, Subset, label_kind
+from ssl_xcit.data.labels import label_kind
+from ssl_xcit.data.sources import LabelledPair, Source, Subset
 from ssl_xcit.errors import UserError
 from ssl_xcit.files import write_json
 from ssl_xcit.training.module import DINO

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ssl_xcit.data.sources import label_kind
+from ssl_xcit.data.labels import label_kind
 from ssl_xcit.files import replacing, write_json
 from ssl_xcit.table import (
     Results,
@@ -21,6 +21,7 @@ from ssl_xcit.table import (
     shown_interval,
     title_of,
 )
+from ssl_xcit.terminal import literal
 
 from .estimates import Difference, Estimate, compare, holm
 from .heads import LinearHead
@@ -40,6 +41,8 @@ class Evaluation:
         heads: row -> evaluator -> the classifier that it made.
         by_class: row -> metric -> class name -> (percent, number of test images).
         left_out: row -> evaluator or task -> why it has no numbers.
+        compared: differences of two rows, once computed.
+        overlap: how many test images are training images as well, by kind.
     """
 
     results: Results = field(default_factory=dict)
@@ -49,6 +52,7 @@ class Evaluation:
     by_class: dict[str, dict[str, dict[str, tuple[float, int]]]] = field(default_factory=dict)
     left_out: dict[str, dict[str, Exception]] = field(default_factory=dict)
     compared: dict[tuple[str, str], dict[str, Difference]] = field(default_factory=dict)
+    overlap: dict[str, int] = field(default_factory=dict)
 
     @property
     def intervals(self) -> dict[str, dict[str, list[float]]]:
@@ -151,7 +155,7 @@ def markdown(evaluation: Evaluation, title: str, rows: Sequence[str], about: Seq
     def range_of(row: str, metric: str) -> str:
         return shown_interval(metric, intervals.get(row, {}).get(metric))
 
-    lines = [f"## {title}", ""]
+    lines = [f"## {literal(title)}", ""]
     lines += table_lines(
         ["in %", *(heading for row in results for heading in columns_of(row, rows))],
         [
@@ -170,7 +174,7 @@ def markdown(evaluation: Evaluation, title: str, rows: Sequence[str], about: Seq
     for second in rows[1:]:
         found = differences(evaluation, rows[0], second)
         holds = verdicts(found)
-        lines += ["", f"{second} less {rows[0]}, on the same images:", ""]
+        lines += ["", literal(f"{second} less {rows[0]}, on the same images:"), ""]
         lines += table_lines(
             ["", "difference", "95 %", "p", "more than chance (Holm)"],
             [
@@ -181,13 +185,13 @@ def markdown(evaluation: Evaluation, title: str, rows: Sequence[str], about: Seq
         )  # fmt: skip
     for row in rows:
         for metric, classes in chosen_classes(evaluation, row).items():
-            lines += ["", f"{row}, {title_of(metric)}, by class:", ""]
+            lines += ["", literal(f"{row}, {title_of(metric)}, by class:"), ""]
             ordered = sorted(classes.items(), key=lambda c: c[1])
             lines += table_lines(
                 ["class", "test images", "in %"],
                 [[name, f"{count:,}", f"{value:.1f}"] for name, (value, count) in ordered],
             )
-    return "\n".join([*lines, "", *(f"- {line}" for line in about), ""])
+    return "\n".join([*lines, "", *(f"- {literal(line)}" for line in about), ""])
 
 
 def columns_of(row: str, backbones: Sequence[str]) -> list[str]:
@@ -199,10 +203,10 @@ def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
     """A table in Markdown."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return f"| {' | '.join(map(literal, cells))} |"
 
-    rule = ["---", *("---:" for _ in headings[1:])]
-    return [line(headings), line(rule), *(line(cells) for cells in rows)]
+    rule = f"| {' | '.join(['---', *('---:' for _ in headings[1:])])} |"
+    return [line(headings), rule, *(line(cells) for cells in rows)]
 
 
 def write(
@@ -242,7 +246,7 @@ def write(
     ]
     page = out.with_suffix(".md")
     with replacing(page) as part:
-        part.write_text(markdown(evaluation, title, rows, about))
+        part.write_text(markdown(evaluation, title, rows, about), encoding="utf-8")
     written = [out, page]
     for row in rows:
         for name, head in evaluation.heads.get(row, {}).items():

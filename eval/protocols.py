@@ -18,17 +18,18 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_xcit.data.decode import BadImage, decode
 from ssl_xcit.data.fused import ATTEMPTS, cut, draw_boxes
+from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.loader import Restarting, default_workers, loader_options
 from ssl_xcit.data.order import crop_seed, image_at
 from ssl_xcit.data.preprocess import Preprocess, normalise
-from ssl_xcit.data.sources import LabelledPair, Source, Subset, label_kind
+from ssl_xcit.data.sources import LabelledPair, Source, Subset
 from ssl_xcit.errors import UserError
+from ssl_xcit.terminal import track
 
 from .estimates import Estimate
 from .features import KINDS, batches, looked_at, parts_of
@@ -145,9 +146,7 @@ class AugmentedProbe:
         """
         pair = frozen.pair
         if pair is None or label_kind(pair.train.labels) != "classes":
-            raise UserError(
-                f"tasks: {self.name} needs labelled images: eval_data=folder eval_data.root=DIR"
-            )
+            raise UserError(f"tasks: {self.name} needs labelled images: eval_data.root=DIR")
         if pair.test is pair.train:
             raise UserError(f"tasks: {self.name} needs test images: eval_data.test_fraction=0.2")
 
@@ -215,7 +214,7 @@ class AugmentedProbe:
 
         title = f"{self.name}: {len(self.grid)} heads"
         crops: Restarting[list[Tensor]] = Restarting(make, steps)
-        loader = track(crops, title, total=steps, transient=True, disable=not frozen.show)
+        loader = track(crops, title, steps, frozen.show)
         with frozen.in_eval_mode() as backbone:
             for step, (pixels, which) in enumerate(loader):
                 good = which >= 0

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from ssl_xcit.data.decode import BadImage, read_image
@@ -18,6 +17,7 @@ from ssl_xcit.data.loader import default_workers, look_at_all
 from ssl_xcit.data.preprocess import Pixels, Preprocess
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.terminal import track
 
 from .frozen import Frozen
 
@@ -86,7 +86,7 @@ def embed(
 
     with frozen.looking() as backbone:
         looks = (found for chunk in chunks for found in chunk)
-        shown = track(looks, title, len(files), transient=True, disable=not frozen.show)
+        shown = track(looks, title, len(files), frozen.show)
         for i, found in enumerate(shown):
             if isinstance(found, str):
                 if not skip_bad:

@@ -21,21 +21,25 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.module import check_labelled
 from ssl_xcit.data.preprocess import MAX_PIXELS, Preprocess, of_weights
-from ssl_xcit.data.sources import LabelledPair, label_kind
+from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import RunFailed, UserError
-from ssl_xcit.files import sha256_of
+from ssl_xcit.files import sha256_of, writable_folder, writable_or_here
 from ssl_xcit.models.published import place_of
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.run_folder import versions
+from ssl_xcit.run_name import PATH_KEYS
 from ssl_xcit.table import shown_in_terminal
+from ssl_xcit.terminal import say
 
 from .feature_cache import data_digest, default_features, extract_pair
 from .features import Evaluator, FeatureSet, kinds_of
 from .frozen import Frozen, Task, placed
 from .output import Evaluation, print_all, write
+from .overlap import remark, same_content, similar
 
 log = logging.getLogger(__name__)
 PRETRAINED = "pretrained"
@@ -56,6 +60,7 @@ def evaluate(
     cache: bool | str = False,
     feature_dtype: str = "float32",
     ranks: bool = False,
+    near_duplicates: float | None = None,
 ) -> Evaluation:
     """Every evaluator on the features of backbones and of baselines, and every task on the
     backbones.
@@ -74,7 +79,13 @@ def evaluate(
         cache: keep features on the disk: true for the usual place, or a folder.
         feature_dtype: of the features kept: float32, or float16 for half the size.
         ranks: all ranks of the process group are here and share the work.
+        near_duplicates: a cosine of features above which a test image counts as nearly a training
+            image; None: they are not counted.
     """
+    if near_duplicates is not None and not 0.0 < near_duplicates < 1.0:
+        raise UserError(
+            f"evaluation.near_duplicates={near_duplicates}: a cosine in (0, 1), or null"
+        )
     if feature_dtype not in ("float16", "float32"):
         raise UserError(f"evaluation.feature_dtype={feature_dtype}: float16 or float32")
     networks = backbone if isinstance(backbone, Mapping) else {PRETRAINED: backbone}
@@ -132,6 +143,8 @@ def evaluate(
 
     if used:
         frozen = frozen_of(next(iter(networks.values())))
+        if here and pair is not None:
+            done.overlap["test_images_in_train"] = same_content(pair, frozen.cache, frozen.show)
         for name, baseline in (baselines or {}).items():
             started = time.perf_counter()
             if baseline is not None:
@@ -139,12 +152,26 @@ def evaluate(
     for row, network in networks.items():
         frozen, started = frozen_of(network), time.perf_counter()
         if used:
-            measure(row, started, extract_pair(frozen, kinds, row, feature_dtype))
+            features = extract_pair(frozen, kinds, row, feature_dtype)
+            measure(row, started, features)
+            if here:
+                note_similar(done, row, features, near_duplicates)
         for name, task in wanted.items() if here else ():
             note(row, name, task, frozen)
     for times in done.seconds.values():
         times.update({name: round(seconds, 3) for name, seconds in times.items()})
     return done
+
+
+def note_similar(done: Evaluation, row: str, features: FeatureSet, threshold: float | None) -> None:
+    """Count near duplicates, and remark on a k-NN that may rest on them."""
+    if threshold is not None:
+        count = similar(features, threshold)
+        done.overlap[f"near_duplicates_{row}"] = count
+        say(f"{row}: {count:,} of {len(features.test):,} test images have a cosine above "
+            f"{threshold:g} with a training image")  # fmt: skip
+    best = [v for metric, v in done.results.get(row, {}).items() if metric.startswith("knn_k")]
+    remark(max(best, default=0.0), row)
 
 
 def cache_folder(cache: bool | str | None) -> Path | None:
@@ -174,17 +201,15 @@ def main(cfg: DictConfig) -> None:
     if pair is not None:
         check_labelled(pair, hows[0])
     elif not tasks:
-        raise UserError(
-            "there are no labelled images: name some with eval_data=folder eval_data.root=DIR"
-        )
+        raise UserError("there are no labelled images: name some with eval_data.root=DIR")
     names = [PRETRAINED] if len(paths) == 1 else short_names(paths)
     models = [model_name(b.architecture) for b in backbones]
     ranks = join_ranks()
     if not ranks or dist.get_rank() == 0:
         for path, model in zip(paths, models, strict=True):
-            print(f"{path}: {model}, {cfg.which}")
+            say(f"{path}: {model}, {cfg.which}")
         if pair is not None:
-            print(f"{pair.name}: {len(pair.train):,} train, {len(pair.test):,} test images")
+            say(f"{pair.name}: {len(pair.train):,} train, {len(pair.test):,} test images")
     started = time.perf_counter()
     evaluation: Evaluation = instantiate(cfg.evaluation)(
         dict(zip(names, backbones, strict=True)),
@@ -206,11 +231,10 @@ def main(cfg: DictConfig) -> None:
     if any(evaluation.results.values()):
         print_all(evaluation, title, names, cfg.per_class)
     say_left_out(evaluation)
-    content = about(cfg, paths, backbones, pair) | {
-        "total_seconds": round(time.perf_counter() - started, 1)
-    }
+    content = about(cfg, paths, backbones, pair) | evaluation.overlap
+    content |= {"total_seconds": round(time.perf_counter() - started, 1)}
     for path in write(evaluation, title, names, content, out):
-        print(f"written: {path}")
+        say(f"written: {path}")
     for row in names:
         for name, error in evaluation.left_out.get(row, {}).items():
             if name in tasks:  # it was asked for
@@ -229,16 +253,23 @@ def say_left_out(evaluation: Evaluation) -> None:
 
 
 def out_file(cfg: DictConfig, paths: Sequence[Path]) -> Path:
-    """Where the numbers go.
+    """Where the numbers go; it can be written.
 
     Raises:
-        UserError: `out` is no name of a JSON file.
+        UserError: `out` is no name of a JSON file, or lies where none can be written.
     """
     if cfg.out is None:
-        return default_out(paths[0], len(paths), HydraConfig.get().runtime.choices["eval_data"])
-    out = Path(str(cfg.out)).expanduser()
-    if out.suffix != ".json" or out.is_dir():
-        raise UserError(f"out={cfg.out}: a file ending in .json; .md and heads/ go beside it")
+        data = HydraConfig.get().runtime.choices["eval_data"]
+        out = default_out(paths[0], len(paths), data)
+    else:
+        out = Path(str(cfg.out)).expanduser()
+        if out.suffix != ".json" or out.is_dir():
+            raise UserError(f"out={cfg.out}: a file ending in .json; .md and heads/ go beside it")
+    if int(os.environ.get("RANK", "0")):  # under torchrun the first rank alone writes
+        return out
+    if cfg.out is None:
+        return writable_or_here(out.parent, holds=["heads"]) / out.name
+    writable_folder(out.parent)
     return out
 
 
@@ -384,11 +415,19 @@ def data_settings_of_run(ckpt: str) -> DictConfig:
         raise UserError(
             f"ckpt={ckpt} is no run folder, so its evaluation data is unknown: add "
             "eval_data=photos, or "
-            "eval_data=folder eval_data.root=DIR"
+            "eval_data.root=DIR"
         )
-    run = json.loads(file.read_text())
+    try:
+        run = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): name eval_data=...") from error
     overrides = [
         o for o in run["overrides"] if re.match(r"eval_data\.[a-z]\w*=|data\.[a-z]\w*=", o)
     ]
     chosen = [f"{key}={run['choices'][key]}" for key in ("data", "eval_data")]
-    return compose("pretrain", overrides=[*chosen, *overrides])
+    cfg = compose("pretrain", overrides=[*chosen, *overrides])
+    for key in PATH_KEYS:  # relative ones started where the run was
+        there = Path(str(run.get("folder", "."))) / str(given := OmegaConf.select(cfg, key))
+        if isinstance(given, str) and not Path(given).expanduser().exists() and there.exists():
+            OmegaConf.update(cfg, key, str(there))
+    return cfg

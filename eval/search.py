@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 
+from ssl_xcit.terminal import say
+
 log = logging.getLogger(__name__)
 Bank = Float[np.ndarray, "N C"]  # float16 or float32, perhaps a memory map
 Queries = Float[np.ndarray, "Q C"]
@@ -234,7 +236,7 @@ class Approximate:
                 break
             effort = min(2 * effort, limit)
         what = "lists probed" if self.kind == "ivf" else "candidates kept"
-        print(
+        say(
             f"k-NN by {self.kind.upper()} in {N:,} rows, {effort} {what}: recall {recall:.1f} % of "
             f"the exact {k} neighbours, on {len(chosen)} queries"
         )

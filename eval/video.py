@@ -22,14 +22,14 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from rich.progress import track
 from skimage.morphology import disk
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize, one_hot
 
-from ssl_xcit.data.preprocess import Pixels
+from ssl_xcit.data.preprocess import MAX_PIXELS, Pixels
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.terminal import track
 
 from .estimates import grouped
 from .frozen import Frozen
@@ -124,6 +124,8 @@ def frame_features(
     """Patch features of norm 1; the short side at `size`, both rounded down to whole patches."""
     p, short = backbone.patch_size, min(image.shape[:2])
     height, width = (max(p, side * size // short // p * p) for side in image.shape[:2])
+    if height * width > MAX_PIXELS:
+        raise UserError(f"{path}: {height} x {width} pixels with its short side at {size}")
     images = frozen.images(resize_image(image, height, width))
     return normalize(finite(backbone.forward_features(images).patches[0].float(), path), dim=0)
 
@@ -204,9 +206,7 @@ class VideoSegmentation:
     def __call__(self, frozen: Frozen) -> Iterator[tuple[str, float]]:
         """Propagate through every sequence, score every object."""
         self.check(frozen)
-        videos = track(
-            self.sequences, "video segmentation", disable=not frozen.show, transient=True
-        )
+        videos = track(self.sequences, "video segmentation", show=frozen.show)
         with frozen.looking() as backbone:
             scores = [self.scores(frozen, backbone, frames) for frames in videos]
         j, f = np.concatenate(scores).T

@@ -1,31 +1,32 @@
 """The command `check`: every image of a data set looked at, before a run stumbles over it."""
 
 import json
+import logging
 import multiprocessing
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.progress import track
 
 from ssl_xcit.data.bad import FILE, kind_of
-from ssl_xcit.data.decode import BadImage, open_picture
-from ssl_xcit.data.loader import look_at_all
+from ssl_xcit.data.decode import BadImage, Deep, dark_images, open_picture
+from ssl_xcit.data.loader import NoWorkers, look_at_all
 from ssl_xcit.data.preprocess import Preprocess
-from ssl_xcit.data.sources import Source, Stored
+from ssl_xcit.data.sources import Source, digest_of
 from ssl_xcit.errors import RunFailed
 from ssl_xcit.files import writable_folder, write_json
 from ssl_xcit.plan import check_numbers
 from ssl_xcit.table import shown_in_terminal
+from ssl_xcit.terminal import say, track
 
+log = logging.getLogger(__name__)
 CHUNK = 16
 NUMBERS = (
     ("num_workers", True, 0),
@@ -43,6 +44,7 @@ class Look(NamedTuple):
     height: int
     digest: bytes  # of the file's content, 16 bytes; empty: it could not be read
     reason: str  # why it is bad; empty: it is not
+    deep: Deep | None = None  # of an image of more than 8 bits
 
 
 def look_at(source: Source, how: Preprocess, index: int) -> Look:
@@ -55,13 +57,7 @@ def look_at(source: Source, how: Preprocess, index: int) -> Look:
         picture.pixels()
     except BadImage as error:
         return Look("", 0, 0, digest, str(error))
-    return Look(picture.kind, picture.width, picture.height, digest, "")
-
-
-def digest_of(stored: Stored) -> bytes:
-    """16 bytes that tell contents apart."""
-    content = stored if isinstance(stored, bytes) else stored.tobytes()
-    return blake2b(content, digest_size=16).digest()
+    return Look(picture.kind, picture.width, picture.height, digest, "", picture.deep)
 
 
 def look_alone(source: Source, how: Preprocess, index: int) -> Look:
@@ -95,6 +91,8 @@ def looks(
             for chunk in chunks:
                 yield from chunk
             return
+        except NoWorkers:  # no image is to blame
+            raise
         except RunFailed:
             first = chunks.done * CHUNK
             for index in range(first, min(first + CHUNK, len(source))):
@@ -119,13 +117,15 @@ def main(cfg: DictConfig) -> None:
     sizes = np.zeros((count, 2), np.int64)
     digests = np.zeros(count, "S16")
     bad: list[dict[str, Any]] = []
-    for i, look in enumerate(track(each, "looking", count, transient=True, disable=not shown)):
+    deep: list[Deep] = []
+    for i, look in enumerate(track(each, "looking", count, shown)):
         digests[i] = look.digest
         if look.reason:
             bad.append({"place": i, "name": source.name(i), "reason": look.reason})
         else:
             kinds[look.kind] += 1
             sizes[i] = look.width, look.height
+            deep += [look.deep] if look.deep is not None else []
 
     twice = duplicates(source, digests)
     report = {
@@ -137,13 +137,16 @@ def main(cfg: DictConfig) -> None:
         **size_summary(sizes[sizes[:, 0] > 0], cfg.min_side),
         "duplicate_images": sum(len(group) - 1 for group in twice),
         "duplicate_groups": len(twice),
+        "dark_images": dark_images(deep, how),
         "seconds": round(time.perf_counter() - began, 1),
     }
     write_json(report, out / "report.json")
     (out / FILE).write_text("".join(json.dumps(row) + "\n" for row in bad))
     (out / "duplicates.jsonl").write_text("".join(json.dumps(group) + "\n" for group in twice))
     show(report, cfg.min_side)
-    print(f"written: {out}/report.json, {FILE}, duplicates.jsonl")
+    if report["dark_images"]:
+        log.warning("%s", report["dark_images"])
+    say(f"written: {out}/report.json, {FILE}, duplicates.jsonl")
     if len(bad) > cfg.data.max_bad_fraction * count:
         raise RunFailed(
             f"{len(bad):,} of {count:,} images are bad, more than data.max_bad_fraction="
@@ -179,18 +182,18 @@ def show(report: dict[str, Any], min_side: int) -> None:
     def listed(counts: dict[str, int]) -> str:
         return ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none"
 
-    print(f"{report['images']:,} images in {report['seconds']} s")
-    print(f"  good        {report['good']:,}: {listed(report['kinds'])}")
+    say(f"{report['images']:,} images in {report['seconds']} s")
+    say(f"  good        {report['good']:,}: {listed(report['kinds'])}")
     share = 100.0 * report["bad"] / max(report["images"], 1)
-    print(f"  bad         {report['bad']:,} ({share:.2g} %): {listed(report['bad_by_reason'])}")
+    say(f"  bad         {report['bad']:,} ({share:.2g} %): {listed(report['bad_by_reason'])}")
     if "median_size" in report:
         small, median, large = (
             "{} x {}".format(*report[f"{which}_size"])
             for which in ("smallest", "median", "largest")
         )
-        print(f"  sizes       {small} to {large}, median {median}")
-        print(f"  small       {report['small_images']:,} have a side under {min_side} pixels")
-    print(
+        say(f"  sizes       {small} to {large}, median {median}")
+        say(f"  small       {report['small_images']:,} have a side under {min_side} pixels")
+    say(
         f"  duplicates  {report['duplicate_images']:,} images repeat another "
         f"({report['duplicate_groups']:,} groups)"
     )

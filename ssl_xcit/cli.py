@@ -24,9 +24,9 @@ from hydra.errors import ConfigCompositionException, HydraException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
 from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.terminal import OneLine, printable, say
 
 CONF = "ssl_xcit.conf"
 FLAGS = (
@@ -37,8 +37,17 @@ FLAGS = (
 )  # that a rank started by Lightning needs too
 SWEEP = ("-m", "--multirun")
 TAKES = ("-c", "--cfg", "-p", "--package", "-i", "--info", "-hd", "--hydra-help")  # a word behind
+OTHERS = (
+    "-h", "--help", "--version", "--resolve", "-r", "--run", "-sc", "--shell-completion", "-cp",
+    "--config-path", "--experimental-rerun",
+)  # fmt: skip
 # what Hydra shows instead of running anything
+FORMATS = {".npy": "arrays", ".npz": "arrays", ".txt": "list", ".csv": "list", ".tsv": "list",
+           ".parquet": "list"}  # of data.file  # fmt: skip
 SHOWN = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-v", "--version"}
+
+
+KNOWN = {*FLAGS, *SWEEP, *TAKES, *OTHERS}
 
 
 def commands() -> dict[str, str]:
@@ -64,18 +73,154 @@ def sweeper_of(command: str) -> str | None:
 
 
 def named(command: str, arguments: Sequence[str]) -> list[str]:
-    """A word that stands alone, such as a folder, as the value of the setting that has to be given:
-    `ssl-xcit sweep DIR` is `ssl-xcit sweep dir=DIR`.
+    """A word that stands alone as the value of a setting: an existing folder or list of images as
+    `data.root` or `data.file`, anything else as the one setting that has to be given, such as
+    `ssl-xcit sweep DIR` for `ssl-xcit sweep dir=DIR`.
+
+    Raises:
+        UserError: it can be none of these.
     """
     words = list(arguments)
+    given = {key_of(word) for word in words if "=" in word}
+    needed = missing_keys(OmegaConf.to_container(settings_of(command), resolve=False))
+    needed = [key for key in needed if key not in given]
+    takes_data = "data" in default_options(command) and not given & {"data.root", "data.file"}
     for place, (before, word) in enumerate(zip(["", *words], words, strict=False)):
-        if "=" in word or word.startswith(("-", "+", "~")) or before in FLAGS or before in TAKES:
+        if before in FLAGS or before in TAKES or option_of(word) in KNOWN:
             continue
-        needed = missing_keys(OmegaConf.to_container(settings_of(command), resolve=False))
-        if len(needed) == 1:
-            words[place] = f"{needed[0]}={word}"
-            break
+        if word.startswith("-"):
+            raise UserError(with_dashes(command, word, words[place + 1 :]))
+        if "=" in word or word.startswith(("+", "~")):
+            continue
+        path = Path(word).expanduser()
+        if takes_data and (path.is_dir() or path.suffix.lower() in FORMATS):
+            words[place] = f"data.{'root' if path.is_dir() else 'file'}={word}"
+            takes_data = False
+        elif len(needed) == 1:
+            words[place] = f"{needed.pop()}={word}"
+        else:
+            raise UserError(without_key(command, word, words[place + 1 :]))
     return words
+
+
+def key_of(word: str) -> str:
+    """`a.b` of `++a.b=1`, `~a.b` and `a@b=c`'s a."""
+    return word.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def option_of(word: str) -> str:
+    """`--cfg` of `--cfg=job`."""
+    return word.partition("=")[0]
+
+
+def with_dashes(command: str, word: str, behind: Sequence[str]) -> str:
+    """What to type instead of `--batch-size 8`."""
+    name, equals, value = word.lstrip("-").replace("-", "_").partition("=")
+    if not equals:
+        value = behind[0] if behind and not behind[0].startswith("-") else "VALUE"
+    names = setting_names(command)
+    if name == "data":
+        name = "data.root"
+    elif name not in names:
+        name = nearest(name, names).removeprefix("; did you mean ").rstrip("?") or name
+    return f"{word}: settings are typed without dashes, as {name}={value}"
+
+
+def without_key(command: str, word: str, behind: Sequence[str]) -> str:
+    """What to type instead of a word that is no setting."""
+    name = word.rstrip(":")
+    if name in ("help", "?"):
+        return f"{word}: type ssl-xcit {command} --help"
+    if name in setting_names(command):
+        value = next((w.lstrip("=") for w in behind if w.strip("=")), "VALUE")
+        return f"{name}: a setting and its value are one word, {name}={value}"
+    missing = "" if os.path.exists(word) else "there is no file or folder of this name, and "
+    text = (resources.files(CONF) / f"{command}.yaml").read_text()
+    example = re.search(r"(?m)^# +(ssl-xcit \S+ (?:\S+ )*?\S+=\S+(?: \S+)*)", text)
+    such = f", such as {example[1]}" if example else ""
+    return f"{word}: {missing}settings are typed as key=value{such}"
+
+
+def default_options(command: str) -> dict[str, str]:
+    """The option of each config group that a command has by itself."""
+    content: Any = OmegaConf.to_container(settings_of(command), resolve=False)
+    groups = [entry for entry in content.get("defaults", []) if isinstance(entry, dict)]
+    return {group: str(option) for entry in groups for group, option in entry.items()}
+
+
+def with_data(command: str, words: Sequence[str]) -> list[str]:
+    """`data.root=DIR` alone means a folder of images, `data.file=FILE` alone a list or an array,
+    and likewise of `eval_data`: where the option that is chosen otherwise has no such setting, the
+    one that has it is put before it.
+
+    Raises:
+        UserError: `data=DIR`, where a folder is named and not an option.
+    """
+    found = list(words)
+    options = default_options(command)
+    given = {key_of(word): word.partition("=")[2] for word in words if "=" in word}
+    if any(word.startswith(FLAGS) for word in words):
+        return found  # whose options are not known here
+    if "experiment" in given and "data" in options:
+        options |= {"data": data_of_experiment(given["experiment"]) or options["data"]}
+    for group in ("data", "eval_data"):
+        if group not in options:
+            continue
+        if group in given:
+            options[group] = given[group]
+            check_option(group, given[group])
+            continue
+        if options[group] == "${data}":
+            options[group] = options["data"]
+        key = next((f"{group}.{k}" for k in ("file", "root") if f"{group}.{k}" in given), None)
+        if key is None or has_setting(options[group], key):
+            continue
+        file = Path(given[key].strip("'\"[]\r "))
+        options[group] = (
+            "folder" if key.endswith("root") else FORMATS.get(file.suffix.lower(), "list")
+        )
+        place = next(i for i, word in enumerate(found) if key_of(word) == key)
+        found.insert(place, f"{group}={options[group]}")
+    return found
+
+
+def check_option(group: str, value: str) -> None:
+    """Raise UserError where a path stands in place of the name of an option."""
+    folder = resources.files(CONF) / group
+    if (folder / f"{value}.yaml").is_file() or not value:
+        return
+    path = Path(value).expanduser()
+    if "/" in value or path.exists():
+        key = "file" if path.suffix.lower() in FORMATS else "root"
+        raise UserError(f"{group}={value}: images are named with {group}.{key}={value}")
+
+
+def has_setting(option: str, key: str) -> bool:
+    """Whether an option of `data` or `eval_data` says where its images are by this setting; `root`
+    of a list says what its paths are relative to. One that is not installed may have any.
+    """
+    group, _, name = key.partition(".")
+    file = resources.files(CONF) / group / f"{option}.yaml"
+    if not file.is_file():
+        return True
+    content: Any = OmegaConf.to_container(OmegaConf.create(file.read_text()), resolve=False)
+    settings = content.get("data", {}) if group == "data" else content
+    return name in settings and not (name == "root" and "file" in settings)
+
+
+def data_of_experiment(name: str) -> str | None:
+    """The option of `data` that an experiment chooses, itself or by one that it goes on from."""
+    file = resources.files(CONF) / "experiment" / f"{name}.yaml"
+    if not file.is_file():
+        return None if name in ("", "null") else "unknown"
+    content = OmegaConf.create(file.read_text())
+    assert isinstance(content, DictConfig)
+    for entry in content.get("defaults", []):
+        if isinstance(entry, DictConfig) and "override /data" in entry:
+            return str(entry["override /data"])
+        if isinstance(entry, str) and entry != "_self_" and (found := data_of_experiment(entry)):
+            return found
+    return None
 
 
 def usage() -> str:
@@ -98,15 +243,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = completed_command()
         if command is None:
             return
-    elif not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+    elif not arguments or arguments[0] in ("-h", "--help", "help"):
+        say(*usage().splitlines())
         return
     else:
         command = arguments.pop(0)
     if command not in commands():
         fail(
             f"no command {command!r}{nearest(command, list(commands()))}; there are "
-            f"{', '.join(commands())}"
+            f"{', '.join(commands())}{unseen([command])}"
         )
 
     debugging = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -137,7 +282,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             report(command, error)
         os.environ["HYDRA_FULL_ERROR"] = "1"
 
-    arguments = named(command, arguments)
+    try:
+        arguments = with_data(command, named(command, arguments))
+    except UserError as error:
+        fail(f"{error}{unseen(arguments)}")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as they are, not printed by Hydra
     sweep = bool(set(SWEEP) & set(arguments))
     sys.argv = [Path(program[0]).name, *(quoted(word, sweep) for word in arguments)]
@@ -150,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             words = [w for w in sys.argv[1:] if w not in (*SWEEP, *flags)]
             function = get_method(sweeper)
             set_up_logging()
+            os.environ["HYDRA_FULL_ERROR"] = "1" if debugging else "0"  # as trials have it
             if code := function(CONF, command, words, flags):
                 raise SystemExit(code)
             return
@@ -196,7 +345,9 @@ def missing_keys(node: Any, prefix: str = "") -> list[str]:
 
 def set_up_logging() -> None:
     """Warnings on one line each; Lightning's advice is not for users of this command."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
@@ -211,17 +362,39 @@ def report(command: str, error: Exception) -> None:
         if isinstance(cause, ConfigCompositionException):
             break  # its own words say more than what made it
         cause = cause.__cause__
+    hint = unseen(sys.argv[1:])
     if isinstance(cause, HydraException | OmegaConfBaseException):
-        fail(explain(command, str(cause)))
+        fail(explain(command, str(cause)) + hint)
     if isinstance(cause, UserError):
-        fail(str(cause))
+        fail(f"{cause}{hint}")
     if isinstance(cause, ValueError) and "Config group override" in str(cause):  # Hydra's, unnamed
         nulls = [word for word in sys.argv if word.endswith("=null") and "." not in word]
         fail(f"{' '.join(nulls)}: a group needs one of its options; ~GROUP leaves it out")
     if isinstance(cause, FloatingPointError | RunFailed):
         fail(str(cause), exit_code=1)
-    traceback.print_exception(cause)
+    say(*"".join(traceback.format_exception(cause)).rstrip("\n").split("\n"), file=sys.stderr)
     raise SystemExit(1)
+
+
+def unseen(words: Sequence[str]) -> str:
+    r"""`; data.root ends in \r: ...` where a word or its value begins or ends with a character that
+    is not seen, else nothing.
+    """
+    for word in words:
+        key, _, value = word.partition("=")
+        key, value = printable(key.strip()), value.strip("'")
+        for where, character in (
+            (f"{key} ends in", value[-1:]),
+            (f"{key} begins with", value[:1]),
+            ("a word begins with", word[:1]),
+            ("a word ends in", word[-1:]),
+        ):
+            if character in ("\r", "\n"):
+                why = "was the script saved with Windows line ends?"
+                return f"; {where} {printable(character)}: {why}"
+            if not character.isprintable():
+                return f"; {where} {printable(character)}: was it copied from a page?"
+    return ""
 
 
 def explain(command: str, message: str) -> str:
@@ -268,6 +441,8 @@ def setting_names(command: str) -> list[str]:
     with initialize_config_module(CONF, version_base="1.3"):
         cfg = compose(command)
     names: list[str] = [f.name for f in resources.files(CONF).iterdir() if f.is_dir()]
+    if "data" in default_options(command):
+        names += ["data.root", "data.file"]  # which choose an option by themselves
 
     def walk(node: object, prefix: str) -> None:
         if isinstance(node, dict):
@@ -281,16 +456,14 @@ def setting_names(command: str) -> list[str]:
 
 def nearest(word: str, words: Sequence[str]) -> str:
     """`; did you mean ...?`, or nothing."""
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    close = close or [w for w in words if w.endswith(f".{word}")][:1]
+    close = [w for w in words if w.endswith(f".{word}")][:1]
+    close = close or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def fail(message: str, exit_code: int = 2) -> None:
     """One line, then exit."""
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
-        f"ssl-xcit: {message}"
-    )
+    say(f"ssl-xcit: {message}", file=sys.stderr)
     raise SystemExit(exit_code)
 
 
@@ -301,7 +474,7 @@ def completed_command() -> str | None:
     if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
         typed = words[1] if len(words) == 2 else ""
         if line:
-            print(" ".join(name for name in commands() if name.startswith(typed)))
+            say(" ".join(name for name in commands() if name.startswith(typed)))
             return None
         return "pretrain"
     os.environ["COMP_LINE"] = line.replace(f" {words[1]}", "", 1)

@@ -8,14 +8,16 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.terminal import say
 
 SUFFIX = ".part"
+OF = ".results-of"  # in a folder of results: of which run or weights they are
 
 
 @contextmanager
@@ -71,6 +73,51 @@ def writable_folder(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{path}: no folder to write to ({error.strerror})") from error
+
+
+def writable_or_here(folder: Path, *parts: str, holds: Sequence[str] = ()) -> Path:
+    """A place in a folder, made; or the same in a folder of its name where you are, where that one
+    may only be read, as a colleague's run. Which is printed.
+
+    Args:
+        folder: of a run, or of weights.
+        parts: of the path from there.
+        holds: folders that will be written in that place, if they are there.
+
+    Raises:
+        UserError: neither can be written.
+    """
+    wanted = place = folder.joinpath(*parts)
+    try:
+        for place in (wanted, *(wanted / name for name in holds)):
+            if place == wanted or place.is_dir():
+                writable_folder(place)
+        return wanted
+    except UserError as error:
+        reason = f"{place} cannot be written ({getattr(error.__cause__, 'strerror', None)})"
+    whole = os.fsencode(folder.absolute())
+    name = folder.absolute().name or "results"
+    here = Path(name)
+    if os.path.lexists(here) and not is_of(here, whole):  # some other run's results, or a run
+        here = Path(f"{name}-{hashlib.sha256(whole).hexdigest()[:8]}")
+    try:
+        writable_folder(here.joinpath(*parts))
+        (here / OF).write_bytes(whole)
+    except (UserError, OSError) as error:
+        raise UserError(
+            f"{reason}, and neither can {Path.cwd()}: name a place that can, out=..."
+        ) from error
+    found = here.joinpath(*parts)
+    say(f"{reason}: results go to {found} where you are; out=... names another place")
+    return found
+
+
+def is_of(here: Path, whole: bytes) -> bool:
+    """Whether a folder was made for results of that one."""
+    try:
+        return (here / OF).read_bytes() == whole
+    except OSError:
+        return False
 
 
 @contextmanager

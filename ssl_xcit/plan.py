@@ -1,8 +1,9 @@
 """From settings to the numbers of a run: steps, and what the number of images decides."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -122,17 +123,36 @@ class Plan:
     backbone_freeze_steps: int = 0  # of a run that starts from weights with a fresh head
 
 
-def make_plan(cfg: DictConfig, num_images: int, world_size: int) -> Plan:
+def make_plan(
+    cfg: DictConfig, num_images: int, world_size: int, begun: Mapping[str, Any] | None = None
+) -> Plan:
     """Steps, and the settings that the number of images decides.
+
+    Args:
+        cfg: the settings.
+        num_images: of the source.
+        world_size: devices.
+        begun: the plan of a run that goes on, whose head and teacher stay, also with other images.
 
     Raises:
         UserError: a batch larger than the data, or that the devices do not divide; no epochs.
     """
     batch_size, epochs = cfg.batch_size, cfg.epochs
-    if batch_size > num_images:
+    if world_size > num_images:
         raise UserError(
-            f"batch_size={batch_size} is larger than the data ({num_images} images): "
-            f"set batch_size={num_images} or less"
+            f"the {num_images} images of the data are fewer than the {world_size} devices: set "
+            "trainer.devices=1"
+        )
+    if batch_size > num_images:
+        each = num_images // world_size
+        fitting = f"batch_size={each * world_size} or less"
+        if world_size > 1:
+            fitting += f", a multiple of the {world_size} devices"
+        if cfg.trainer.accumulate > each:
+            fitting += f", and trainer.accumulate={each} or less"
+        raise UserError(
+            f"batch_size={batch_size} is larger than the data, which has {num_images:,} images: "
+            f"set {fitting}"
         )
     if batch_size % world_size:
         raise UserError(
@@ -154,6 +174,8 @@ def make_plan(cfg: DictConfig, num_images: int, world_size: int) -> Plan:
         key: row[key] if objective[key] is None else objective[key]
         for key in ("num_prototypes", "ema", "teacher_temp_start", "teacher_temp")
     }
+    if begun is not None:
+        chosen |= {key: begun[key] for key in chosen if key in begun}
     steps_per_epoch = num_images / batch_size
     total_steps = max(1, math.floor(epochs * steps_per_epoch))
 

@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from ssl_xcit.data.identity import indices_of
 from ssl_xcit.data.loader import default_workers
 from ssl_xcit.data.module import MultiCropData, check_images, check_labelled
 from ssl_xcit.data.preprocess import Preprocess
@@ -30,10 +31,16 @@ from ssl_xcit.hardware import check_compiler, precision_for
 from ssl_xcit.models.weights import Training, checkpoints_of, load_backbone, model_name
 from ssl_xcit.plan import Plan, check_numbers, check_switches, make_plan
 from ssl_xcit.run_folder import (
+    DataRecord,
+    about_run,
+    check_same_data,
     check_same_run,
     disk_trouble,
+    is_begun,
     last_row,
     locked,
+    moved_paths,
+    moved_run,
     run_id_of,
     versions,
     write_settings,
@@ -41,6 +48,7 @@ from ssl_xcit.run_folder import (
 from ssl_xcit.run_name import run_name
 from ssl_xcit.starting import in_words, read_start, start_backbone, start_head
 from ssl_xcit.table import print_table
+from ssl_xcit.terminal import say
 from ssl_xcit.trainer import kill_children, make_trainer, runs_on_cpu, watched_child
 from ssl_xcit.training.checkpoint import newest_valid
 from ssl_xcit.training.health import HEALTHY, Health
@@ -50,7 +58,7 @@ from ssl_xcit.training.preemption import Stopped, requeue
 from ssl_xcit.training.schedules import Cosine, LinearByEpoch, Release
 
 log = logging.getLogger(__name__)
-NO_LABELS = "no labelled images, so no k-NN: name some with eval_data=folder eval_data.root=DIR"
+NO_LABELS = "no labelled images, so no k-NN: name some with eval_data.root=DIR"
 
 
 def make_module(
@@ -119,6 +127,8 @@ def main(cfg: DictConfig) -> None:
         raise UserError("trainer.accumulate is missing: begin the yaml with defaults: [auto]")
     check_numbers(cfg)
     check_switches(cfg)
+    if cfg.resume.data not in ("same", "changed"):
+        raise UserError(f"resume.data={cfg.resume.data}: same or changed")
     cfg.trainer.precision = precision_for(str(cfg.trainer.precision), runs_on_cpu(cfg))
     if cfg.compile:
         check_compiler(runs_on_cpu(cfg))
@@ -129,15 +139,25 @@ def main(cfg: DictConfig) -> None:
     check_same_run(cfg, run_dir)
     if is_finished(run_dir):
         return
-    cfg.run_id = cfg.run_id or run_id_of(run_dir)
     source: Source = instantiate(cfg.data.source)
     pair: LabelledPair | None = instantiate(cfg.eval_data) if cfg.get("eval_data") else None
     augment = instantiate(cfg.augment)
     how = instantiate(cfg.preprocess)
     how.statistics()
+    indices = indices_of(source, pair)
+    moved = moved_run(cfg, indices) if not cfg.name and not is_begun(run_dir) else None
+    if moved is not None:
+        run_dir, start = moved, read_start(cfg, moved)
+    record = check_same_data(run_dir, indices, how, cfg.resume.data == "changed")
+    if not record.changed and is_begun(run_dir) and (words := moved_paths(cfg, run_dir)):
+        say(f"{run_dir}: {', '.join(words)}: the same images, elsewhere")
+    if moved is not None and is_finished(run_dir):
+        return
+    cfg.run_id = cfg.run_id or run_id_of(run_dir)
     note = augment.check(how.channels)
     trainer, stop = make_trainer(cfg, run_dir)
-    plan = make_plan(cfg, len(source), trainer.world_size)
+    begun = about_run(run_dir).get("plan") if is_begun(run_dir) else None
+    plan = make_plan(cfg, len(source), trainer.world_size, begun)
     check_images(source, augment.global_size, how)
     if pair is not None:
         check_labelled(pair, how)
@@ -166,7 +186,7 @@ def main(cfg: DictConfig) -> None:
         )
         try:
             stop.install()
-            seconds = train(cfg, trainer, module, data, plan, run_dir)
+            seconds = train(cfg, trainer, module, data, plan, run_dir, record)
             stop.after_training()
             if trainer.is_global_zero:
                 conclude(cfg, trainer, module, data, plan, evaluate, run_dir, seconds)
@@ -188,16 +208,17 @@ def train(
     data: MultiCropData,
     plan: Plan,
     run_dir: Path,
+    record: DataRecord,
 ) -> float:
     """From the newest valid checkpoint, or the start, to the last step; seconds that it took."""
     resume = newest_valid(run_dir, may_rename=trainer.is_global_zero)
     if trainer.is_global_zero:
         with disk_trouble(run_dir):
             resumed_at = None if resume is None else int(resume.stem.removeprefix("step-"))
-            write_settings(cfg, asdict(plan), run_dir, resumed_at)
+            write_settings(cfg, asdict(plan), run_dir, resumed_at, record)
         announce(cfg, plan, module, data.eval_data, run_dir)
         if resume is not None:
-            print(f"going on from {resume}")
+            say(f"going on from {resume}")
     trainer.fit_loop.epoch_loop.max_steps = plan.total_steps
     started = time.perf_counter()
     try:
@@ -230,10 +251,10 @@ def is_finished(run_dir: Path) -> bool:
     path = run_dir / "summary.json"
     if not path.is_file():
         return False
-    print(f"{run_dir} is finished; to train again, choose another name=... or remove the folder\n")
+    say(f"{run_dir} is finished; to train again, choose another name=... or remove the folder", "")
     finish(run_dir, json.loads(path.read_text()))
     page = run_dir / "report.html"
-    print(f"report: {page if page.is_file() else f'ssl-xcit report run={run_dir}'}")
+    say(f"report: {page if page.is_file() else f'ssl-xcit report run={run_dir}'}")
     return True
 
 
@@ -287,7 +308,7 @@ def leave_report(cfg: DictConfig, run_dir: Path, device: str) -> None:
         return
     try:
         page = instantiate(cfg.report)(run_dir, device=device, num_workers=cfg.num_workers)
-        print(f"report: {page}; open it in a browser")
+        say(f"report: {page}; open it in a browser")
     except Exception as error:
         log.warning(
             "no report was written (%s: %s); ssl-xcit report run=%s tries again",
@@ -302,33 +323,34 @@ def say_stopped(stopped: Stopped, run_dir: Path) -> None:
     if (run_dir / "summary.json").is_file():  # stopped while the report was made
         where = "finds it finished"
     unsaved = "" if stopped.saved or stopped.step is None else "; this step could not be saved"
-    with suppress(OSError):  # Ctrl-C has ended what we are piped to as well
-        print(f"{stopped}{unsaved}; {run_dir}: the same command {where}", flush=True)
-        print(f"report: ssl-xcit report run={run_dir}", flush=True)
+    say(
+        f"{stopped}{unsaved}; {run_dir}: the same command {where}",
+        f"report: ssl-xcit report run={run_dir}",
+    )
 
 
 def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """The final numbers, where things are, and what to type next."""
     last = summary["last"]
     if last:
-        print(f"{last['step']:.0f} steps, {last['epoch']:.1f} epochs, loss {last['loss']:.3f}")
+        say(f"{last['step']:.0f} steps, {last['epoch']:.1f} epochs, loss {last['loss']:.3f}")
     if summary.get("health") not in (None, HEALTHY):
-        print(f"not healthy: {summary['health']}; see metrics.csv")
+        say(f"not healthy: {summary['health']}; see metrics.csv")
     if summary["results"]:
         title = f"{summary['model']} on {summary['data']}"
         print_table(summary["results"], title, summary.get("intervals"))
         follow_up = f"ssl-xcit eval ckpt={run_dir}"
     else:
-        print(NO_LABELS)
-        follow_up = f"ssl-xcit eval ckpt={run_dir} eval_data=folder eval_data.root=DIR"
-    print(f"{run_dir}: config.yaml, metrics.csv, checkpoints/, summary.json")
+        say(NO_LABELS)
+        follow_up = f"ssl-xcit eval ckpt={run_dir} eval_data.root=DIR"
+    say(f"{run_dir}: config.yaml, metrics.csv, checkpoints/, summary.json")
     with suppress(OSError, ValueError, KeyError, TypeError):  # of online evaluation, if there was
         best = json.loads((run_dir / "checkpoints" / "best.json").read_text())
-        print(
+        say(
             f"{run_dir}/checkpoints/best.ckpt: step {best['step']}, with {best['value']:.1f} the "
             f"highest {best['metric']} of online evaluation"
         )
-    print(f"next: {follow_up}")
+    say(f"next: {follow_up}")
 
 
 def announce(
@@ -341,21 +363,21 @@ def announce(
     """What is about to happen, with the numbers that were derived."""
     backbone = module.student.backbone
     millions = sum(p.numel() for p in backbone.parameters()) / 1e6
-    print(f"{run_dir}")
-    print(
+    say(f"{run_dir}")
+    say(
         f"  {plan.num_images:,} images, batch {cfg.batch_size}, {plan.total_steps:,} steps "
         f"({cfg.epochs:g} epochs)"
     )
-    print(
+    say(
         f"  {model_name(backbone.architecture)}, {millions:.1f} M parameters, "
         f"{plan.num_prototypes:,} prototypes, {cfg.trainer.precision}"
     )
     if cfg.init.ckpt is not None:
-        print(f"  {in_words(cfg, plan.backbone_freeze_steps)}")
+        say(f"  {in_words(cfg, plan.backbone_freeze_steps)}")
     if cfg.compile:
-        print("  the first step compiles both backbones, which takes minutes")
-    print(
+        say("  the first step compiles both backbones, which takes minutes")
+    say(
         f"  lr {plan.lr:.2e} after {plan.warmup_steps} steps, teacher temperature "
         f"{plan.teacher_temp_start:g} to {plan.teacher_temp:g}, EMA from {plan.ema:g}"
     )
-    print(f"  evaluated on {pair.name}" if pair else f"  {NO_LABELS}")
+    say(f"  evaluated on {pair.name}" if pair else f"  {NO_LABELS}")

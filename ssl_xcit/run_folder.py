@@ -4,13 +4,15 @@ it.
 
 import csv
 import json
+import logging
+import os
 import platform
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
@@ -18,12 +20,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_xcit import __version__
+from ssl_xcit.data.identity import DataIndex, difference, load_indices, save_indices
+from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.files import replacing, sweep, write_json
 from ssl_xcit.hardware import machine
 from ssl_xcit.locks import exclusive
 from ssl_xcit.models.weights import checkpoints_of
-from ssl_xcit.run_name import FREE_KEYS, FREE_TRAINER_KEYS
+from ssl_xcit.run_name import FREE_KEYS, FREE_TRAINER_KEYS, PATH_KEYS
+
+log = logging.getLogger(__name__)
+IMAGES = "images.npz"
 
 
 def check_same_run(cfg: DictConfig, run_dir: Path) -> None:
@@ -44,7 +51,7 @@ def check_same_run(cfg: DictConfig, run_dir: Path) -> None:
         )
     before, now = settings(OmegaConf.load(path)), settings(cfg)
     recorded = about_run(run_dir).get("fingerprint")
-    if recorded is not None and recorded != fingerprint(before):
+    if recorded not in (None, fingerprint(before), fingerprint_with_paths(path)):
         raise UserError(
             f"{path} has been changed since the run was made: undo that, or take another name=..."
         )
@@ -55,21 +62,35 @@ def check_same_run(cfg: DictConfig, run_dir: Path) -> None:
     ]
     if differs:
         more = f" and {len(differs) - 4} more" if len(differs) > 4 else ""
+        longer = ""
+        if before.get("epochs") != now.get("epochs"):
+            longer = (
+                f". To train for longer, start a new run from its weights: init.ckpt={run_dir} "
+                "init.head=kept name=...; learning rate, weight decay and teacher are scheduled "
+                "anew over its own epochs, warm-up included"
+            )
         raise UserError(
             f"{run_dir} was made with {', '.join(differs[:4])}{more}: take another name=..., or "
-            "remove the folder"
+            f"remove the folder{longer}"
         )
 
 
-def settings(cfg: Any) -> dict[str, Any]:
-    """Flat keys and values of everything that changes results."""
+def fingerprint_with_paths(config: Path) -> str:
+    """As runs had it that were begun when paths of images counted among the settings."""
+    return fingerprint(settings(OmegaConf.load(config), free=(*FREE_KEYS, *FREE_TRAINER_KEYS)))
+
+
+def settings(
+    cfg: Any, free: Sequence[str] = (*FREE_KEYS, *FREE_TRAINER_KEYS, *PATH_KEYS)
+) -> dict[str, Any]:
+    """Flat keys and values of everything that changes results, but for those that are free."""
     flat: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
         items = node.items() if isinstance(node, dict) else enumerate(node)
         for key, value in items:
             name = f"{prefix}{key}"
-            if name in (*FREE_KEYS, *FREE_TRAINER_KEYS):
+            if name in free:
                 continue
             if isinstance(value, dict | list):
                 walk(value, f"{name}.")
@@ -82,11 +103,121 @@ def settings(cfg: Any) -> dict[str, Any]:
     return flat
 
 
+def is_begun(run_dir: Path) -> bool:
+    """Whether there is something to go on with."""
+    return bool(checkpoints_of(run_dir)) or (run_dir / "summary.json").is_file()
+
+
+class DataRecord(NamedTuple):
+    """The images that a run is made of, for its folder.
+
+    Args:
+        indices: which, by the setting that names them.
+        preprocess: how they are read, `Preprocess.of_weights`.
+        changed: what is not as when the run was begun, in words by setting.
+    """
+
+    indices: Mapping[str, DataIndex]
+    preprocess: Mapping[str, Any]
+    changed: Mapping[str, str]
+
+
+def check_same_data(
+    run_dir: Path, indices: Mapping[str, DataIndex], preprocess: Preprocess, go_on: bool
+) -> DataRecord:
+    """A run folder goes on with the images it was made with, wherever they lie.
+
+    Args:
+        run_dir: the folder.
+        indices: of the images at hand, by the setting that names them.
+        preprocess: how they are read.
+        go_on: although they have changed.
+
+    Raises:
+        UserError: the images have changed, or are read otherwise; says what to type.
+    """
+    record = DataRecord(indices, preprocess.of_weights(), {})
+    about = about_run(run_dir)
+    if not is_begun(run_dir) or not about:
+        return record
+    if about.get("preprocess") not in (None, record.preprocess):
+        raise UserError(
+            f"{run_dir} was made of images read with {about['preprocess']}: preprocess.stats and "
+            "the other settings of preprocess must be as they were, or take another name=..."
+        )
+    changed = changes_since(run_dir, about, indices)
+    if not changed:
+        return record
+    words = "; ".join(f"{key}: {each}" for key, each in changed.items())
+    if not go_on:
+        raise UserError(
+            f"{run_dir} was made of other images ({words}): undo that, or add resume.data=changed "
+            "to go on all the same, or train anew under another name=..., from its weights with "
+            f"init.ckpt={run_dir} init.head=kept"
+        )
+    effect = "it is evaluated on these from here on"
+    if "data" in changed:
+        effect = (
+            "their order and the schedules change from here on, and the run is no longer the same, "
+            "bit for bit, as one that was not stopped"
+        )
+    log.warning("%s goes on with other images (%s): %s", run_dir, words, effect)
+    return record._replace(changed=changed)
+
+
+def changes_since(
+    run_dir: Path, about: Mapping[str, Any], indices: Mapping[str, DataIndex]
+) -> dict[str, str]:
+    """What is not as a run's folder says that it was, in words by setting; empty where all is."""
+    known = about.get("data_sha256")
+    if not isinstance(known, Mapping):  # begun when images were not recorded
+        then, now = about.get("plan", {}).get("num_images"), indices["data"].num_images
+        return {} if then in (None, now) else {"data": f"{then:,} images then, {now:,} now"}
+    before = load_indices(run_dir / IMAGES)
+    found = {}
+    for key, index in indices.items():
+        if known.get(key) != index.digest():
+            words = difference(before[key], index) if key in before else ""
+            found[key] = words or f"{index.num_images:,} images now, not those of then"
+    return found
+
+
+def moved_paths(cfg: DictConfig, run_dir: Path) -> list[str]:
+    """Paths of images that are not those which the run's folder has, in words."""
+    path = run_dir / "config.yaml"
+    before = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+    words = []
+    for key in PATH_KEYS:
+        then, now = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
+        if not key.startswith("data.source.") and None not in (then, now) and then != now:
+            words.append(f"{key} was {then} and is {now}")
+    return words
+
+
+def moved_run(cfg: DictConfig, indices: Mapping[str, DataIndex]) -> Path | None:
+    """A run in `out` that was not named, with these settings and these images, which lay elsewhere
+    then; None: none. The same on every rank, also when one has begun to write there.
+    """
+    wanted = fingerprint(settings(cfg))
+    digests = {key: index.digest() for key, index in indices.items()}
+    for file in sorted(Path(str(cfg.out)).glob("*/run.json")):
+        about = about_run(file.parent)
+        same = about.get("fingerprint") == wanted and about.get("data_sha256") == digests
+        named = any(str(o).lstrip("+").startswith("name=") for o in about.get("overrides", []))
+        if same and not named and is_begun(file.parent):
+            return file.parent
+    return None
+
+
 def write_settings(
-    cfg: DictConfig, plan: Mapping[str, Any], run_dir: Path, resumed_at: int | None = None
+    cfg: DictConfig,
+    plan: Mapping[str, Any],
+    run_dir: Path,
+    resumed_at: int | None,
+    data: DataRecord,
 ) -> None:
-    """`config.yaml` (resolved) and `run.json` (overrides, choices, derived numbers, the machine,
-    the steps at which the run went on).
+    """`config.yaml` (resolved), `run.json` (overrides, choices, derived numbers, the machine, the
+    steps at which the run went on) and `images.npz` (which images).
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     hydra = HydraConfig.get()
@@ -95,6 +226,11 @@ def write_settings(
         resumed = []
     elif resumed_at not in resumed:
         resumed = [*resumed, resumed_at]
+    changes = about_run(run_dir).get("data_changes", []) if resumed_at is not None else []
+    if data.changed:
+        changes = [*changes, {"step": resumed_at or 0, "data": dict(data.changed)}]
+    if data.changed or resumed_at is None or not (run_dir / IMAGES).is_file():
+        save_indices(data.indices, run_dir / IMAGES)
     run = {
         "overrides": list(hydra.overrides.task),
         "choices": OmegaConf.to_container(hydra.runtime.choices),
@@ -102,6 +238,10 @@ def write_settings(
         "versions": versions(),
         "machine": machine(),
         "resumed": resumed,
+        "folder": os.getcwd(),  # that relative paths start from
+        "data_sha256": {key: index.digest() for key, index in data.indices.items()},
+        "data_changes": changes,
+        "preprocess": data.preprocess,
         "run_id": cfg.run_id,
         "fingerprint": fingerprint(settings(cfg)),
     }

@@ -8,11 +8,19 @@ from hashlib import sha256
 FREE_KEYS = (
     "name", "out", "num_workers", "worker_timeout", "logger", "callbacks", "main", "hydra",
     "data.max_bad_fraction", "compile", "checkpoint_blocks", "max_skipped", "collective_timeout",
-    "run_id", "report", "sweep", "sweeper", "launcher",
+    "run_id", "report", "sweep", "sweeper", "launcher", "resume",
 )  # fmt: skip
 FREE_KEYS_DOTTED = tuple(f"{key}." for key in FREE_KEYS)
 FREE_TRAINER_KEYS = (
     "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes",
+)  # fmt: skip
+# Where images lie: a run's identity is which they are (`data.identity`), and not their path. They
+# have a say in the name all the same, for other images mostly lie elsewhere.
+PATH_KEYS = (
+    *(f"{group}.{key}" for group in ("data", "data.source", "eval_data")
+      for key in ("root", "file", "labels", "cache", "download", "out", "test_root", "test_file",
+                  "test_labels")),
+    "preprocess.stats",
 )  # fmt: skip
 
 
@@ -36,6 +44,6 @@ def folder_name(overrides: Sequence[str], first: str = "") -> str:
     name = "_".join([first, *words] if first else words)
     # paths and long lists lose something in a name; a hash tells them apart
     if len(name) > 80 or any("/" in o for o in overrides):
-        digest = sha256("\0".join(overrides).encode()).hexdigest()[:8]
+        digest = sha256("\0".join(overrides).encode("utf-8", "surrogateescape")).hexdigest()[:8]
         name = f"{name[:80].rstrip('-_')}_{digest}"
     return name

@@ -20,7 +20,6 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from rich.progress import track
 
 from ssl_xcit.data.bad import FILE
 from ssl_xcit.data.decode import MAX_BYTES, BadImage, open_picture
@@ -33,6 +32,7 @@ from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.files import writable_folder, write_json
 from ssl_xcit.plan import check_numbers
 from ssl_xcit.table import shown_in_terminal
+from ssl_xcit.terminal import say, track
 
 NUMBERS = (
     ("num_workers", True, 0),
@@ -42,6 +42,7 @@ NUMBERS = (
     ("data.max_bad_fraction", False, 0),
 )
 PROGRESS = ".progress.jsonl"  # one line a shard that is whole
+TSV = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})  # of a name in its cell
 SUFFIXES = {
     b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"BM": "bmp", b"GI": "gif",
     b"II": "tif", b"MM": "tif", b"\x93N": "npy", b"P5": "pgm", b"P6": "ppm",
@@ -95,15 +96,14 @@ def main(cfg: DictConfig) -> None:
             left.unlink()
         todo = [number for number in range(num_shards) if number not in done]
         if done and todo:
-            print(f"{len(done)} of {num_shards} shards are whole; going on")
+            say(f"{len(done)} of {num_shards} shards are whole; going on")
         if todo and not (out / PROGRESS).read_text().endswith("}\n"):
             note(progress, settings)
         write = look_at_all(
             partial(write_chosen, job, todo), len(todo), cfg.num_workers,
             timeout=cfg.worker_timeout, chunk=1,
         )  # fmt: skip
-        shown = shown_in_terminal()
-        for (record,) in track(write, "shards", len(todo), transient=True, disable=not shown):
+        for (record,) in track(write, "shards", len(todo), shown_in_terminal()):
             done[record["number"]] = record
             note(progress, record)
     finish(job, settings, [done[number] for number in range(num_shards)])
@@ -246,7 +246,7 @@ def finish(job: Job, settings: dict[str, Any], records: Sequence[dict[str, Any]]
     with (out / "keys.tsv").open("w", encoding="utf-8", errors="surrogateescape") as file:
         for place, index in enumerate(job.order.tolist()):
             if index not in left_out:
-                file.write(f"{place:09d}\t{source.name(index)}\n")
+                file.write(f"{place:09d}\t{source.name(index).translate(TSV)}\n")
     (out / FILE).write_text("".join(json.dumps(row) + "\n" for row in bad))
     images = sum(record["images"] for record in records)
     content = {
@@ -259,9 +259,9 @@ def finish(job: Job, settings: dict[str, Any], records: Sequence[dict[str, Any]]
     write_json(content, out / "shards.json")
     (out / PROGRESS).unlink(missing_ok=True)
     total = sum(record["bytes"] for record in records)
-    print(f"{images:,} images in {len(records):,} shards, {total / 1e6:,.0f} MB, each verified")
+    say(f"{images:,} images in {len(records):,} shards, {total / 1e6:,.0f} MB, each verified")
     if bad:
-        print(f"  {len(bad):,} bad images left out, such as {bad[0]['name']} ({bad[0]['reason']})")
-    print(f"{out}: shard-*.tar, keys.tsv, shards.json, {FILE}")
+        say(f"  {len(bad):,} bad images left out, such as {bad[0]['name']} ({bad[0]['reason']})")
+    say(f"{out}: shard-*.tar, keys.tsv, shards.json, {FILE}")
     labels = " eval_data.root=DIR" if source.labels is None else f" eval_data.root={out}"
-    print(f"next: ssl-xcit pretrain data=shards data.root={out}{labels}")
+    say(f"next: ssl-xcit pretrain data=shards data.root={out}{labels}")

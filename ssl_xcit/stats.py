@@ -1,5 +1,6 @@
 """The command `stats`: mean and standard deviation of each channel of a data set."""
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -7,9 +8,8 @@ import numpy as np
 from hydra.utils import instantiate
 from jaxtyping import Int64
 from omegaconf import DictConfig
-from rich.progress import track
 
-from ssl_xcit.data.decode import BadImage, decode
+from ssl_xcit.data.decode import BadImage, Deep, dark_images, open_picture
 from ssl_xcit.data.loader import look_at_all
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Source
@@ -17,6 +17,7 @@ from ssl_xcit.errors import UserError
 from ssl_xcit.files import writable_folder, write_json
 from ssl_xcit.plan import check_numbers
 from ssl_xcit.table import shown_in_terminal
+from ssl_xcit.terminal import say, track
 
 NUMBERS = (
     ("num_workers", True, 0),
@@ -24,19 +25,22 @@ NUMBERS = (
     ("max_images", True, 1),
 )
 Counts = Int64[np.ndarray, "channels 256"]
+log = logging.getLogger(__name__)
 
 
 def count_values(
     source: Source, how: Preprocess, chosen: Int64[np.ndarray, " M"], place: int
-) -> Counts | str:
+) -> tuple[Counts, Deep | None] | str:
     """How often each value comes in each channel of an image, or why it cannot be read."""
     index = int(chosen[place])
     try:
-        pixels = decode(source.read(index), how)
+        picture = open_picture(source.read(index), how)
+        pixels = picture.pixels()
     except BadImage as error:
         return f"{source.name(index)} ({error})"
     channels = pixels.reshape(-1, pixels.shape[-1]).T
-    return np.stack([np.bincount(channel, minlength=256) for channel in channels])
+    counts = np.stack([np.bincount(channel, minlength=256) for channel in channels])
+    return counts, picture.deep
 
 
 def main(cfg: DictConfig) -> None:
@@ -52,13 +56,16 @@ def main(cfg: DictConfig) -> None:
     look = partial(count_values, source, how, chosen)
     chunks = look_at_all(look, len(chosen), cfg.num_workers, timeout=cfg.worker_timeout)
     total, bad = np.zeros((how.channels, 256), np.int64), []
-    shown = shown_in_terminal()
-    for chunk in track(chunks, "counting", transient=True, disable=not shown):
-        for counts in chunk:
-            if isinstance(counts, str):
-                bad.append(counts)
+    deep: list[Deep] = []
+    for chunk in track(chunks, "counting", show=shown_in_terminal()):
+        for found in chunk:
+            if isinstance(found, str):
+                bad.append(found)
             else:
-                total += counts
+                total += found[0]
+                deep += [found[1]] if found[1] is not None else []
+    if note := dark_images(deep, how):
+        log.warning("%s", note)
     if not total.any():
         raise UserError(f"none of {len(chosen):,} images can be read, such as {bad[0]}")
     mean, std = moments(total)
@@ -72,13 +79,13 @@ def main(cfg: DictConfig) -> None:
     kept = how.of_weights()
     kept |= {"mean": mean.round(6).tolist(), "std": std.round(6).tolist()}
     write_json({**kept, "images": len(chosen) - len(bad)}, out)
-    print(f"{len(chosen) - len(bad):,} of {len(source):,} images, {how.channels} channels")
-    print("  mean  " + " ".join(f"{value:.4f}" for value in mean))
-    print("  std   " + " ".join(f"{value:.4f}" for value in std))
+    say(f"{len(chosen) - len(bad):,} of {len(source):,} images, {how.channels} channels")
+    say("  mean  " + " ".join(f"{value:.4f}" for value in mean))
+    say("  std   " + " ".join(f"{value:.4f}" for value in std))
     if bad:
-        print(f"  {len(bad):,} could not be read, such as {bad[0]}")
-    print(f"written: {out}")
-    print(f"next: ssl-xcit pretrain ... model.in_chans={how.channels} preprocess.stats={out}")
+        say(f"  {len(bad):,} could not be read, such as {bad[0]}")
+    say(f"written: {out}")
+    say(f"next: ssl-xcit pretrain ... model.in_chans={how.channels} preprocess.stats={out}")
 
 
 def moments(counts: Counts) -> tuple[np.ndarray, np.ndarray]:

@@ -4,8 +4,10 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from ssl_xcit.terminal import PlainConsole, printable
 
 Results = dict[str, dict[str, float]]  # what was measured -> metric -> value
 Intervals = Mapping[str, Mapping[str, Sequence[float]]]  # likewise, [low, high]
@@ -57,9 +59,9 @@ def print_table(results: Results, title: str, intervals: Intervals | None = None
     console().print(made_table(results, title, intervals))
 
 
-def console() -> Console:
+def console() -> PlainConsole:
     """As wide as the terminal; a file has room."""
-    return Console() if shown_in_terminal() else Console(width=140)
+    return PlainConsole() if shown_in_terminal() else PlainConsole(width=140)
 
 
 def made_table(results: Results, title: str, intervals: Intervals | None = None) -> Table:
@@ -67,7 +69,8 @@ def made_table(results: Results, title: str, intervals: Intervals | None = None)
     table = Table(title=f"{title}, in %", title_justify="left")
     table.add_column("", no_wrap=True)
     for row in results:
-        table.add_column(row.replace(" ", "\n"), justify="right", no_wrap=True)
+        heading = Text(printable(row).replace(" ", "\n"))
+        table.add_column(heading, justify="right", no_wrap=True)
     last = list(results)[-1]
     known = (intervals or {}).get(last, {})
     if known:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import EVALUATION, NO_ONLINE, SMALL, images, metrics, run
 
+from ssl_xcit.cli import named, with_data
 from ssl_xcit.run_name import run_name
 
 
@@ -28,7 +29,7 @@ def test_pretrain_then_eval(capsys):
     assert "1,494 images" in out
     folder = Path("runs/run")
     assert {p.name for p in folder.iterdir()} == {
-        "checkpoints", "config.yaml", "metrics.csv", "run.json", "summary.json",
+        "checkpoints", "config.yaml", "images.npz", "metrics.csv", "run.json", "summary.json",
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
         "best.ckpt",
@@ -83,7 +84,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not():
 def test_own_images_without_labels_and_smaller_than_the_crop(tmp_path, capsys):
     images(tmp_path / "in/some/where", 9, size=(20, 30))
     own = [o for o in SMALL if not o.startswith(("model", "epochs"))]
-    words = ["data=folder", "data.root=in", "model=xcit_micro_4_p8", "epochs=2", *own]
+    words = ["data.root=in", "model=xcit_micro_4_p8", "epochs=2", *own]
     assert run("pretrain", "name=own", *words) == 0
     captured = capsys.readouterr()
     assert captured.err.count("are enlarged") == 1
@@ -128,6 +129,18 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr("ssl_xcit.pretrain.check_images", lambda *a: {}["a bug"])
     assert run("pretrain") == 1
     assert "KeyError: 'a bug'" in capsys.readouterr().err
+
+
+def test_trials_of_a_sweep_tell_their_errors_in_one_line(monkeypatch):
+    seen = []
+
+    def sweeper(config, command, words, flags):
+        seen.append((os.environ["HYDRA_FULL_ERROR"], words))
+        return 0
+
+    monkeypatch.setattr("ssl_xcit.sweeps.command.main", sweeper)
+    assert run("pretrain", "-m", "data.root=a,b") == 0
+    assert seen == [("0", ["data=folder", "data.root=a,b"])]
 
 
 def test_help_is_quick_and_offline():
@@ -193,7 +206,68 @@ def test_run_names_are_stable(overrides, name):
     assert run_name(data, overrides) == name
 
 
+DATA = [  # what is typed, and what it means
+    (["pretrain", "data.root=a"], ["data=folder", "data.root=a"]),
+    (["pretrain", "a"], ["data=folder", "data.root=a"]),
+    (["pretrain", "seed=1", "a"], ["seed=1", "data=folder", "data.root=a"]),
+    (["pretrain", "-m", "data.root=a,b"], ["-m", "data=folder", "data.root=a,b"]),
+    (["pretrain", "data.root=[a,~/b]"], ["data=folder", "data.root=[a,~/b]"]),
+    (["pretrain", "data.root='a b'"], ["data=folder", "data.root='a b'"]),
+    (["pretrain", "++data.root=a"], ["data=folder", "++data.root=a"]),
+    (["pretrain", "data.file=x.NPY"], ["data=arrays", "data.file=x.NPY"]),
+    (["pretrain", "data.file='x y.npz'"], ["data=arrays", "data.file='x y.npz'"]),
+    (["pretrain", "data.file=x.txt\r"], ["data=list", "data.file=x.txt\r"]),
+    (["pretrain", "x.parquet"], ["data=list", "data.file=x.parquet"]),
+    (["pretrain", "data.root=a", "data.file=x.csv"],
+     ["data.root=a", "data=list", "data.file=x.csv"]),
+    (["pretrain", "eval_data.root=b"], ["eval_data=folder", "eval_data.root=b"]),
+    (["pretrain", "data.file=x.tsv", "eval_data.root=b"],
+     ["data=list", "data.file=x.tsv", "eval_data=folder", "eval_data.root=b"]),
+    (["pretrain", "data.root=a", "eval_data.root=b"],
+     ["data=folder", "data.root=a", "eval_data.root=b"]),
+    (["pretrain", "data.root=a", "eval_data.file=x.npy"],
+     ["data=folder", "data.root=a", "eval_data=arrays", "eval_data.file=x.npy"]),
+    (["pretrain", "experiment=continue", "data.root=a"],
+     ["experiment=continue", "data=folder", "data.root=a"]),
+    (["check", "data.file=x.txt"], ["data=list", "data.file=x.txt"]),
+    (["shard", "a", "out=b"], ["data.root=a", "out=b"]),
+    (["shard", "a", "b"], ["data.root=a", "out=b"]),
+    (["eval", "x", "eval_data.root=b"], ["ckpt=x", "eval_data=folder", "eval_data.root=b"]),
+    (["eval", "ckpt=x", "eval_data.file=x.txt"],
+     ["ckpt=x", "eval_data=list", "eval_data.file=x.txt"]),
+    # what is chosen has the setting, or is not known here
+    (["pretrain", "data=shards", "data.root=a"], ["data=shards", "data.root=a"]),
+    (["pretrain", "data.root=a", "data=photos"], ["data.root=a", "data=photos"]),
+    (["pretrain", "data=list", "data.file=x.txt", "data.root=a"],
+     ["data=list", "data.file=x.txt", "data.root=a"]),
+    (["pretrain", "experiment=cifar10", "data.root=a"], ["experiment=cifar10", "data.root=a"]),
+    (["pretrain", "experiment=imagenet_nano_12_p8", "data.root=a"],
+     ["experiment=imagenet_nano_12_p8", "data.root=a"]),
+    (["pretrain", "experiment=domain", "data.root=a"], ["experiment=domain", "data.root=a"]),
+    (["pretrain", "experiment=mine", "data.root=a"], ["experiment=mine", "data.root=a"]),
+    (["pretrain", "-cd", "mine", "data.root=a"], ["-cd", "mine", "data.root=a"]),
+    (["check", "data.root=a"], ["data.root=a"]),
+    (["eval", "x", "eval_data=shards", "eval_data.root=b"],
+     ["ckpt=x", "eval_data=shards", "eval_data.root=b"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "meant"), DATA, ids=lambda words: " ".join(words))
+def test_images_are_named_by_their_folder_or_file_alone(tmp_path, typed, meant):
+    (tmp_path / "a").mkdir()
+    command, *words = typed
+    assert with_data(command, named(command, words)) == meant
+    assert with_data(command, named(command, meant)) == meant
+
+
+def test_a_folder_alone_names_the_same_run():
+    words = ["optim.lr=1", "data.root=/a/b", "seed=1"]
+    assert with_data("pretrain", words) != words
+    assert run_name("folder", with_data("pretrain", words)) == run_name("folder", words)
+
+
 def test_run_names_tell_paths_apart():
-    one, other = (run_name("folder", [f"data.root={path}"]) for path in ("/a/b", "/a-b"))
-    assert one != other
+    paths = ("/a/b", "/a-b", "/caf\udce9", "/caf\udcea")
+    one, *others = (run_name("folder", [f"data.root={path}"]) for path in paths)
+    assert len({one, *others}) == len(paths)
     assert "/" not in one

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from ssl_xcit.errors import UserError
 from ssl_xcit.pretrain import make_plan
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -41,6 +42,33 @@ def test_data_and_trainers_compose(data, trainer):
     instantiate(cfg.augment)
     instantiate(cfg.callbacks)
     instantiate(cfg.evaluation)
+
+
+@pytest.mark.parametrize(
+    ("images", "devices", "accumulate", "fitting"),
+    [
+        (12, 1, 1, "batch_size=12 or less"),
+        (12, 1, 20, "batch_size=12 or less, and trainer.accumulate=12 or less"),
+        (13, 4, 1, "batch_size=12 or less, a multiple of the 4 devices"),
+        (
+            13,
+            4,
+            5,
+            "batch_size=12 or less, a multiple of the 4 devices, and trainer.accumulate=3 or less",
+        ),
+        (3, 4, 1, "trainer.devices=1"),
+    ],
+)
+def test_a_batch_that_fits_is_named_and_fits(images, devices, accumulate, fitting):
+    words = ["batch_size=64", f"trainer.accumulate={accumulate}"]
+    with pytest.raises(UserError) as raised:
+        make_plan(load("pretrain", *words), images, devices)
+    assert str(raised.value).endswith(f": set {fitting}")
+    told = [word.rstrip(",") for word in fitting.split() if "=" in word]
+    if "trainer.devices=1" in told:
+        devices, told = 1, ["batch_size=3"]
+    plan = make_plan(load("pretrain", *words, *told), images, devices)
+    assert images - devices < plan.per_device_batch * devices <= images  # and none larger does
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))

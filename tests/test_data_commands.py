@@ -16,8 +16,9 @@ from commands import EVALUATION, NO_ONLINE, images, metrics, run
 from PIL import Image
 
 from ssl_xcit import check, load_backbone, shard
-from ssl_xcit.data.decode import decode
+from ssl_xcit.data.decode import RGB, BadImage, decode
 from ssl_xcit.data.shards import tar_shards
+from ssl_xcit.data.sources import Files
 
 TINY = [*NO_ONLINE, "~callbacks.online", "evaluation.baselines=null"]
 TINY += ["evaluation.evaluators.linear=null", "augment.num_local=1"]
@@ -53,6 +54,74 @@ def bad_files():
         "crc.png": bytes(flipped),
         "bomb.png": bomb.getvalue(),
     }
+
+
+@pytest.fixture
+def twelve_bits():
+    """Of a microscope, in 16-bit files."""
+    Path("deep/a").mkdir(parents=True)
+    for i in range(12):
+        grey = np.random.default_rng(i).integers(0, 4096, (48, 48)).astype(np.uint16)
+        Image.fromarray(grey).save(f"deep/a/{i}.png")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "data.root=deep", "num_workers=0"],
+        ["stats", "data.root=deep", "num_workers=0"],
+        ["pretrain", "data=folder", "data.root=deep", "model=xcit_micro_4_p8", *TINY],
+    ],
+    ids=["check", "stats", "pretrain"],
+)
+def test_images_that_are_nearly_black_are_noticed(twelve_bits, words, capsys):
+    assert run(*words) == 0
+    said = capsys.readouterr().err
+    assert "is above 4095 of 65535" in said
+    assert "preprocess.value_range=[0,4095]" in said
+    if words[0] == "check":
+        assert "4095" in json.loads(Path("check/report.json").read_text())["dark_images"]
+    assert (
+        run(*words, "preprocess.value_range=[0,4095]", *["name=bright"] * (words[0] == "pretrain"))
+        == 0
+    )
+    assert "4095 of" not in capsys.readouterr().err
+
+
+def test_a_run_started_inside_its_images_goes_on_with_them(capsys):
+    """Its own pictures lie in the folder by then."""
+    images(Path(), 16)
+    words = ["pretrain", "data=folder", "data.root=.", "name=x", "model=xcit_micro_4_p8", *TINY]
+    words = [
+        w for w in words if w not in ("callbacks.snapshots=null", "report=null", "epochs=0.05")
+    ]
+    words += ["epochs=3", "callbacks.snapshots.moments=2", "callbacks.snapshots.images=2"]
+    assert run(*words) == 0
+    pictures = [p for p in Path("runs").rglob("*") if p.suffix in (".png", ".jpg")]
+    assert pictures
+    Path("runs/x/summary.json").unlink()
+    assert run(*words) == 0
+    out, err = capsys.readouterr()
+    assert "  16 images" in out
+    assert "going on from" in out
+    assert "1 folder of runs, results or caches, such as runs" in err
+
+
+def test_a_thin_image_and_what_augmentation_cannot_use(monkeypatch, caplog):
+    from ssl_xcit.data import module
+
+    Image.new("RGB", (6000, 1)).save("thin.png")
+    source = Files(["thin.png"])
+    pixels, good = module.PlainDataset(source, 256, 224, RGB)[0]
+    assert good
+    assert pixels.shape == (3, 224, 224)
+
+    def refuse(*_):
+        raise BadImage("larger than it may become")
+
+    monkeypatch.setattr(module, "resize_center_crop", refuse)  # after it was decoded
+    assert not module.PlainDataset(source, 256, 224, RGB)[0][1]
+    assert "larger than it may become" in caplog.text
 
 
 def test_check_counts_names_and_finds_repeats(capsys):

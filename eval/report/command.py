@@ -16,8 +16,9 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import replacing, writable_folder
+from ssl_xcit.files import replacing, writable_folder, writable_or_here
 from ssl_xcit.table import shown_in_terminal
+from ssl_xcit.terminal import say
 
 from ..settings import number
 from ..views import atlas
@@ -102,7 +103,7 @@ class Report:
                 f'data-plot="{place}"></div>'
                 for place in range(len(group["plots"]))
             )
-            html.append(f'<h3>{group["title"]}</h3><div class="figures">{figures}</div>')
+            html.append(f'<h3>{esc(group["title"])}</h3><div class="figures">{figures}</div>')
         hint = (
             '<p class="hint drag">Drag to enlarge a stretch of steps in all figures, double-click '
             "to go back.</p>"
@@ -208,10 +209,13 @@ def main(cfg: DictConfig) -> None:
     folders = folders_of(cfg)
     out = out_file(cfg.out, folders)
     runs = [read_run(folder) for folder in folders]
-    try:
-        writable_folder(out.parent)
-    except UserError as error:
-        raise UserError(f"{error}; out=FILE.html writes the page elsewhere") from error
+    if cfg.out is None:
+        out = writable_or_here(out.parent) / out.name
+    else:
+        try:
+            writable_folder(out.parent)
+        except UserError as error:
+            raise UserError(f"{error}; out=FILE.html writes the page elsewhere") from error
     for run in runs:
         for problem in run.problems:
             log.warning("%s: %s", run.path, problem)
@@ -220,4 +224,4 @@ def main(cfg: DictConfig) -> None:
     )
     write_report(runs, options, out)
     size = out.stat().st_size / 1e6
-    print(f"written: {out} ({size:.1f} MB); open it in a browser")
+    say(f"written: {out} ({size:.1f} MB); open it in a browser")

@@ -48,7 +48,24 @@ def headline(run: Run) -> str:
         lines.append(
             f'<div class="notice"><p>This report is not complete:</p><ul>{items}</ul></div>'
         )
+    if changed := data_changes(run):
+        items = "".join(f"<li>{esc(each)}</li>" for each in changed)
+        lines.append(
+            '<div class="notice"><p>The images changed during this run, so it is not the same as '
+            f"one that was not stopped:</p><ul>{items}</ul></div>"
+        )
     return "".join(lines)
+
+
+def data_changes(run: Run) -> list[str]:
+    """Where a run went on with other images (`resume.data=changed`), in words."""
+    noted = run.about.get("data_changes")
+    return [
+        f"after step {change.get('step')}: {key}: {words}"
+        for change in (noted if isinstance(noted, list) else [])
+        if isinstance(change, dict) and isinstance(change.get("data"), dict)
+        for key, words in change["data"].items()
+    ]
 
 
 def health_pill(run: Run) -> str:

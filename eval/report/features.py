@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 from hydra.errors import InstantiationException
 
+from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.preprocess import MAX_PIXELS, of_weights
-from ssl_xcit.data.sources import Source, label_kind
+from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.weights import checkpoint_path, load_backbone
 

@@ -10,7 +10,7 @@ from plotly.offline import get_plotlyjs
 
 from ssl_xcit import __version__
 
-from ..views.markup import asset, esc, script_json
+from ..views.markup import all_printable, asset, esc, script_json
 
 FIGURES = ("curves", "numbers", "entropy", "parallel", "decides", "over")  # drawn by plotly
 
@@ -61,6 +61,7 @@ def page(title: str, subtitle: str, head: str, parts: Sequence[Part], when: str)
     data: dict[str, Any] = {}
     for part in parts:
         data |= part.data
+    content = script_json(all_printable(data))
     links = "".join(f'<a href="#{esc(p.ident)}">{esc(p.title)}</a>' for p in parts)
     plotly = f"<script>{get_plotlyjs()}</script>" if needs_plotly(data) else ""
     scripts = "".join(f"<script>{part.script}</script>" for part in parts if part.script)
@@ -79,7 +80,7 @@ def page(title: str, subtitle: str, head: str, parts: Sequence[Part], when: str)
             *(part.body() for part in parts),
             "</main>",
             f"<footer>ssl_xcit {esc(__version__)}, {esc(when)}</footer>",
-            f'<script type="application/json" id="data">{script_json(data)}</script>',
+            f'<script type="application/json" id="data">{content}</script>',
             plotly,
             scripts,
             f"<script>{asset('report.js')}</script></body></html>",

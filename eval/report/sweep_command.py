@@ -10,9 +10,10 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import replacing, writable_folder
+from ssl_xcit.files import replacing, writable_folder, writable_or_here
 from ssl_xcit.sweeps.trial import FAILED, FINISHED
 from ssl_xcit.table import console, format_value, shown_interval, title_of
+from ssl_xcit.terminal import say
 
 from ..settings import number
 from ..views.markup import command, esc, paragraph, spoken, table
@@ -54,7 +55,7 @@ def headings(sweep: Sweep) -> list[str]:
 def print_leaderboard(sweep: Sweep, most: int) -> None:
     """The best first; those that failed with what they said."""
     left_out = f", the best {most} of {len(sweep.trials)}" if len(sweep.trials) > most else ""
-    print(f"{sweep.path}: {sweep.in_words()}{left_out}")
+    say(f"{sweep.path}: {sweep.in_words()}{left_out}")
     found = Table()
     for heading in headings(sweep):
         found.add_column(heading, justify="right", no_wrap=True)
@@ -64,7 +65,7 @@ def print_leaderboard(sweep: Sweep, most: int) -> None:
     for one in sweep.trials:
         if one.state == FAILED:
             words = " ".join(f"{k}={v}" for k, v in one.values.items())
-            console().print(f"failed: {words}: {one.error}", markup=False, soft_wrap=True)
+            say(f"failed: {words}: {one.error}")
 
 
 def axis(key: str, values: Sequence[str]) -> dict[str, Any]:
@@ -195,10 +196,13 @@ def main(cfg: DictConfig) -> None:
     number("top", cfg.top, int, 1)
     folder = Path(str(cfg.dir)).expanduser()
     sweep = read_sweep(folder, cfg.metric)
-    out = Path(str(cfg.out)).expanduser() if cfg.out else folder / NAME
-    if out.suffix != ".html" or out.is_dir():
-        raise UserError(f"out={cfg.out}: a file ending in .html")
-    writable_folder(out.parent)
+    if cfg.out:
+        out = Path(str(cfg.out)).expanduser()
+        if out.suffix != ".html" or out.is_dir():
+            raise UserError(f"out={cfg.out}: a file ending in .html")
+        writable_folder(out.parent)
+    else:
+        out = writable_or_here(folder) / NAME
     if not sweep.trials:
         raise UserError(f"{folder}: no trial has begun yet")
     if sweep.finished == [] and sweep.count(FINISHED):
@@ -209,9 +213,9 @@ def main(cfg: DictConfig) -> None:
     print_leaderboard(sweep, cfg.top)
     if shares := decides(sweep):
         told = ", ".join(f"{key} {100 * share:.0f} %" for key, share in shares.items())
-        print(f"what decides: {told}")
+        say(f"what decides: {told}")
     if sweep.finished:
-        print(f"the best as a run by itself:\n  {sweep.command(sweep.finished[0])}")
-        print(f"look closer: ssl-xcit report run={folder / sweep.finished[0].name}")
+        say("the best as a run by itself:", f"  {sweep.command(sweep.finished[0])}")
+        say(f"look closer: ssl-xcit report run={folder / sweep.finished[0].name}")
     write_page(sweep, out)
-    print(f"written: {out}; open it in a browser")
+    say(f"written: {out}; open it in a browser")

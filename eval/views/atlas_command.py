@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig
-from rich.progress import track
 
 from ssl_xcit.data.decode import BadImage, open_picture
 from ssl_xcit.data.preprocess import of_weights
 from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import replacing, writable_folder, written_to
+from ssl_xcit.files import replacing, writable_folder, writable_or_here, written_to
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
 from ssl_xcit.table import shown_in_terminal
+from ssl_xcit.terminal import say, track
 
 from ..frozen import Frozen, placed
 from ..online import thinned
@@ -87,13 +87,12 @@ def out_file(cfg: DictConfig, path: Path) -> Path:
     Raises:
         UserError: `out` is no name of a page, or lies where none can be written.
     """
-    out = Path(str(cfg.out)).expanduser() if cfg.out else folder_of(path) / "atlas.html"
+    if not cfg.out:
+        return writable_or_here(folder_of(path)) / "atlas.html"
+    out = Path(str(cfg.out)).expanduser()
     if out.suffix not in (".html", ".htm") or out.is_dir():
         raise UserError(f"out={cfg.out}: a file ending in .html")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out={out}: {error.strerror}; name a file that can be made") from error
+    writable_folder(out.parent)
     return out
 
 
@@ -138,9 +137,7 @@ def thumbnails(shelves: Sequence[Shelf], side: int, show: bool) -> Iterator[Pict
     todo = [(found, i) for found in shelves for i in range(len(found))]
     waiting: deque[Future[Picture]] = deque()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for place in track(
-            range(-AHEAD, len(todo)), "thumbnails", transient=True, disable=not show
-        ):
+        for place in track(range(-AHEAD, len(todo)), "thumbnails", show=show):
             if place + AHEAD < len(todo):
                 waiting.append(pool.submit(small, *todo[place + AHEAD], side))
             if place >= 0:
@@ -180,7 +177,6 @@ def main(cfg: DictConfig) -> None:
             placed(backbone, str(cfg.device))[0], cfg.batch_size, cfg.num_workers, show=show,
             cache=cache_folder(cfg.cache),
         )  # fmt: skip
-    writable_folder(out.parent)
     data = images_of(cfg)
     sources = chosen_sources(data, cfg.part, cfg.max_images)
     with clock.timed("features"):
@@ -206,8 +202,8 @@ def main(cfg: DictConfig) -> None:
         part.write_text(page(title, words, atlas), encoding="utf-8")
     if bad:
         named = ", ".join(bad[:NAMED]) + (", ..." if len(bad) > NAMED else "")
-        print(f"left out, they cannot be read: {len(bad):,} of {len(bad) + len(names):,} images "
+        say(f"left out, they cannot be read: {len(bad):,} of {len(bad) + len(names):,} images "
               f"({named})")  # fmt: skip
-    print(clock.in_words())
+    say(clock.in_words())
     size = out.stat().st_size / 1e6
-    print(f"written: {count}, {size:.1f} MB; open {out}")
+    say(f"written: {count}, {size:.1f} MB; open {out}")

@@ -177,7 +177,7 @@ def chart(curves: Sequence[Curve], title: str) -> Picture:
         return bottom - (bottom - top) * (value - low) / (1.0 - low)
 
     words = font(TEXT * zoom)
-    draw.text(at(left, 8), title, INK, words)
+    draw.text(at(left, 8), shortened(title, inner + legend), INK, words)
     for value in np.linspace(low, 1.0, 6 if round((1.0 - low) * 10) % 5 == 0 else 5):
         draw.line([at(left, up(value)), at(left + inner, up(value))], FAINT, zoom)
         draw.text(at(left - 8, up(value)), f"{value:.3g}", INK, words, anchor="rm")

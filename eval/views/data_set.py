@@ -20,8 +20,9 @@ from omegaconf import DictConfig
 
 from ssl_xcit.data.decode import BadImage, decode
 from ssl_xcit.data.folders import folder
+from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.preprocess import resize_center_crop
-from ssl_xcit.data.sources import LabelledPair, Source, label_kind
+from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.models.weights import checkpoint_path
 
@@ -30,9 +31,7 @@ from ..frozen import Frozen
 from ..run import checkpoints_in, folder_of
 from .pictures import Picture, visible
 
-NO_IMAGES = (
-    "the images of a data set are needed: eval_data=photos, or eval_data=folder eval_data.root=DIR"
-)
+NO_IMAGES = "the images of a data set are needed: eval_data=photos, or eval_data.root=DIR"
 RESIZE, SIZE = 256, 224  # where a setting has none
 
 

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from omegaconf import DictConfig
-from rich.progress import track
 from torch import Tensor
 
 from ssl_xcit.data.preprocess import of_weights
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import replacing, writable_folder, written_to
+from ssl_xcit.files import replacing, writable_folder, writable_or_here, written_to
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.table import shown_in_terminal
+from ssl_xcit.terminal import say, track
 from ssl_xcit.training.memory import is_out_of_memory
 
 from ..frozen import Frozen, placed
@@ -202,7 +202,10 @@ def out_path(cfg: DictConfig, ckpt: Path) -> Path:
     video = Path(str(cfg.video)).expanduser()
     head = "" if cfg.head is None or cfg.kind == "pca" else f"-head-{cfg.head}"
     name = f"{video.resolve().name if video.is_dir() else video.stem}-{cfg.kind}{head}.mp4"
-    out = Path(str(cfg.out)).expanduser() if cfg.out else folder_of(ckpt) / "film" / name
+    if cfg.out:
+        out = Path(str(cfg.out)).expanduser()
+    else:
+        out = writable_or_here(folder_of(ckpt), "film") / name
     if out.suffix.lower() == ".mp4" and not out.is_dir():
         if out.resolve() == video.resolve():
             raise UserError(f"out={out}: that is the video itself; take another name")
@@ -236,7 +239,7 @@ def main(cfg: DictConfig) -> None:
     clip = clip_of(cfg, frozen)
     out = out_path(cfg, ckpt)
     height, width = clip.sides
-    print(f"{ckpt}: {model_name(backbone.architecture)}, {cfg.which}")
+    say(f"{ckpt}: {model_name(backbone.architecture)}, {cfg.which}")
     began = time.monotonic()
     total = sample(cfg, frozen, clip, paint)
     with written_to(out):
@@ -244,7 +247,7 @@ def main(cfg: DictConfig) -> None:
     for problem in clip.problems:
         log.warning("%s", problem)
     seconds = float(ticks * clip.time_base)
-    print(
+    say(
         f"written: {out}, {made} frames of {width * (1 + cfg.side_by_side)} x {height}, "
         f"{seconds:.1f} s, in {time.monotonic() - began:.0f} s"
     )
@@ -256,10 +259,7 @@ def sample(cfg: DictConfig, frozen: Frozen, clip: Clip, paint: Paint) -> int:
     """
     total = clip.expected()
     places = evenly(total, cfg.samples)
-    frames = track(
-        clip.frames(set(places)), "settling colours", total=len(places),
-        disable=not frozen.show, transient=True,
-    )  # fmt: skip
+    frames = track(clip.frames(set(places)), "settling colours", len(places), frozen.show)
     taken = 0
     for batch, looked in looked_at(cfg, frozen, frames):
         paint.take(looked)
@@ -349,9 +349,7 @@ def draw_all(
     cfg: DictConfig, frozen: Frozen, clip: Clip, paint: Paint, film: Movie | Sheets, total: int
 ) -> tuple[int, int]:
     """See `shoot`."""
-    frames = track(
-        clip.frames(), "film", total=total, disable=not frozen.show, transient=True
-    )  # fmt: skip
+    frames = track(clip.frames(), "film", total, frozen.show)
     end = 0
     for batch, looked in looked_at(cfg, frozen, frames):
         for i, frame in enumerate(batch):

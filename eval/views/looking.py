@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from omegaconf import DictConfig
-from rich.progress import track
 from torch import Tensor, nn
 
 from ssl_xcit.data.decode import BadImage
 from ssl_xcit.data.preprocess import Pixels
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.terminal import track
 from ssl_xcit.training.memory import is_out_of_memory
 
 from ..frozen import Frozen
@@ -219,7 +219,7 @@ def look_through(
     with TemporaryFile(dir=out) as file, frozen.looking() as backbone:
         collected = patches.Collected(file, backbone.embed_dim)
         done = Pass(cfg, kinds, frozen, label, inside, out, collected)
-        for shot in track(waiting, label, disable=not frozen.show, transient=True):
+        for shot in track(waiting, label, show=frozen.show):
             try:
                 done.take(shot, backbone)
             except BadImage as bad:

@@ -8,13 +8,15 @@ import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from ssl_xcit.terminal import printable
 
 from .pictures import Picture, thumbnail
 
@@ -23,8 +25,17 @@ MAX_PIXELS = 16_000_000  # of a picture that is taken from a file
 
 
 def esc(words: object) -> str:
-    """Text, in an element or an attribute; a file's name may be no text."""
-    return html.escape(str(words).encode("utf-8", "backslashreplace").decode())
+    """Text, in an element or an attribute, as a terminal has it: see `printable`."""
+    return html.escape(printable(str(words)))
+
+
+def all_printable(content: Any) -> Any:
+    """Data for a script that only shows it: each text in it as `printable` has it."""
+    if isinstance(content, str):
+        return printable(content)
+    if isinstance(content, Mapping):
+        return {key: all_printable(value) for key, value in content.items()}
+    return [all_printable(each) for each in content] if isinstance(content, list) else content
 
 
 def script_json(content: Any) -> str:

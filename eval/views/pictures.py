@@ -24,6 +24,7 @@ from ssl_xcit.data.photos import photographs
 from ssl_xcit.data.preprocess import Pixels, Preprocess
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.files import replacing
+from ssl_xcit.terminal import printable
 
 from ..masks import resize_image
 
@@ -227,6 +228,7 @@ def font(size: int = TEXT) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def shortened(words: str, width: int, size: int = TEXT) -> str:
     """Words of so many pixels at most, with dots where some were left out in the middle."""
+    words = printable(words)
     if font(size).getlength(words) <= width:
         return words
     for kept in range(len(words) - 1, 1, -1):

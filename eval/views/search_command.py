@@ -16,9 +16,10 @@ from ssl_xcit.data.folders import folder
 from ssl_xcit.data.preprocess import of_weights, resize_center_crop
 from ssl_xcit.data.sources import Files
 from ssl_xcit.errors import MissingPath, UserError
-from ssl_xcit.files import replacing, written_to
+from ssl_xcit.files import replacing, writable_folder, written_to
 from ssl_xcit.models.weights import checkpoint_path, load_backbone
 from ssl_xcit.table import console
+from ssl_xcit.terminal import say
 
 from ..embedded import Opened
 from ..feature_cache import weights_digest
@@ -36,8 +37,10 @@ def main(cfg: DictConfig) -> None:
     """`ssl-xcit search`: prints neighbours, writes a picture or JSON."""
     number("k", cfg.k, int, 1)
     out = None if cfg.out is None else Path(str(cfg.out)).expanduser()
-    if out is not None and out.suffix not in (".png", ".json"):
-        raise UserError(f"out={cfg.out}: a picture ending in .png, or a file ending in .json")
+    if out is not None:
+        if out.suffix not in (".png", ".json"):
+            raise UserError(f"out={cfg.out}: a picture ending in .png, or a file ending in .json")
+        writable_folder(out.parent)  # now, not after the search
     opened = Opened(Path(str(cfg.index)).expanduser())
     files = queries_of(cfg)
     frozen = looked_with(cfg, opened)
@@ -45,7 +48,7 @@ def main(cfg: DictConfig) -> None:
     k = min(cfg.k, len(opened.names))
     similarity, indices = neighbours(opened, features, k)
     if opened.index is not None and not is_exact(opened.index):
-        print("an approximate index: some neighbours may be missing")
+        say("an approximate index: some neighbours may be missing")
     found = []
     for place, row in enumerate(rows):
         near = [
@@ -54,7 +57,7 @@ def main(cfg: DictConfig) -> None:
             if i >= 0
         ]
         found.append({"image": str(files[row]), "neighbours": near})
-    say(found)
+    print_neighbours(found)
     if out is not None:
         with written_to(out):
             if out.suffix == ".json":
@@ -64,7 +67,7 @@ def main(cfg: DictConfig) -> None:
                     )
             else:
                 write_png(sheet(found[:MOST_ROWS], frozen, opened), out)
-        print(f"written: {out}")
+        say(f"written: {out}")
     if len(rows) < len(files):
         unread = sorted(set(range(len(files))) - set(rows.tolist()))
         names = ", ".join(str(files[i]) for i in unread[:5])
@@ -141,7 +144,7 @@ def neighbours(opened: Opened, features: np.ndarray, k: int) -> tuple[np.ndarray
     return ordered(similarities(opened.bank, features, indices), indices)
 
 
-def say(found: Sequence[dict[str, Any]]) -> None:
+def print_neighbours(found: Sequence[dict[str, Any]]) -> None:
     """A table for each image."""
     for one in found:
         table = Table(title=one["image"], title_justify="left")

@@ -25,8 +25,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ssl_xcit.data.decode import BadImage, open_picture, read_image
+from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.preprocess import Pixels, Preprocess
-from ssl_xcit.data.sources import Source, label_kind
+from ssl_xcit.data.sources import Source
 from ssl_xcit.files import write_json
 from ssl_xcit.training.loggers import give_images, takes_images
 from ssl_xcit.training.memory import is_out_of_memory, release

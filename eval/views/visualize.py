@@ -19,11 +19,20 @@ from omegaconf import DictConfig, ListConfig
 
 from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import replacing, sha256_of, sweep, write_json, written_to
+from ssl_xcit.files import (
+    replacing,
+    sha256_of,
+    sweep,
+    writable_folder,
+    writable_or_here,
+    write_json,
+    written_to,
+)
 from ssl_xcit.models.weights import checkpoint_path, checkpoints_of, load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.run_folder import versions
 from ssl_xcit.table import shown_in_terminal
+from ssl_xcit.terminal import say
 
 from ..frozen import Frozen, placed
 from ..run import (
@@ -155,13 +164,16 @@ def out_folder(cfg: DictConfig, path: Path) -> Path:
     """Where everything goes; made, and without what a killed process left.
 
     Raises:
-        UserError: `out` is a file, or cannot be made.
+        UserError: `out` is a file, or cannot be written.
     """
-    out = Path(str(cfg.out)).expanduser() if cfg.out else folder_of(path) / "visualize"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out={out}: {error.strerror}; name a folder that can be made") from error
+    if cfg.out:
+        out = Path(str(cfg.out)).expanduser()
+        try:
+            writable_folder(out)
+        except UserError as error:
+            raise UserError(f"out={error}; name a folder that can be written") from error
+    else:
+        out = writable_or_here(folder_of(path), "visualize")
     sweep(out)
     return out
 
@@ -205,7 +217,7 @@ def main(cfg: DictConfig) -> None:
                 found.grids[label] = grids
                 for kind in grids:
                     before = f"{label}, " if len(paths) > 1 else ""
-                    print(f"{before}{kind}: {in_words(kind, told[kind])}")
+                    say(f"{before}{kind}: {in_words(kind, told[kind])}")
         shown = [shot for shot in shots if shot.tiles and not shot.left_out]
         write_page(cfg, kinds, models, paths, shown, found, out)
         write_numbers(cfg, models, paths, shots, found.numbers, out)
@@ -213,7 +225,7 @@ def main(cfg: DictConfig) -> None:
         num_grids = sum(len(each) for each in found.grids.values())
         parts = [f"{count} pictures of {len(shown)} image{'s' * (len(shown) != 1)}"] * bool(shown)
         parts += [f"{num_grids} grid{'s' * (num_grids != 1)}"] * bool(num_grids)
-        print(f"written: {', '.join(parts)}; open {out / 'index.html'}")
+        say(f"written: {', '.join(parts)}; open {out / 'index.html'}")
 
 
 def write_numbers(

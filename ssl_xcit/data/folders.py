@@ -11,23 +11,33 @@ from pathlib import Path
 import numpy as np
 
 from ssl_xcit.data.cache import load_arrays, save_arrays
+from ssl_xcit.data.formats import EXTENSIONS, HEAD, LeftOut, looked_at, told_by_ending
+from ssl_xcit.data.labels import named_classes
 from ssl_xcit.data.names import Names
 from ssl_xcit.data.sources import Files, LabelledPair, Source, held_out
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.files import default_cache
 
 log = logging.getLogger(__name__)
-EXTENSIONS = tuple(b".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif .npy".split())
+FORMAT = 2  # of a kept listing
 WORTH_KEEPING = 10_000  # entries from which on the listing is kept
 SETTLED = 2_000_000_000  # nanoseconds after which a folder's time tells of every change
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "val", "validation", "valid")  # the first that is there is used
+OTHER_NAMES = ("unlabeled", "unlabelled", "extra")  # that may lie beside them
+OWN = (  # files of folders that are not looked into: runs, pictures, virtual environments
+    {b"run.json", b"config.yaml"}, {b"visualize.json", b"index.html"}, {b"pyvenv.cfg"},
+)  # fmt: skip
+said: set[str] = set()  # what this process has told, once
 
 
-def folder(root: str | Sequence[str] | None, labels: bool = False) -> Files:
+def folder(root: str | Sequence[str] | None, labels: bool = False, out: object = None) -> Files:
     """All images below one folder or several, in any tree.
 
     Args:
         root: one folder or several.
         labels: the first folder below `root` is the class.
+        out: a folder of results, which is not looked into; anything else means nothing.
 
     Raises:
         MissingPath: a folder that is missing or has no image.
@@ -41,54 +51,99 @@ def folder(root: str | Sequence[str] | None, labels: bool = False) -> Files:
             raise UserError(f"root={roots}: labels need one root, with one folder a class")
         return class_folders(str(roots[0]))
     homes = [str(Path(str(each)).expanduser()) for each in roots]
+    found = [image_files(home, out) for home in homes]
+    for home in homes:
+        say_split(Path(home))
     if len(homes) == 1:
-        return Files(image_files(homes[0]), homes[0])
-    return Files(Names.of(os.path.join(h, n) for h in homes for n in image_files(h)))
+        return Files(found[0], homes[0])
+    paths = Names.of(
+        os.path.join(h, n) for h, names in zip(homes, found, strict=True) for n in names
+    )
+    return Files(paths, homes=homes)
 
 
-def image_files(root: str | Path) -> Names:
-    """Every image file below a folder, relative to it and sorted; hidden files and folders are left
-    out.
+def say_split(root: Path) -> None:
+    """Say once that training on all of a folder includes its test images."""
+    if split := split_of(root):
+        names = " and ".join(p.name for p in split)
+        say_once(
+            f"{root} holds {names}, and all of their images are used; root={split[0]} takes the "
+            "training images alone"
+        )
+
+
+def say_once(sentence: str) -> None:
+    """A warning, once in a process."""
+    if sentence not in said:
+        said.add(sentence)
+        log.warning("%s", sentence)
+
+
+def image_files(root: str | Path, out: object = None) -> Names:
+    """Every image file below a folder, relative to it and sorted.
+
+    An image is told by the ending of its name, and without a known one by its first bytes. Hidden
+    files and folders, run folders, caches, virtual environments and `out` are not looked into. What
+    is left out is said once.
 
     A listing of many files is kept in the cache folder with the time of change of every folder,
     and made again when one differs.
 
     Raises:
         MissingPath: no such folder, or no image in it.
+        UserError: it is a file.
     """
     root = Path(root).expanduser()
+    if root.is_file():
+        raise UserError(
+            f"root={root} is a file: name its folder, or a list or an array as data.file"
+        )
     if not root.is_dir():
         raise MissingPath(f"root={root}: no such folder")
     real = os.path.realpath(root)
-    key = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
-    file = default_cache() / "folders" / f"{key}.npz"
+    skipped = excluded(real, out)
+    key = hashlib.sha256(b"\0".join([b"%d" % FORMAT, os.fsencode(real), *sorted(skipped)]))
+    file = default_cache() / "folders" / f"{key.hexdigest()[:16]}.npz"
     kept = load_arrays(file)
     if kept is not None and is_current(kept, os.fsencode(real)):
+        if left_out := kept["left_out"].tobytes().decode("utf-8", "surrogateescape"):
+            say_once(f"{root}: left out: {left_out}")
         return Names(kept["names"], kept["ends"])
-    found, others, folders = scan(real)
+    found, left_out, folders = scan(real, skipped)
     names = Names.of(found)
     if not found:
-        known = " ".join(e.decode() for e in EXTENSIONS)
-        raise MissingPath(
-            f"root={root}: no images in it or below ({others:,} other files); looked for {known}"
-        )
+        others = f"left out: {left_out}" if left_out else "no files"
+        raise MissingPath(f"root={root}: no images in it or below ({others})")
+    if left_out:
+        say_once(f"{root}: left out: {left_out}")
     if len(found) + len(folders) >= WORTH_KEEPING:
         paths = Names.of(folders)
         times = np.fromiter(folders.values(), np.int64, len(folders))
         arrays = {"names": names.content, "ends": names.ends, "folders": paths.content}
         arrays |= {"folder_ends": paths.ends, "times": times, "scanned": np.array(time.time_ns())}
+        arrays |= {"left_out": Names.of([left_out]).content}
         save_arrays(file, arrays)
     return names
 
 
-def scan(real: str) -> tuple[list[bytes], int, dict[bytes, int]]:
-    """(image files, number of other files, time of change of each folder in ns), relative paths.
+def excluded(real: str, out: object) -> set[bytes]:
+    """Absolute folders below `real` that hold results or caches."""
+    wanted = [os.path.realpath(default_cache())]
+    if isinstance(out, str):
+        wanted.append(os.path.realpath(Path(out).expanduser()))
+    return {os.fsencode(p) for p in wanted if p.startswith(os.path.join(real, ""))}
+
+
+def scan(real: str, skipped: set[bytes]) -> tuple[list[bytes], str, dict[bytes, int]]:
+    """(image files, what was left out, time of change of each folder in ns), relative paths.
 
     Links to folders are followed, into each folder once; what cannot be looked at is left out, and
     said.
     """
     found: list[bytes] = []
-    others, folders, seen, closed = 0, {}, set(), []
+    left_out, own = LeftOut(), []
+    folders: dict[bytes, int] = {}
+    seen, closed = set(), []
     waiting, shown = [b""], time.monotonic()
     home = os.fsencode(real)
     while waiting:
@@ -101,35 +156,63 @@ def scan(real: str) -> tuple[list[bytes], int, dict[bytes, int]]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(path) as entries:
-                for entry in entries:
-                    if entry.name.startswith(b"."):
-                        continue
-                    name = os.path.join(inside, entry.name)
-                    try:
-                        is_folder = entry.is_dir()
-                    except OSError:  # a link to itself
-                        closed.append(name)
-                        continue
-                    if is_folder:
-                        below.append(name)
-                    elif entry.name.lower().endswith(EXTENSIONS):
-                        found.append(name)
-                    else:
-                        others += 1
+                listed = [entry for entry in entries if not entry.name.startswith(b".")]
         except OSError:  # no permission, or gone
             closed.append(inside)
             continue
         folders[inside] = status.st_mtime_ns
+        names = {entry.name for entry in listed}
+        if inside and (path in skipped or any(own_files <= names for own_files in OWN)):
+            own.append(inside)
+            continue
+        for entry in listed:
+            name = os.path.join(inside, entry.name)
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link to itself
+                closed.append(name)
+                continue
+            if is_folder:
+                below.append(name)
+            elif entry.name.lower().endswith(EXTENSIONS):
+                found.append(name)
+            else:
+                remedy = told_by_ending(entry.name)
+                is_image, remedy = (
+                    looked_at(head_of(entry.path)) if remedy is None else (False, remedy)
+                )
+                if is_image:
+                    found.append(name)
+                else:
+                    left_out.add(entry.name, remedy)
         waiting += sorted(below, reverse=True)
         if sys.stderr.isatty() and time.monotonic() - shown > 0.5:
             shown = time.monotonic()
-            print(f"\rlisting {real}: {len(found):,} images\033[K", end="", file=sys.stderr)
+            print(f"\rlisting {len(found):,} images\033[K", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     if closed:
         first = os.fsdecode(os.path.join(home, closed[0]))
         log.warning("%d folders or links cannot be looked into, such as %s", len(closed), first)
-    return sorted(found), others, folders
+    sentence = left_out.sentence()
+    if own:
+        first = os.fsdecode(own[0])
+        runs = (
+            f"{len(own):,} folder{'s' * (len(own) > 1)} of runs, results or caches, such as {first}"
+        )
+        sentence = f"{sentence}, {runs}" if sentence else runs
+    return sorted(found), sentence, folders
+
+
+def head_of(path: bytes) -> bytes | None:
+    """The first bytes of a file; None where it cannot be read, or is a pipe or a device."""
+    try:
+        if not os.path.isfile(path):
+            return None
+        with open(path, "rb") as file:
+            return file.read(HEAD)
+    except OSError:
+        return None
 
 
 def is_current(kept: dict[str, np.ndarray], home: bytes) -> bool:
@@ -146,6 +229,20 @@ def is_current(kept: dict[str, np.ndarray], home: bytes) -> bool:
         return False
 
 
+def split_of(root: Path) -> list[Path]:
+    """Training folder, then test folders, where a folder holds these instead of classes; else
+    empty.
+    """
+    try:
+        names = {p.name.lower(): p for p in root.iterdir() if p.is_dir() and p.name[0] != "."}
+    except OSError:
+        return []
+    train = [names[name] for name in TRAIN_NAMES if name in names]
+    test = [names[name] for name in TEST_NAMES if name in names]
+    known = {*TRAIN_NAMES, *TEST_NAMES, *OTHER_NAMES}
+    return [train[0], *test] if len(train) == 1 and test and names.keys() <= known else []
+
+
 def class_folders(root: str | Path, class_names: Sequence[str] | None = None) -> Files:
     """Images whose class is the first folder below `root`.
 
@@ -156,11 +253,16 @@ def class_folders(root: str | Path, class_names: Sequence[str] | None = None) ->
 
     Raises:
         MissingPath: `root` is missing or has no images.
-        UserError: labels are asked for where there are none: images lie in `root` itself, or it
-            has one folder only.
+        UserError: labels are asked for where there are none: images lie in `root` itself, it has
+            one folder only, or its folders are a training and a test set.
     """
     root = Path(root).expanduser()
     names = image_files(root)
+    if split := split_of(root):
+        raise UserError(
+            f"root={root} holds {' and '.join(p.name for p in split)}, which are no classes: name "
+            f"one of them, such as root={split[0]}"
+        )
     folders = [name.partition(os.sep)[0] for name in names]
     loose = [name for name in names if os.sep not in name]
     if loose:
@@ -169,15 +271,12 @@ def class_folders(root: str | Path, class_names: Sequence[str] | None = None) ->
             f"folders (such as {loose[0]}); one folder a class is needed, or evaluate without: "
             "eval_data=none"
         )
-    known = list(class_names or [])
-    known += sorted(set(folders) - set(known))
+    labels, known = named_classes(folders, class_names or (), key=None)
     if len(known) < 2:
         raise UserError(
             f"root={root}: one class only ({known[0]}); name the folder that holds the "
             "class folders"
         )
-    ids = {name: i for i, name in enumerate(known)}
-    labels = np.fromiter((ids[name] for name in folders), np.int64, len(folders))
     return Files(names, str(root), labels, known)
 
 
@@ -192,7 +291,8 @@ def labelled_folders(
     """Labelled images in class folders; without `root` there are none, and evaluation is off.
 
     Args:
-        root: one folder a class.
+        root: one folder a class; or a training and a test folder (`TRAIN_NAMES`, `TEST_NAMES`) that
+            hold these.
         test_root: the same classes, other images; without it a share of `root` is held out.
         test_fraction: that share.
         resize: short side in pixels.
@@ -203,6 +303,13 @@ def labelled_folders(
         if test_root is not None:
             raise UserError("eval_data.test_root is given without eval_data.root; give both")
         return None
+    if test_root is None and (split := split_of(Path(root).expanduser())):
+        home, (root, test_root) = root, map(str, split[:2])
+        unused = "".join(f"; {p.name} is not used" for p in split[2:])
+        say_once(
+            f"eval_data.root={home}: {split[0].name} has the training images and {split[1].name} "
+            f"the test images{unused}; eval_data.root and eval_data.test_root name others"
+        )
     train: Source = class_folders(root)
     test = None if test_root is None else class_folders(test_root, train.class_names)
     name = f"{root} ({len(train.class_names)} class folders)"

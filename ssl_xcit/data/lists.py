@@ -1,84 +1,215 @@
-"""Lists of image paths: a text file with one a line, or a parquet file."""
+"""Lists of image paths: text with one a line, CSV and TSV with or without a header, or parquet."""
 
+import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssl_xcit.data.labels import labels_from, load_npy
 from ssl_xcit.data.names import Names
-from ssl_xcit.data.sources import Files, LabelledPair, held_out, load_labels
+from ssl_xcit.data.sources import Files, LabelledPair, held_out
 from ssl_xcit.errors import MissingPath, UserError
+
+# Headings of published lists, without capitals, spaces and underscores
+IMAGE_COLUMNS = (
+    "path", "filepath", "imagepath", "filename", "file", "image", "imagefile", "imagename", "img",
+    "imgpath", "images",
+)  # fmt: skip
+LABEL_COLUMNS = ("label", "class", "target", "category", "classname", "labelname", "y", "labels")
+
+
+class Table(NamedTuple):
+    """Paths as a list has them, and labels as a column of values, if there is one."""
+
+    paths: list[str]
+    labels: np.ndarray | None
 
 
 def path_list(
-    file: str | None, root: str | None = None, class_names: Sequence[str] | None = None
+    file: str | None,
+    root: str | None = None,
+    class_names: Sequence[str] | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    backslashes: bool = False,
+    label_kind: str | None = None,
 ) -> Files | None:
     """The images that a file lists.
 
     Args:
-        file: `.parquet` with a column `path` and perhaps `label`, or text with one path a line,
-            after a tab perhaps its label (a word or a number). None: no images.
+        file: `.parquet`, `.csv`, `.tsv`, or text with one path a line, after a tab perhaps its
+            label (a word or a number). None: no images.
         root: what the paths are relative to; None: the file's folder.
         class_names: ids by name, when another list has fixed them.
+        image_column: heading of the paths; None: known by its name (`IMAGE_COLUMNS`).
+        label_column: heading of the labels; None: known by its name (`LABEL_COLUMNS`), if any is.
+        backslashes: separate folders, as on Windows.
+        label_kind: `classes` or `numbers`, where labels leave it open.
 
     Raises:
-        MissingPath: no such file, or it lists nothing.
-        UserError: some lines have a label and others do not, or it is no such file.
+        MissingPath: no such file, or it lists nothing, or nothing that is there.
+        UserError: it cannot be read as a list, or its labels mean nothing.
     """
     if file is None:
         return None
     path = Path(file).expanduser()
     if not path.is_file():
         raise MissingPath(f"data.file={file}: no such file")
-    paths, labels = read_parquet(path) if path.suffix == ".parquet" else read_text(path)
+    columns = (image_column, label_column)
+    table = read_parquet(path, *columns) if path.suffix == ".parquet" else read_text(path, *columns)
+    paths = table.paths
     if not paths:
         raise MissingPath(f"data.file={file}: it lists no paths")
+    if backslashes:
+        paths = [name.replace("\\", "/") for name in paths]
     home = str(Path(root).expanduser() if root else path.absolute().parent)
-    first = os.path.join(home, paths[0])
-    if not os.path.exists(first) and not any(
-        os.path.exists(os.path.join(home, p)) for p in paths[:: max(1, len(paths) // 16)]
-    ):
-        raise MissingPath(
-            f"data.file={file}: none of the paths tried exists, such as {first}: set "
-            "data.root=DIR, what they are relative to"
+    values = table.labels
+    if not any_there(paths, home):
+        split = [name.rpartition(" ")[::2] for name in paths]  # `n01440764/1.JPEG 0`
+        if values is not None or not any_there([name for name, _ in split], home):
+            raise nothing_there(file, paths, home)
+        paths, values = (
+            [name for name, _ in split],
+            as_numbers(np.array([word for _, word in split])),
         )
-    if labels is None:
+    if values is None:
         return Files(Names.of(paths), home)
-    known = list(class_names or [])
-    known += sorted(set(labels) - set(known), key=natural)
-    ids = {name: i for i, name in enumerate(known)}
-    return Files(Names.of(paths), home, np.array([ids[name] for name in labels], np.int64), known)
+    labels, names = labels_from(
+        values, len(paths), f"data.file={file}", label_kind, class_names or ()
+    )
+    return Files(Names.of(paths), home, labels, names)
 
 
-def natural(label: str) -> tuple[int, int, str]:
-    """Numbers by value, then words."""
-    return (0, int(label), "") if label.isdecimal() else (1, 0, label)
+def any_there(paths: Sequence[str], home: str) -> bool:
+    """Whether any of a few of the listed paths is a file."""
+    tried = [paths[0], *paths[:: max(1, len(paths) // 16)]]
+    return any(os.path.isfile(os.path.join(home, name)) for name in tried)
 
 
-def read_text(path: Path) -> tuple[list[str], list[str] | None]:
-    """Paths, and labels if there are any."""
+def nothing_there(file: str, paths: Sequence[str], home: str) -> MissingPath:
+    """The refusal of a list of files that are not there; says what to set."""
+    if any_there([name.replace("\\", "/") for name in paths], home):
+        return MissingPath(
+            f"data.file={file}: its paths separate folders by backslashes, such as {paths[0]}: set "
+            "data.backslashes=true (eval_data.backslashes=true)"
+        )
+    return MissingPath(
+        f"data.file={file}: none of the paths tried exists, such as {os.path.join(home, paths[0])}:"
+        " set data.root=DIR, what they are relative to"
+    )
+
+
+def read_text(path: Path, image_column: str | None, label_column: str | None) -> Table:
+    """Paths, and labels if there are any, of a text file: `.csv` is separated by commas, semicolons
+    or tabs, others by tabs; with quotes as in CSV where it is one, and a header where its first
+    line has known headings.
+
+    Raises:
+        UserError: no text, lines of different lengths, or no such column.
+    """
     try:
-        text = path.read_text(
-            encoding="utf-8-sig", errors="surrogateescape"
-        )  # names may be no text
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"data.file={path}: {error.strerror}") from error
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = content.decode(encoding, "surrogateescape")  # names may be no text
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.file={path}: not a text file ({error.reason})") from error
     if "\0" in text:
         raise UserError(f"data.file={path}: not a text file, nor .parquet")
-    lines = text.split("\n")  # and hold what Python calls the end of a line
-    rows = [line.rstrip("\r").split("\t") for line in lines if line.strip()]
+    lines = [line.rstrip("\r") for line in text.split("\n")]  # names hold other ends of a line
+    lines = [line for line in lines if line.strip()]
+    rows = split_rows(lines, path)
+    if not rows:
+        return Table([], None)
+    first = [plain(cell) for cell in rows[0]]
+    asked = [plain(c) for c in (image_column, label_column) if c is not None]
+    usual = IMAGE_COLUMNS if len(first) == 1 else (*IMAGE_COLUMNS, *LABEL_COLUMNS)
+    has_header = any(c in first for c in asked) or any(c in usual for c in first)
+    header, body = (rows[0], rows[1:]) if has_header else ([], rows)
     widths = {len(row) for row in rows}
-    if len(widths) > 1 or not widths <= {1, 2}:
+    if len(widths) > 1 or (not header and not widths <= {1, 2}):
         raise UserError(
-            f"data.file={path}: lines of {sorted(widths)} columns; one path a line, or path, tab "
-            "and label on each"
+            f"data.file={path}: lines of {sorted(widths)} columns; one path a line, or path and "
+            "label on each, or a header that names a column path"
         )
-    return [row[0] for row in rows], [row[1] for row in rows] if widths == {2} else None
+    if not header:
+        if asked:
+            raise UserError(no_column(path, image_column or label_column or "", rows[0]))
+        labels = np.array([row[1] for row in body]) if widths == {2} else None
+        return Table([row[0] for row in body], as_numbers(labels))
+    image, label = chosen_columns(path, header, image_column, label_column)
+    labels = None if label is None else np.array([row[label] for row in body])
+    return Table([row[image] for row in body], as_numbers(labels))
 
 
-def read_parquet(path: Path) -> tuple[list[str], list[str] | None]:
-    """Columns `path` and, if there is one, `label`."""
+def split_rows(lines: Sequence[str], path: Path) -> list[list[str]]:
+    """Cells of each line.
+
+    Raises:
+        UserError: quotes that do not close.
+    """
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        return [line.split("\t") for line in lines]
+    counts = {mark: lines[0].count(mark) for mark in ("\t", ";", ",")} if lines else {"\t": 0}
+    separator = "\t" if path.suffix.lower() == ".tsv" else max(counts, key=lambda m: counts[m])
+    try:
+        rows = list(csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=True))
+    except csv.Error as error:
+        raise UserError(f"data.file={path}: not a table ({error})") from error
+    return [[cell.strip(" ") for cell in row] for row in rows]
+
+
+def plain(heading: str) -> str:
+    """A heading without what differs between people."""
+    return heading.strip().lower().replace("_", "").replace(" ", "").replace("-", "")
+
+
+def chosen_columns(
+    path: Path, header: Sequence[str], image: str | None, label: str | None
+) -> tuple[int, int | None]:
+    """Places of the paths and of the labels (None: there are none).
+
+    Raises:
+        UserError: no such column.
+    """
+    places: list[int | None] = []
+    known = [plain(heading) for heading in header]
+    for asked, usual in ((image, IMAGE_COLUMNS), (label, LABEL_COLUMNS)):
+        wanted = usual if asked is None else (plain(asked),)
+        found = [known.index(name) for name in wanted if name in known]
+        if asked is not None and not found:
+            raise UserError(no_column(path, asked, header))
+        places.append(found[0] if found else None)
+    if places[0] is None:
+        raise UserError(
+            f"data.file={path}: columns {', '.join(header)}; `path` is needed, or name it with "
+            "data.image_column=..."
+        )
+    return places[0], places[1]
+
+
+def no_column(path: Path, asked: str, header: Sequence[str]) -> str:
+    """The refusal of a column that is not there."""
+    return f"data.file={path}: no column {asked}; there are {', '.join(header)}"
+
+
+def as_numbers(labels: np.ndarray | None) -> np.ndarray | None:
+    """Text labels as floating point where every one is written so, and not all are whole (`3`)."""
+    if labels is None or not len(labels) or all(label.strip().isdecimal() for label in labels):
+        return labels
+    try:
+        return np.array([float(label) for label in labels])
+    except ValueError:
+        return labels
+
+
+def read_parquet(path: Path, image_column: str | None, label_column: str | None) -> Table:
+    """Columns of paths and, if there is one, of labels; by the same names as in text."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_schema, read_table
@@ -87,21 +218,21 @@ def read_parquet(path: Path) -> tuple[list[str], list[str] | None]:
             f"data.file={path}: parquet needs pyarrow: pip install 'ssl-xcit[tables]'"
         ) from error
     try:
-        columns = [name for name in ("path", "label") if name in read_schema(path).names]
+        header = read_schema(path).names
+        image, label = chosen_columns(path, header, image_column, label_column)
+        columns = [header[image], *([header[label]] if label is not None else [])]
         table = read_table(path, columns=columns)
     except (ArrowException, OSError) as error:
         raise UserError(f"data.file={path}: {str(error).splitlines()[0]}") from error
-    if "path" not in table.column_names:
-        raise UserError(
-            f"data.file={path}: columns {', '.join(read_schema(path).names)}; `path` is needed"
-        )
-    labels = table["label"].to_pylist() if "label" in table.column_names else None
-    if labels is not None and None in labels:
-        raise UserError(f"data.file={path}: {labels.count(None):,} rows have no label")
-    paths = table["path"].to_pylist()
+    values: list[Any] | None = None if label is None else table[columns[1]].to_pylist()
+    if values is not None and None in values:
+        raise UserError(f"data.file={path}: {values.count(None):,} rows have no label")
+    paths = table[columns[0]].to_pylist()
     if not all(isinstance(p, str) for p in paths):
-        raise UserError(f"data.file={path}: column `path` is of {table['path'].type}, not text")
-    return paths, None if labels is None else [str(label) for label in labels]
+        raise UserError(
+            f"data.file={path}: column `{columns[0]}` is of {table[columns[0]].type}, not text"
+        )
+    return Table(paths, None if values is None else np.array(values))
 
 
 def labelled_lists(
@@ -114,6 +245,10 @@ def labelled_lists(
     resize: int = 256,
     size: int = 224,
     seed: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    backslashes: bool = False,
+    label_kind: str | None = None,
 ) -> LabelledPair | None:
     """`path_list` of labelled images, and of others to be tested on (None: a share is held out).
 
@@ -121,22 +256,32 @@ def labelled_lists(
         file: the list.
         test_file: of other images.
         root: what the paths are relative to; None: the file's folder.
-        labels: a `.npy` file of the listed images' labels, see `load_labels`; None: the list's own.
+        labels: a `.npy` file of the listed images' labels, see `labels.labels_from`; None: the
+            list's own.
         test_labels: likewise of `test_file`.
         test_fraction: share held out where there are no other images.
         resize: short side in pixels.
         size: side of the central square.
         seed: of the choice.
+        image_column: see `path_list`, as all that follow.
+        label_column: likewise.
+        backslashes: likewise.
+        label_kind: likewise.
 
     Raises:
         UserError: labels for the one list and not for the other.
     """
-    train = path_list(file, root)
-    test = path_list(test_file, root, train.class_names if train is not None else None)
+    options = (image_column, label_column, backslashes, label_kind)
+    train = path_list(file, root, None, *options)
+    test = path_list(test_file, root, train.class_names if train is not None else None, *options)
     if (labels is None) != (test_labels is None) and test_file is not None:
         raise UserError("eval_data.labels and eval_data.test_labels: give both, or none")
+    known: Sequence[str] = ()
     for source, given in ((train, labels), (test, test_labels)):
         if source is not None and given is not None:
-            source.labels = load_labels(given, len(source))
-            source.class_names = ()
+            values = load_npy(given, "eval_data.labels")
+            source.labels, known = labels_from(
+                values, len(source), f"eval_data.labels={given}", label_kind, known
+            )
+            source.class_names = tuple(known)
     return held_out(train, test, str(file), test_fraction, resize, size, seed)

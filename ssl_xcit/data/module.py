@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ssl_xcit.data.bad import FILE, BadSamples
-from ssl_xcit.data.decode import BadImage, decode, open_picture
+from ssl_xcit.data.decode import BadImage, Deep, dark_images, decode, open_picture
+from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.loader import Restarting, default_workers, loader_options
 from ssl_xcit.data.multicrop import Crops, MultiCrop, Replaced
 from ssl_xcit.data.order import Positions, crop_seed, image_at, instead_of
 from ssl_xcit.data.preprocess import Preprocess, resize_center_crop, to_views
-from ssl_xcit.data.sources import LabelledPair, Source, label_kind
+from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import RunFailed, UserError
 
 log = logging.getLogger(__name__)
@@ -85,11 +86,11 @@ class PlainDataset(Dataset[tuple[UInt8[Tensor, "channels size size"], bool]]):
     def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "channels size size"], bool]:
         try:
             image = decode(self.source.read(index), self.how)
+            pixels = resize_center_crop(image, self.resize, self.size)
         except BadImage as error:
             log.warning("bad image left out: %s (%s)", self.source.name(index), error)
             empty = torch.zeros(self.how.channels, self.size, self.size, dtype=torch.uint8)
             return empty, False
-        pixels = resize_center_crop(image, self.resize, self.size)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), True
 
 
@@ -284,12 +285,14 @@ def probes(source: Source, count: int = 16) -> Iterator[int]:
 def check_images(source: Source, size: int, how: Preprocess) -> None:
     """Read a few images before anything starts.
 
-    Says once when images are smaller than a crop of `size` pixels, and so are enlarged.
+    Says once when images are smaller than a crop of `size` pixels, and so are enlarged, or when
+    those of more than 8 bits are dark.
 
     Raises:
         UserError: none of them can be read.
     """
     errors, small, tried = [], [], 0
+    deep: list[Deep] = []
     for index in probes(source):
         tried += 1
         try:
@@ -298,6 +301,7 @@ def check_images(source: Source, size: int, how: Preprocess) -> None:
         except BadImage as error:
             errors.append(f"{source.name(index)} ({error})")
             continue
+        deep += [picture.deep] if picture.deep is not None else []
         if min(picture.height, picture.width) < size:
             small.append(f"{source.name(index)} is {picture.width} x {picture.height}")
     if len(errors) == tried:
@@ -310,3 +314,5 @@ def check_images(source: Source, size: int, how: Preprocess) -> None:
             "%d of %d images tried are smaller than the crop of %d and are enlarged (%s)",
             len(small), tried, size, small[0],
         )  # fmt: skip
+    if note := dark_images(deep, how):
+        log.warning("%s", note)

@@ -1,6 +1,8 @@
 """Images that lie in arrays, or in sets that other libraries read: torchvision, Hugging Face."""
 
 import shutil
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,23 +10,12 @@ from typing import Any
 import numpy as np
 
 from ssl_xcit.data.decode import BadImage
+from ssl_xcit.data.labels import AnyLabels, labels_from, load_npy, normalised
 from ssl_xcit.data.names import Names
 from ssl_xcit.data.order import Shards
 from ssl_xcit.data.preprocess import MAX_CHANNELS
-from ssl_xcit.data.sources import (
-    AnyLabels,
-    Files,
-    LabelledPair,
-    Labels,
-    Source,
-    held_out,
-    label_kind,
-    load_labels,
-    load_npy,
-)
+from ssl_xcit.data.sources import Files, LabelledPair, Source, held_out
 from ssl_xcit.errors import MissingPath, UserError
-
-MAX_NAMES = 1_000_000
 
 
 class Arrays:
@@ -78,22 +69,27 @@ class HuggingFace:
 
     shards: Shards | None = None
 
-    def __init__(self, dataset: Any, column: str, name: str, label: str | None):
+    def __init__(
+        self,
+        dataset: Any,
+        column: str,
+        name: str,
+        label: str | None,
+        label_kind: str | None = None,
+        known: Sequence[str] = (),
+    ):
         self.dataset = dataset
         self.column = column
+        self.fingerprint = ""  # of the rows, as the library has it
         self.set_name = name
-        self.labels: Labels | None = None
+        self.labels: AnyLabels | None = None
         self.class_names: Sequence[str] = ()
         if label is not None:
-            ids = np.asarray(dataset[label])
-            if ids.dtype.kind not in "ui" or (len(ids) and ids.min() < 0):
-                raise UserError(
-                    f"data.label={label}: class ids, whole numbers from 0, are needed "
-                    f"({name} has {dataset.features[label]})"
-                )
-            self.labels = ids.astype(np.int64)
-            feature = dataset.features[label]
-            self.class_names = tuple(getattr(feature, "names", None) or numbered(self.labels))
+            values = np.asarray(dataset[label])
+            where = f"data.label={label} of {name}"
+            self.labels, classes = labels_from(values, len(dataset), where, label_kind, known)
+            named = getattr(dataset.features[label], "names", None)
+            self.class_names = tuple(map(normalised, named)) if named else tuple(classes)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -113,17 +109,40 @@ class HuggingFace:
         return f"{self.set_name}[{index}]"
 
 
-def arrays(file: str | None, labels: str | None = None) -> Arrays | None:
-    """`.npy` files, mapped into memory: images (N, H, W) or (N, H, W, channels), and labels, see
-    `load_labels`.
+def arrays(
+    file: str | None,
+    labels: str | None = None,
+    member: str | None = None,
+    label_kind: str | None = None,
+    known: Sequence[str] = (),
+) -> Arrays | None:
+    """Images (N, H, W) or (N, H, W, channels) in a `.npy` file, mapped into memory, or a member of
+    an `.npz` file.
+
+    Args:
+        file: the file; None: no images.
+        labels: a `.npy` file of labels, or the name of a member of the `.npz`; see
+            `labels.labels_from`.
+        member: of an `.npz` file; None: the only one that can be images.
+        label_kind: `classes` or `numbers`, where the type of the labels leaves it open.
+        known: class names whose ids another set has fixed.
 
     Raises:
         MissingPath: no such file.
-        UserError: another shape or type.
+        UserError: another shape or type, or no such member.
     """
     if file is None:
         return None
-    images = load_npy(file, "data.file")
+    members = npz_members(file)
+    if members is None and member is not None:
+        raise UserError(f"data.member={member}: {file} is no .npz file, so it has no members")
+    name = Path(file).name
+    if members is None:
+        images = load_npy(file, "data.file")
+    else:
+        member = member or only_images(file, members)
+        images = npz_member(file, members, member)
+        name = f"{name}:{member}"
     if images.ndim not in (3, 4) or images.dtype.kind not in "uif":
         raise UserError(
             f"data.file={file}: shape {images.shape} of {images.dtype}; images are (N, H, W) or "
@@ -135,16 +154,86 @@ def arrays(file: str | None, labels: str | None = None) -> Arrays | None:
             "come last: np.save(file, images.transpose(0, 2, 3, 1))"
         )
     if labels is None:
-        return Arrays(images, Path(file).name)
-    known = load_labels(labels, len(images))
-    return Arrays(images, Path(file).name, known, numbered(known))
+        return Arrays(images, name)
+    if members is not None and not Path(labels).expanduser().is_file():
+        values = npz_member(file, members, labels)
+    else:
+        values = load_npy(labels, "data.labels")
+    known_labels, classes = labels_from(
+        values, len(images), f"data.labels={labels}", label_kind, known
+    )
+    return Arrays(images, name, known_labels, classes)
 
 
-def numbered(labels: np.ndarray) -> list[str]:
-    """Names of classes that have none; none for ids that are no small numbers."""
-    if label_kind(labels) != "classes" or not len(labels) or labels.max() >= MAX_NAMES:
-        return []
-    return [str(i) for i in range(int(labels.max()) + 1)]
+def npz_members(file: str) -> dict[str, str] | None:
+    """Shape and type of every array in an `.npz` file, by name; None where it is none.
+
+    Raises:
+        MissingPath: no such file.
+        UserError: it is damaged.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise MissingPath(f"data.file={file}: no such file")
+    if not zipfile.is_zipfile(path):
+        if path.suffix == ".npz":
+            raise UserError(f"data.file={file}: not an .npz file, or cut short; copy it again")
+        return None
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".npy"):
+                    with archive.open(name) as stream:
+                        version = np.lib.format.read_magic(stream)
+                        read = (
+                            np.lib.format.read_array_header_1_0
+                            if version == (1, 0)
+                            else np.lib.format.read_array_header_2_0
+                        )
+                        shape, _, dtype = read(stream)
+                    found[name.removesuffix(".npy")] = f"{tuple(shape)} {dtype}"
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"data.file={file}: {str(error).splitlines()[0]}") from error
+    if not found:
+        raise UserError(f"data.file={file}: an archive without arrays: unpack it")
+    return found
+
+
+def npz_member(file: str, members: dict[str, str], name: str) -> np.ndarray:
+    """An array of an `.npz` file, in memory.
+
+    Raises:
+        UserError: no such member, or it cannot be read.
+    """
+    if name not in members:
+        raise UserError(f"{file} has no member {name}; there are {listed(members)}")
+    try:
+        with np.load(Path(file).expanduser(), allow_pickle=False) as archive:
+            return archive[name]
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{file}, member {name}: {str(error).splitlines()[0]}") from error
+
+
+def only_images(file: str, members: dict[str, str]) -> str:
+    """The member that holds images.
+
+    Raises:
+        UserError: none or several can be; says what to type.
+    """
+    likely = [name for name, kind in members.items() if kind.count(",") >= 2]
+    if len(likely) == 1:
+        return likely[0]
+    raise UserError(
+        f"data.file={file} has the members {listed(members)}: name the images with data.member="
+        f"{likely[0] if likely else 'NAME'}; of eval_data name member, labels, test_member and "
+        "test_labels"
+    )
+
+
+def listed(members: dict[str, str]) -> str:
+    """Names with shapes and types."""
+    return ", ".join(f"{name} {kind}" for name, kind in members.items())
 
 
 def labelled_arrays(
@@ -156,14 +245,28 @@ def labelled_arrays(
     resize: int = 256,
     size: int = 224,
     seed: int = 0,
+    member: str | None = None,
+    test_member: str | None = None,
+    label_kind: str | None = None,
 ) -> LabelledPair | None:
-    """`arrays` with labels, and others to be tested on (None: a share is held out)."""
-    train, test = arrays(file, labels), arrays(test_file, test_labels)
+    """`arrays` with labels, and others to be tested on: in `test_file`, or the `test_member` of
+    `file` (None: a share is held out).
+    """
+    train = arrays(file, labels, member, label_kind)
+    if test_file is None and test_member is not None:
+        test_file = file
+    names = train.class_names if train is not None else ()
+    test = arrays(test_file, test_labels, test_member, label_kind, names)
     return held_out(train, test, str(file), test_fraction, resize, size, seed)
 
 
 def huggingface(
-    root: str | None, split: str | None = None, image: str = "image", label: str | None = None
+    root: str | None,
+    split: str | None = None,
+    image: str = "image",
+    label: str | None = None,
+    label_kind: str | None = None,
+    known: Sequence[str] = (),
 ) -> HuggingFace | None:
     """A set that `Dataset.save_to_disk` wrote.
 
@@ -171,7 +274,9 @@ def huggingface(
         root: its folder; None: no images.
         split: of a set that has several.
         image: the column of images.
-        label: the column of class ids; None: without labels.
+        label: the column of labels, see `labels.labels_from`; None: without labels.
+        label_kind: `classes` or `numbers`, where the type of the labels leaves it open.
+        known: class names whose ids another set has fixed.
 
     Raises:
         MissingPath: no such folder.
@@ -209,7 +314,9 @@ def huggingface(
         raise UserError(
             f"data.image={image}: a column of {loaded.features[image]}, not of images"
         ) from error
-    return HuggingFace(undecoded, image, path.name, label)
+    made = HuggingFace(undecoded, image, path.name, label, label_kind, known)
+    made.fingerprint = f"{getattr(loaded, '_fingerprint', '')} {image}"  # before the cast
+    return made
 
 
 def labelled_huggingface(
@@ -222,12 +329,16 @@ def labelled_huggingface(
     resize: int = 256,
     size: int = 224,
     seed: int = 0,
+    label_kind: str | None = None,
 ) -> LabelledPair | None:
     """`huggingface` with labels, and another split to be tested on (None: a share is held out)."""
     if root is None and test_split is not None:
         raise UserError("eval_data.test_split is given without eval_data.root; give both")
-    train = huggingface(root, split, image, label)
-    test = None if test_split is None else huggingface(root, test_split, image, label)
+    train = huggingface(root, split, image, label, label_kind)
+    known = () if train is None or label_kind == "numbers" else train.class_names
+    test = None
+    if test_split is not None:
+        test = huggingface(root, test_split, image, label, label_kind, known)
     return held_out(train, test, str(root), test_fraction, resize, size, seed)
 
 

@@ -1,5 +1,8 @@
 """Tar shards in the WebDataset layout: `KEY.jpg`, perhaps `KEY.cls`, one after the other.
 
+A key ends at the first dot of a file's name, as in WebDataset, unless that would make one image of
+several (`scan.2023.01.jpg`): then it ends at the last.
+
 The tars are listed once, then images are read in place, any of them at any time. Nothing is ever
 extracted: only regular files are looked at, of a limited size, and no pickles. A listing is kept in
 the cache folder for as long as the tars' sizes and times stay the same.
@@ -17,23 +20,28 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from rich.progress import track
 
 from ssl_xcit.data.cache import load_arrays, save_arrays
 from ssl_xcit.data.decode import MAX_BYTES, BadImage
-from ssl_xcit.data.folders import EXTENSIONS
+from ssl_xcit.data.folders import say_once
+from ssl_xcit.data.formats import EXTENSIONS, HEAD, LeftOut, looked_at, told_by_ending
+from ssl_xcit.data.labels import Labels, named_classes, numbered
 from ssl_xcit.data.names import Names
 from ssl_xcit.data.order import Shards
-from ssl_xcit.data.sources import LabelledPair, Labels, held_out
+from ssl_xcit.data.sources import LabelledPair, held_out
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.files import default_cache
+from ssl_xcit.terminal import track
 
 log = logging.getLogger(__name__)
 MAX_HEADER = 2**20  # bytes of one tar header with its extensions
 MAX_OPEN = 64  # tars open at once in a process
-NO_LABEL = -1
+FORMAT = 2  # of a kept listing
+MAX_LABEL = 200  # bytes of a .cls member
+MAX_TROUBLE = 5  # lines that are said about tars
 LISTED = {
-    "keys", "key_ends", "offsets", "lengths", "labels", "counts", "trouble", "trouble_ends",
+    "keys", "key_ends", "offsets", "lengths", "labels", "label_ends", "counts", "trouble",
+    "trouble_ends", "left_out",
 }  # fmt: skip
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
@@ -44,8 +52,29 @@ class Listing(NamedTuple):
     keys: list[str]
     offsets: list[int]
     sizes: list[int]
-    labels: list[int]  # NO_LABEL where there is none
+    labels: list[str]  # empty where there is none
     trouble: list[str]  # what is wrong with it, for the log
+    left_out: LeftOut  # members that are neither images nor labels
+
+
+class Member(NamedTuple):
+    """An image in a tar."""
+
+    name: str
+    offset: int
+    size: int
+
+    @property
+    def first(self) -> str:
+        """The name up to the first dot behind its folder."""
+        folder, slash, file = self.name.rpartition("/")
+        return folder + slash + file.partition(".")[0]
+
+    @property
+    def last(self) -> str:
+        """The name up to its last dot."""
+        folder, slash, file = self.name.rpartition("/")
+        return folder + slash + (file.rpartition(".")[0] or file)
 
 
 class TarShards:
@@ -140,16 +169,19 @@ class Capped:
 
 
 def list_tar(path: str) -> Listing:
-    """Its images: regular members that end as images do and lie wholly inside. One image a key.
+    """Its images: regular members that are images by ending or first bytes and lie wholly inside.
 
-    What follows a damaged header is left out, and is in the listing's `trouble`.
+    What follows a damaged header is left out; that, and images left out for their names, is in the
+    listing's `trouble`.
 
     Raises:
         UserError: compressed, or no tar.
     """
-    found = Listing([], [], [], [], [])
-    labels: dict[str, int] = {}
-    odd = 0
+    images: dict[str, Member] = {}  # the last of one name, as when a tar is unpacked
+    labels: dict[str, str] = {}
+    trouble: list[str] = []
+    left_out = LeftOut()
+    odd = twice = 0
     with open(path, "rb") as file:
         kind = COMPRESSED.get(file.read(2))
         if kind is not None:
@@ -159,7 +191,7 @@ def list_tar(path: str) -> Listing:
             )
         end = file.seek(0, os.SEEK_END)
         file.seek(0)
-        last, field = -1, ""
+        last = -1
         try:
             with tarfile.open(fileobj=Capped(file), mode="r:") as tar:  # type: ignore[call-overload]
                 for member in tar:
@@ -167,40 +199,78 @@ def list_tar(path: str) -> Listing:
                     if member.size < 0 or member.offset <= last:
                         raise tarfile.ReadError("a member that ends before it begins")
                     last = member.offset
-                    folder, _, name = member.name.rpartition("/")
-                    base, _, extension = name.partition(".")
-                    key = f"{folder}/{base}".lstrip("/")
                     if not member.isreg() or member.issparse() or member.size > MAX_BYTES:
                         odd += not member.isdir()
                         continue
                     if member.offset_data + member.size > end:
                         raise tarfile.ReadError("unexpected end of data")
-                    place = (member.offset_data, member.size)
-                    if extension == "cls" and member.size < 20:
-                        labels[key] = class_id(os.pread(file.fileno(), *place[::-1]))
-                    elif f".{extension.lower()}".encode().endswith(EXTENSIONS):
-                        again = bool(found.keys) and found.keys[-1] == key
-                        if again and ("." in extension or "." not in field):
-                            continue  # one image a key: KEY.jpg rather than KEY.depth.jpg
-                        if again:
-                            del found.keys[-1], found.offsets[-1], found.sizes[-1]
-                        found.keys.append(key)
-                        found.offsets.append(place[0])
-                        found.sizes.append(place[1])
-                        field = extension
+                    name = os.path.normpath(member.name).lstrip("/")
+                    found = Member(name, member.offset_data, member.size)
+                    encoded = os.fsencode(os.path.basename(name))
+                    if encoded.startswith(b"."):  # as macOS puts beside every file
+                        left_out.add(encoded, "hidden")
+                    elif encoded.lower().endswith(b".cls") and member.size < MAX_LABEL:
+                        content = os.pread(file.fileno(), found.size, found.offset)
+                        labels[found.last] = content.decode("utf-8", "replace")
+                    elif is_image(file.fileno(), found, encoded, left_out):
+                        twice += name in images
+                        images.pop(name, None)
+                        images[name] = found
                 unread = after_the_end(file, tar.offset)
                 if unread:
                     raise tarfile.ReadError(unread)
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-            if not found.keys and end:
+            if not images and end:
                 raise UserError(f"{path}: not a tar ({error})") from error
-            found.trouble.append(
-                f"{path}: damaged after {len(found.keys)} images, which are kept ({error})"
-            )
+            trouble.append(f"{path}: damaged after {len(images)} images, which are kept ({error})")
     if odd:
-        found.trouble.append(f"{path}: {odd} members are links, devices or too large; left out")
-    found.labels.extend(labels.get(key, NO_LABEL) for key in found.keys)
-    return found
+        trouble.append(f"{path}: {odd} members are links, devices or too large; left out")
+    if twice:
+        trouble.append(f"{path}: {twice} images are there twice under one name; the last is used")
+    keyed = by_key(path, list(images.values()), trouble)
+    return Listing(
+        list(keyed),
+        [member.offset for member in keyed.values()],
+        [member.size for member in keyed.values()],
+        [labels.get(m.last, labels.get(m.first, "")).strip() for m in keyed.values()],
+        trouble,
+        left_out,
+    )
+
+
+def is_image(descriptor: int, member: Member, name: bytes, left_out: LeftOut) -> bool:
+    """By the ending of its name, or else its first bytes; what is none is counted."""
+    if name.lower().endswith(EXTENSIONS):
+        return True
+    remedy = told_by_ending(name)
+    if remedy is None:
+        found, remedy = looked_at(os.pread(descriptor, min(HEAD, member.size), member.offset))
+        if found:
+            return True
+    left_out.add(name, remedy)
+    return False
+
+
+def by_key(path: str, images: Sequence[Member], trouble: list[str]) -> dict[str, Member]:
+    """Images by key. Beside `KEY.jpg`, images such as `KEY.depth.png` belong to the same sample and
+    are left out, which is said.
+    """
+    groups: dict[str, list[Member]] = {}
+    for member in images:
+        groups.setdefault(member.first, []).append(member)
+    if any(len(g) > 1 and all(m.first != m.last for m in g) for g in groups.values()):
+        groups = {}  # dots are parts of the names
+        for member in images:
+            groups.setdefault(member.last, []).append(member)
+    chosen = {key: next((m for m in g if m.last == key), g[0]) for key, g in groups.items()}
+    beside = [(m, chosen[key]) for key, g in groups.items() for m in g if m is not chosen[key]]
+    if beside:
+        other, kept = beside[0]
+        trouble.append(
+            f"{path}: {len(beside)} images lie beside another of the same key and are left out, "
+            f"such as {other.name} beside {kept.name}"
+        )
+    return chosen
 
 
 def after_the_end(file: BinaryIO, offset: int) -> str:
@@ -210,11 +280,6 @@ def after_the_end(file: BinaryIO, offset: int) -> str:
     if len(rest) < tarfile.BLOCKSIZE:
         return "it has no end"
     return "a damaged header" if rest.strip(b"\0") else ""
-
-
-def class_id(text: bytes) -> int:
-    """What a `.cls` member says."""
-    return int(text) if text.strip().isdigit() and len(text.strip()) < 10 else NO_LABEL
 
 
 def tar_files(root: str | Sequence[str]) -> list[str]:
@@ -236,13 +301,16 @@ def tar_files(root: str | Sequence[str]) -> list[str]:
     return files
 
 
-def tar_shards(root: str | Sequence[str] | None, window: int = 10_000) -> TarShards | None:
-    """Images in tar shards; with labels if every image has a `.cls`.
+def tar_shards(
+    root: str | Sequence[str] | None, window: int = 10_000, known: Sequence[str] = ()
+) -> TarShards | None:
+    """Images in tar shards; with labels if every image has a `.cls`: a class id, or a class name.
 
     Args:
         root: a folder of tars, a pattern, or several of these; None: no images.
         window: images that are mixed with each other in a pass; larger mixes better, smaller reads
             from fewer tars at a time.
+        known: class names whose ids another set has fixed.
 
     Raises:
         MissingPath: no tars, or no images in them.
@@ -254,11 +322,14 @@ def tar_shards(root: str | Sequence[str] | None, window: int = 10_000) -> TarSha
         raise UserError(f"data.window={window}: a whole number of images from 1")
     files = tar_files(root)
     listed = listing_of(files)
+    left_out = listed["left_out"].tobytes().decode("utf-8", "surrogateescape")
     count = len(listed["offsets"])
     if not count:
-        raise MissingPath(f"data.root={root}: no images in {len(files)} tars")
-    known = listed["labels"] if (listed["labels"] != NO_LABEL).all() else None
-    names = [] if known is None else [str(i) for i in range(int(known.max()) + 1)]
+        others = f" (left out: {left_out})" if left_out else ""
+        raise MissingPath(f"data.root={root}: no images in {len(files)} tars{others}")
+    if left_out:
+        say_once(f"data.root={root}: left out: {left_out}")
+    labels, names = shard_labels(Names(listed["labels"], listed["label_ends"]), str(root), known)
     return TarShards(
         files,
         listed["counts"],
@@ -266,41 +337,66 @@ def tar_shards(root: str | Sequence[str] | None, window: int = 10_000) -> TarSha
         listed["offsets"],
         listed["lengths"],
         window,
-        known,
+        labels,
         names,
     )
+
+
+def shard_labels(
+    texts: Sequence[str], root: str, known: Sequence[str]
+) -> tuple[Labels | None, list[str]]:
+    """(class ids, class names) from the text of the `.cls` members; None unless all have one."""
+    words = list(texts)
+    missing = words.count("")
+    if missing:
+        if missing < len(words):
+            say_once(f"data.root={root}: {missing:,} images have no .cls, so none has a label")
+        return None, []
+    if all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
+        ids = np.array([int(word) for word in words], np.int64)
+        return ids, numbered(ids)
+    return named_classes(words, known)
 
 
 def listing_of(files: Sequence[str]) -> dict[str, np.ndarray]:
     """Of all tars, from the cache folder when none has changed."""
     stats = [(os.path.realpath(f), os.stat(f)) for f in files]
-    state = repr([(path, s.st_size, s.st_mtime_ns) for path, s in stats])
+    state = repr((FORMAT, [(path, s.st_size, s.st_mtime_ns) for path, s in stats]))
     key = hashlib.sha256(os.fsencode(state)).hexdigest()[:16]
     file = default_cache() / "shards" / f"{key}.npz"
     kept = load_arrays(file)
     if kept is None or not set(kept) >= LISTED:
         kept = list_all(files)
         save_arrays(file, kept)
-    for trouble in Names(kept["trouble"], kept["trouble_ends"]):
+    troubles = list(Names(kept["trouble"], kept["trouble_ends"]))
+    for trouble in troubles[:MAX_TROUBLE]:
         log.warning("%s", trouble)
+    if len(troubles) > MAX_TROUBLE:
+        log.warning("%d more lines about %d tars", len(troubles) - MAX_TROUBLE, len(files))
     return kept
 
 
 def list_all(files: Sequence[str]) -> dict[str, np.ndarray]:
     """Every tar listed, as arrays."""
     shown = sys.stdout.isatty() and len(files) > 1
-    each = [list_tar(f) for f in track(files, "listing shards", transient=True, disable=not shown)]
+    each = [list_tar(f) for f in track(files, "listing shards", show=shown)]
     keys = Names.of(key for listing in each for key in listing.keys)
+    labels = Names.of(label for listing in each for label in listing.labels)
     trouble = Names.of(text for listing in each for text in listing.trouble)
+    left_out = LeftOut()
+    for listing in each:
+        left_out.counts.update(listing.left_out.counts)
     return {
         "trouble": trouble.content,
         "trouble_ends": trouble.ends,
         "keys": keys.content,
         "key_ends": keys.ends,
+        "labels": labels.content,
+        "label_ends": labels.ends,
         "offsets": joined(each, "offsets"),
         "lengths": joined(each, "sizes"),
-        "labels": joined(each, "labels"),
         "counts": np.array([len(listing.keys) for listing in each], np.int64),
+        "left_out": Names.of([left_out.sentence()]).content,
     }
 
 
@@ -318,5 +414,6 @@ def labelled_shards(
     seed: int = 0,
 ) -> LabelledPair | None:
     """`tar_shards` with labels, and others to be tested on (None: a share is held out)."""
-    train, test = tar_shards(root), tar_shards(test_root)
+    train = tar_shards(root)
+    test = tar_shards(test_root, known=train.class_names if train is not None else ())
     return held_out(train, test, str(root), test_fraction, resize, size, seed)

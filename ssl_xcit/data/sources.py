@@ -8,19 +8,18 @@ and sets that other libraries read.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from hashlib import blake2b
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool
 
 from ssl_xcit.data.decode import read_file
+from ssl_xcit.data.labels import AnyLabels, Labels, label_kind
 from ssl_xcit.data.names import Names
 from ssl_xcit.data.order import Shards
-from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.errors import UserError
 
-Labels = Int64[np.ndarray, " N"]
-AnyLabels = Shaped[np.ndarray, "N *K"]  # of any kind, see `label_kind`
 Stored = bytes | np.ndarray  # an encoded image, or its pixels
 
 
@@ -47,6 +46,12 @@ class Source(Protocol):
         ...
 
 
+def digest_of(stored: Stored) -> bytes:
+    """16 bytes that tell contents apart."""
+    content = stored if isinstance(stored, bytes) else stored.tobytes()
+    return blake2b(content, digest_size=16).digest()
+
+
 @dataclass(frozen=True)
 class LabelledPair:
     """Labelled images to learn the classes from, and others to be tested on.
@@ -70,6 +75,7 @@ class Files:
         root: a folder, or empty where the paths are whole.
         labels: their class ids, or None.
         class_names: by class id.
+        homes: of whole paths, the folders that they lie below.
     """
 
     shards: Shards | None = None
@@ -80,7 +86,9 @@ class Files:
         root: str = "",
         labels: AnyLabels | None = None,
         class_names: Sequence[str] = (),
+        homes: Sequence[str] = (),
     ):
+        self.homes = tuple(homes)
         self.paths = paths if isinstance(paths, Names) else Names.of(paths)
         self.root = root
         self.labels = labels
@@ -138,49 +146,6 @@ def stratified(labels: Labels, fraction: float, seed: int) -> Bool[np.ndarray, "
         members = generator.permutation(np.flatnonzero(labels == label))
         chosen[members[: min(max(1, round(fraction * len(members))), len(members) - 1)]] = True
     return chosen
-
-
-def load_npy(file: str, key: str) -> np.ndarray:
-    """A memory map; no pickles."""
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise MissingPath(f"{key}={file}: no such file")
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{key}={file}: not a .npy file of numbers ({error})") from error
-
-
-def load_labels(file: str, count: int) -> np.ndarray:
-    """Labels of so many images from a `.npy` file: class ids (N,), or (N, K) of 0 and 1 where an
-    image may have several labels, or numbers (N,) or (N, D) of floating point.
-
-    Raises:
-        MissingPath: no such file.
-        UserError: another number of images, or values that mean nothing.
-    """
-    found = np.asarray(load_npy(file, "data.labels"))
-    if found.shape[:1] != (count,) or found.ndim > 2 or found.dtype.kind not in "uibf":
-        raise UserError(
-            f"data.labels={file}: shape {found.shape} of {found.dtype}; ({count},) class ids are "
-            f"needed, ({count}, K) of 0 and 1, or numbers of floating point"
-        )
-    if found.dtype.kind == "f":
-        if not np.isfinite(found).all():
-            raise UserError(f"data.labels={file}: not all numbers are finite")
-        return found.astype(np.float64)
-    if found.ndim == 2 and not np.isin(found, (0, 1)).all():
-        raise UserError(f"data.labels={file}: ({count}, K) labels are 0 or 1 each")
-    if found.size and found.min() < 0:
-        raise UserError(f"data.labels={file}: class ids start at 0, and one is {found.min()}")
-    return found.astype(np.int64)
-
-
-def label_kind(labels: np.ndarray | None) -> str:
-    """`classes` (N,) whole numbers, `several` (N, K) of 0 and 1, or `numbers` (N,) or (N, D)."""
-    if labels is None or (labels.ndim == 1 and labels.dtype.kind in "ui"):
-        return "classes"
-    return "several" if labels.ndim == 2 and labels.dtype.kind in "uib" else "numbers"
 
 
 def some_rows(count: int, fraction: float, seed: int) -> Bool[np.ndarray, " N"]:

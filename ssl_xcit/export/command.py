@@ -20,11 +20,12 @@ from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.export.exported import Weights, title
 from ssl_xcit.export.rounded import KNN
-from ssl_xcit.files import sha256_of, written_to
+from ssl_xcit.files import sha256_of, writable_folder, writable_or_here, written_to
 from ssl_xcit.models.published import TIMM_FILE, place_of
 from ssl_xcit.models.weights import checkpoint_path, checkpoints_of, load_backbone, model_name
 from ssl_xcit.run_folder import versions
 from ssl_xcit.table import shown_in_terminal
+from ssl_xcit.terminal import say
 
 
 def main(cfg: DictConfig) -> None:
@@ -42,30 +43,30 @@ def main(cfg: DictConfig) -> None:
         *((pair.resize, pair.size) if pair else ()),
     )  # fmt: skip
     out = out_of(cfg, path, run_dir, name)
-    print(f"{path}: {title(weights)}, {cfg.which}")
+    say(f"{path}: {title(weights)}, {cfg.which}")
     if backbone.architecture["num_classes"]:
-        print("its classifier is left out: features are exported")
+        say("its classifier is left out: features are exported")
     knn: KNN | None = None if pair is None else instantiate(cfg.knn)(pair)
     failed = []
     for word in formats:
         make = instantiate(cfg.formats[word])
         settings: dict[str, Any] = {"knn": knn} if "knn" in signature(make.func).parameters else {}
         if shown_in_terminal():  # a large network takes minutes
-            print(f"\n{word} ...", flush=True)
+            say("", f"{word} ...")
         try:
             with written_to(out.parent):
                 made = make(weights, out, **settings)
         except (UserError, RunFailed) as error:  # the others are made all the same
             if len(formats) == 1:
                 raise type(error)(f"format={word}: {error}") from error
-            print(f"{word}: not exported: {error}")
+            say(f"{word}: not exported: {error}")
             failed.append(error)
             continue
         sizes = [f"{each} ({size_of(each):,.1f} MB)" for each in made.paths]
-        print(f"\n{word}: {', '.join(sizes)}")
+        say("", f"{word}: {', '.join(sizes)}")
         for line in (made.checked, *made.notes):
-            print(f"  {line}")
-        print("".join(f"    {line}\n" for line in made.use.splitlines()), end="")
+            say(f"  {line}")
+        say(*(f"    {line}" for line in made.use.splitlines()))
     if failed:
         raise type(failed[0])(
             f"{len(failed)} of {len(formats)} formats were not exported, see above"
@@ -175,19 +176,21 @@ def read(run_dir: Path | None, name: str) -> dict[str, Any]:
 
 
 def out_of(cfg: DictConfig, path: Path, run_dir: Path | None, name: str) -> Path:
-    """What every format adds its ending to.
+    """What every format adds its ending to, in a folder that can be written.
 
     Raises:
-        UserError: it has an ending already.
+        UserError: it has an ending already, or cannot be written.
     """
     if cfg.out is None:
-        place = run_dir / "export" if run_dir else (place_of(path) or path.parent / "export")
-        return place / name
+        if run_dir is None and (place := place_of(path)) is not None:
+            return writable_or_here(place) / name
+        return writable_or_here(run_dir or path.parent, "export") / name
     out = Path(str(cfg.out)).expanduser()
     if out.is_dir() or str(cfg.out).endswith("/"):
-        return out / name
-    if out.suffix in (".onnx", ".safetensors", ".pt2", ".pth", ".pt", ".json"):
+        out = out / name
+    elif out.suffix in (".onnx", ".safetensors", ".pt2", ".pth", ".pt", ".json"):
         raise UserError(f"out={cfg.out}: without ending; each format has its own")
+    writable_folder(out.parent)
     return out
 
 

@@ -29,6 +29,7 @@ from ssl_xcit.export.weights_files import header, timm_arguments
 from ssl_xcit.models.names import to_timm_names
 from ssl_xcit.models.weights import load_backbone
 from ssl_xcit.table import format_value, shown_interval, title_of
+from ssl_xcit.terminal import literal, printable
 
 CARD = """---
 library_name: transformers
@@ -178,19 +179,20 @@ def card(weights: Weights, name: str, pushed: str | None) -> str:
     where = pushed or "FOLDER"
     values, intervals = numbers_of(weights.about)
     rows = [
-        f"| {title_of(metric).strip()} | {format_value(metric, value)} | "
+        f"| {literal(title_of(metric).strip())} | {format_value(metric, value)} | "
         f"{shown_interval(metric, intervals.get(metric))} |"
         for metric, value in values.items()
         if not metric.endswith(("_std", "_lr", "_l2"))
     ]
     numbers = "It was not measured.\n"
     if rows:
-        head = [f"Frozen features on {weights.about.get('data')}, in %:", "", "| | | 95 % |"]
+        data = literal(str(weights.about.get("data")))
+        head = [f"Frozen features on {data}, in %:", "", "| | | 95 % |"]
         numbers = "\n".join([*head, "|---|---:|---|", *rows, ""])
     of_run = weights.about.get("overrides") is not None
     own = (v for k, v in weights.backbone.named_parameters() if not k.startswith("head."))
     return CARD.format(
-        name=name.rsplit("/", 1)[-1],
+        name=literal(name.rsplit("/", 1)[-1]),
         model=title(weights),
         origin=", pretrained without labels by DINO (arXiv:2104.14294) with ssl_xcit" * of_run,
         parameters=sum(v.numel() for v in own) / 1e6,
@@ -217,9 +219,12 @@ def recipe(about: Mapping[str, Any]) -> Iterator[str]:
         if isinstance(value, Mapping):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
-            value = " ".join(f"`{v}`" for v in value)
+            words_of = [str(v) for v in value]
+            value = " ".join(literal(v) if "`" in v else f"`{printable(v)}`" for v in words_of)
         elif isinstance(value, float):
             value = f"{value:.6g}"
+        elif value is not None:
+            value = literal(str(value))
         if value not in (None, ""):
             yield f"- {words}: {value}"
 

@@ -64,7 +64,7 @@ def compared(
     """k-NN of both, in words and in percent; None where it cannot be measured."""
     try:
         if knn is None:
-            raise UserError("there are no labelled images (eval_data=folder eval_data.root=DIR)")
+            raise UserError("there are no labelled images (eval_data.root=DIR)")
         found = knn(weights, {"float32": weights.backbone, name: run})
     except UserError as error:  # the file is good all the same
         return f"k-NN was not measured: {error}", None

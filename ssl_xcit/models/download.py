@@ -17,11 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.files import flush, replacing, sha256_of, written_to
 from ssl_xcit.locks import InUse, exclusive
+from ssl_xcit.terminal import PlainColumn, say
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 6  # in a row without a byte more
@@ -112,7 +113,7 @@ def download(address: str, path: Path, sha256: str | None, show: bool) -> None:
     part = path.with_name(f".{path.name}.download")
     about = part.with_name(f"{part.name}.json")
     bar = Progress(
-        TextColumn("{task.description}"), *Progress.get_default_columns()[1:],
+        PlainColumn("{task.description}"), *Progress.get_default_columns()[1:],
         DownloadColumn(), TransferSpeedColumn(), disable=not show, transient=True,
     )  # fmt: skip
     failures, most, whole = 0, 0, False
@@ -149,7 +150,7 @@ def download(address: str, path: Path, sha256: str | None, show: bool) -> None:
     part.replace(path)
     about.unlink(missing_ok=True)
     size = path.stat().st_size / 1e6
-    print(f"{path}: {size:,.1f} MB from {address}, SHA-256 {digest}", file=sys.stderr)
+    say(f"{path}: {size:,.1f} MB from {address}, SHA-256 {digest}", file=sys.stderr)
 
 
 def size_of(part: Path) -> int:

@@ -25,6 +25,7 @@ from ssl_xcit.sweeps.searches import Search
 from ssl_xcit.sweeps.space import Choice, Space, read_space
 from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, STOPPED, Trial
 from ssl_xcit.sweeps.watching import Lines
+from ssl_xcit.terminal import say
 
 FILE = "sweep.json"
 PROGRAM = (sys.executable, "-m", "ssl_xcit")
@@ -77,7 +78,7 @@ def main(config: str, command: str, words: Sequence[str], flags: Sequence[str]) 
         write_about(folder, command, [*flags, *words], fixed, space, cfg)
         launcher.start(folder)
         total = f"{search.total} trial{'s' * (search.total != 1)}"
-        print(f"{folder}: {total} of {', '.join(space.swept) or 'nothing that varies'}", flush=True)
+        say(f"{folder}: {total} of {', '.join(space.swept) or 'nothing that varies'}")
         with Lines(search.total, cfg.sweep.metric) as lines:
             sweep = Sweep(
                 search, launcher, words_of, cfg.sweep.metric, cfg.sweep.retry_failed, lines
@@ -211,11 +212,11 @@ def conclude(folder: Path, sweep: Sweep, code: int) -> None:
     counts = {s: list(sweep.states.values()).count(s) for s in (FINISHED, PRUNED, FAILED, STOPPED)}
     words = {FINISHED: "finished", PRUNED: "ended early", FAILED: "failed", STOPPED: "stopped"}
     told = ", ".join(f"{n} {words[s]}" for s, n in counts.items() if n)
-    print(f"{folder}: {told or 'no trial has ended'}")
+    say(f"{folder}: {told or 'no trial has ended'}")
     if code in (75, 130):
-        print("the same command goes on")
+        say("the same command goes on")
     elif counts[FAILED]:
         again = "starts them again" if sweep.retry_failed else "leaves them as they are"
-        print(f"the same command {again}; why they failed: ssl-xcit sweep {folder}")
+        say(f"the same command {again}; why they failed: ssl-xcit sweep {folder}")
     if counts[FINISHED] or counts[PRUNED]:
-        print(f"next: ssl-xcit sweep {folder}")
+        say(f"next: ssl-xcit sweep {folder}")

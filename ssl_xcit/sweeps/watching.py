@@ -4,12 +4,10 @@ for each that runs.
 
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
@@ -18,6 +16,7 @@ from ssl_xcit.sweeps import trial as trials
 from ssl_xcit.sweeps.driver import Watcher
 from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, STOPPED, Trial
 from ssl_xcit.table import format_value, shown_in_terminal, title_of
+from ssl_xcit.terminal import PlainColumn, PlainConsole
 
 WORDS = {PRUNED: "ended early", STOPPED: "stopped, saved"}
 
@@ -35,9 +34,9 @@ class Lines(Watcher):
         self.done = 0
         self.bars: dict[Trial, int] = {}
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[value]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=Console(soft_wrap=True, highlight=False), transient=True,
+            PlainColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            PlainColumn("{task.fields[value]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=PlainConsole(soft_wrap=True), transient=True,
             disable=not shown_in_terminal(),
         )  # fmt: skip
 
@@ -53,7 +52,7 @@ class Lines(Watcher):
 
     def says(self, words: str) -> None:
         """A line, above the bars."""
-        self.progress.console.print(words, markup=False)
+        self.progress.console.print(words)
 
     def begins(self, trial: Trial) -> None:
         """See `Watcher`."""

@@ -2,13 +2,12 @@
 
 import sys
 import time
-from contextlib import suppress
 from typing import Any
 
 import lightning
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 
+from ssl_xcit.terminal import PlainColumn, say
 from ssl_xcit.training.health import Health
 
 
@@ -32,11 +31,10 @@ class ProgressBar(lightning.Callback):
         if not trainer.is_global_zero or not sys.stdout.isatty():
             return
         self.progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
+            PlainColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[news]}"),
+            PlainColumn("{task.fields[news]}"),
             TimeRemainingColumn(),
-            console=Console(),
             refresh_per_second=4,
         )
         self.progress.start()
@@ -89,9 +87,3 @@ class ProgressBar(lightning.Callback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
-
-
-def say(line: str) -> None:
-    """Print, unless nobody reads any more: Ctrl-C ends `| tee log` as well, and not the step."""
-    with suppress(OSError):
-        print(line, flush=True)

@@ -7,7 +7,10 @@ import time
 
 import numpy as np
 import pytest
+from selenium.webdriver.common.by import By
 from ssl_xcit.eval.views.atlas import Atlas, fragment, page, script, sprites, style
+
+from ssl_xcit.terminal import printable
 
 pytestmark = pytest.mark.browser
 
@@ -30,6 +33,30 @@ def made():
     names[3], names[5] = "/data/set/a/</script><i>.png", "/data/set/a/odd\udcff ü.png"
     sheets = sprites((np.broadcast_to(shade(i), (64, 64, 3)) for i in range(COUNT)), 64)
     return Atlas(places.astype(np.float32), names, classes, NAMES, sheets, 64)
+
+
+def test_what_is_not_seen_in_a_name_is_shown_and_copied_as_it_is(browser, tmp_path):
+    names = [
+        "\u202egpj.exe",
+        "two\nlines",
+        "\x1b[2J",
+        "zero\u200b",
+        "no\xa0break",
+        "odd\udcff",
+        "a b",
+    ]
+    shown = [printable(name) for name in names]
+    rng = np.random.default_rng(0)
+    open_page(browser, Atlas(rng.normal(size=(7, 2)), names, range(7), names), tmp_path)
+    labels = browser.find_elements(By.CSS_SELECTOR, ".atlas-label")
+    assert sorted(label.get_attribute("textContent") for label in labels) == sorted(shown)
+    listed = ask(
+        browser,
+        "atlas.select([...Array(7).keys()]);"
+        "return [...document.querySelectorAll('.atlas-panel li span')].map(s => s.textContent)",
+    )
+    assert listed == shown
+    assert ask(browser, "return atlas.files()[1]") == names[1]
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from ssl_xcit.eval.report.page import Part
+from ssl_xcit.eval.report.page import page as whole_page
 
 pytestmark = pytest.mark.browser
 PARTS = ["results", "curves", "pictures", "channels", "neighbours", "atlas", "settings",
@@ -224,3 +226,56 @@ def test_a_picture_of_it_is_kept(page):
     SHOT.parent.mkdir(exist_ok=True)
     SHOT.write_bytes(base64.b64decode(shot["data"]))
     assert SHOT.stat().st_size > 100_000
+
+
+def test_names_that_look_like_markup_are_text(browser, tmp_path):
+    """In what plotly draws as well, whose words are some HTML."""
+    names = ["<b>x</b>", "a&lt;b<br>", "%{x} $1$", "q\"</script>'", "<a href='x'>y</a>"]
+    shown = [*names, r"\u202egpj"]
+    names = [*names, "\u202egpj"]
+    each = list(range(6))
+    numbers = {"main": True, "metrics": names, "values": [1.0] * 6, "low": [None] * 6}
+    data = {
+        "numbers": {"rows": [{**numbers, "name": n, "run": 0, "high": [None] * 6} for n in names]},
+        "entropy": [{"run": 0, "name": n, "steps": [3], "values": [[0.5, 0.6]]} for n in names],
+        "decides": [{"key": n, "share": 0.1} for n in names],
+        "over": [{"name": n, "x": [1, 2], "y": [1.0, 2.0], "best": False} for n in names],
+        "parallel": {
+            "axes": [
+                {"label": n, "values": each, "tickvals": each, "ticktext": names} for n in names
+            ],
+            "colour": each,
+        },
+    }
+    boxes = "".join(f'<div class="figure" data-figure="{kind}"></div>' for kind in data)
+    html = whole_page(names[0], names[1], "", [Part("x", names[3], boxes, data=data)], "now")
+    (tmp_path / "names.html").write_text(html, encoding="utf-8")
+    browser.get((tmp_path / "names.html").as_uri())
+    bare = "return document.querySelectorAll('.figure:not(:has(.main-svg))').length"
+    WebDriverWait(browser, 30).until(lambda b: b.execute_script(bare) == 0)
+    assert browser.title == shown[0]
+    assert browser.find_element(By.TAG_NAME, "h2").text == shown[3]
+
+    def words(kind, inner):
+        return browser.execute_script(
+            "return [...document.querySelectorAll(`[data-figure=${arguments[0]}] ${arguments[1]}`)]"
+            ".map(e => e.textContent.trim())",
+            kind,
+            inner,
+        )
+
+    assert sorted(words("numbers", ".legendtext")) == sorted(shown)
+    assert sorted(words("numbers", ".ytick text")) == sorted(shown)
+    assert words("entropy", ".legendtext") == [f"{name}, step 3" for name in shown]
+    assert sorted(words("decides", ".ytick text")) == sorted(shown)
+    assert words("parallel", ".axis-title") == shown
+    assert [w for w in words("parallel", ".axis .tick text") if w][:6] == shown
+    for curve, name in enumerate(shown[::-1]):  # the best is drawn last
+        time.sleep(0.06)  # plotly answers one hover in 50 ms
+        hovered = browser.execute_script(
+            "const plot = document.querySelector('[data-figure=over] .plot');"
+            "Plotly.Fx.hover(plot, [{ curveNumber: arguments[0], pointNumber: 0 }]);"
+            "return plot.querySelector('.hoverlayer .name').textContent",
+            curve,
+        )
+        assert hovered == name

@@ -80,8 +80,8 @@ def test_without_root_there_are_no_labels():
     ("make", "message"),
     [
         (lambda p: folder(str(p / "none")), "no such folder"),
-        (lambda p: folder(str(p / "empty")), "no images in it or below (0 other files)"),
-        (lambda p: folder(str(p / "text")), "(1 other files)"),
+        (lambda p: folder(str(p / "empty")), "no images in it or below (no files)"),
+        (lambda p: folder(str(p / "text")), "no images in it or below (left out: 1 .txt file)"),
         (lambda p: folder([]), "at least one folder"),
         (lambda p: class_folders(p / "flat"), "2 images lie in it, outside class folders"),
         (lambda p: class_folders(p / "one"), "one class only (a)"),
@@ -178,7 +178,7 @@ def test_a_large_listing_is_kept_until_a_folder_changes(tmp_path, monkeypatch):
     assert first == ["a/1.png", "a/2.png", "b/c/3.png"]
     counted = []
     whole = folders.scan
-    monkeypatch.setattr("ssl_xcit.data.folders.scan", lambda r: counted.append(r) or whole(r))
+    monkeypatch.setattr("ssl_xcit.data.folders.scan", lambda *r: counted.append(r) or whole(*r))
     assert list(image_files(tmp_path)) == first
     assert not counted
     for change in (
@@ -269,8 +269,8 @@ def test_bad_lists(tmp_path, name, content, message):
 
 
 def test_bad_parquet_columns(tmp_path):
-    pq.write_table(pa.table({"file": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="columns file; `path` is needed"):
+    pq.write_table(pa.table({"where": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="columns where; `path` is needed"):
         path_list(str(tmp_path / "a.parquet"))
     pq.write_table(pa.table({"path": ["a"], "label": [None]}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match="1 rows have no label"):

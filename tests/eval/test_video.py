@@ -17,6 +17,7 @@ from ssl_xcit.eval.video import (
     VideoSegmentation,
     boundary,
     boundary_f,
+    frame_features,
     jaccard,
     painted,
     propagate,
@@ -282,6 +283,14 @@ def test_bad_content_is_named(root, frozen):
         (frames / f"{t:05d}.jpg").unlink()
     with pytest.raises(UserError, match="2 frames"):
         VideoSegmentation(str(root))
+
+
+def test_a_frame_that_would_become_too_large_is_named(frozen):
+    thin = np.zeros((1, 60_000, 3), np.uint8)
+    with pytest.raises(
+        UserError, match=r"x\.jpg: 480 x 28800000 pixels with its short side at 480"
+    ):
+        frame_features(frozen, frozen.backbone, thin, 480, Path("x.jpg"))
 
 
 @pytest.mark.parametrize(

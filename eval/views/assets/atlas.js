@@ -82,6 +82,14 @@
     return element;
   }
 
+  /** A name as it is shown: what is not seen, or turns the reading around, as an escape. */
+  const printable = (name) => name.replace(/[\p{C}\p{Z}]/gu, (character) => {
+    if (character === " ") return character;
+    const code = character.codePointAt(0).toString(16);
+    const known = { "\n": "\\n", "\r": "\\r", "\t": "\\t" }[character];
+    return known ?? (code.length < 3 ? `\\x${code.padStart(2, 0)}` : code.length < 5 ? `\\u${code.padStart(4, 0)}` : `\\U${code.padStart(8, 0)}`);
+  });
+
   const channels = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
   const mixed = (a, b, share) => a.map((value, i) => value + (b[i] - value) * share);
 
@@ -316,7 +324,7 @@
       const counts = new Int32Array(this.classNames.length);
       for (const id of this.classes) counts[id]++;
       const list = made("ul");
-      this.classNames.forEach((name, id) => {
+      this.classNames.map(printable).forEach((name, id) => {
         const row = made("button", {
           type: "button", "aria-pressed": "true", title: `${name}: click to hide or show, double click for it alone`,
           onclick: () => this.toggle(id), ondblclick: () => this.only(id),
@@ -835,11 +843,11 @@
         brush.imageSmoothingQuality = "high";
         brush.drawImage(found[0], found[1], found[2], this.side, this.side, 0, 0, picture.width, picture.height);
       }
-      this.cardName.textContent = this.names[i];
+      this.cardName.textContent = printable(this.names[i]);
       const id = this.classes?.[i];
       this.cardClass.hidden = id === undefined;
       if (id !== undefined)
-        this.cardClass.replaceChildren(made("span", { class: "atlas-swatch", html: swatch(id) }), this.classNames[id]);
+        this.cardClass.replaceChildren(made("span", { class: "atlas-swatch", html: swatch(id) }), printable(this.classNames[id]));
     }
 
     placeCard(x, y) {
@@ -986,14 +994,14 @@
       const chosen = this.selection(), rows = [];
       chosen.slice(0, LISTED).forEach((i, n) => {
         const found = n < PICTURED && this.thumb(i), row = made("button", {
-          type: "button", title: this.folder + this.names[i], onclick: () => this.goTo(i),
+          type: "button", title: printable(this.folder + this.names[i]), onclick: () => this.goTo(i),
         });
         if (found) {
           const picture = made("canvas", { width: 56, height: 56 });
           picture.getContext("2d").drawImage(found[0], found[1], found[2], this.side, this.side, 0, 0, 56, 56);
           row.append(picture);
         }
-        row.append(made("span", {}, this.names[i]));
+        row.append(made("span", {}, printable(this.names[i])));
         rows.push(made("li", {}, row));
       });
       if (chosen.length > LISTED)

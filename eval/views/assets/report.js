@@ -21,6 +21,9 @@
     return found;
   };
 
+  // plotly takes some HTML in its words, and these are names
+  const literal = (words) => words.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+
   function theme() {
     if (printing) return { ink: "#111", faint: "#555", grid: "#eee", paper: "#fff", bad: "#b3261e", colours: LIGHT };
     const style = getComputedStyle(document.documentElement);
@@ -35,7 +38,7 @@
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", size: 12, color: look.faint },
       margin: { l: 8, r: 10, t: 8, b: 8 }, hovermode: "x unified", hoverdistance: -1, dragmode: touch.matches ? false : "zoom",
-      hoverlabel: { bgcolor: look.paper, bordercolor: look.grid, font: { color: look.ink, size: 12 } },
+      hoverlabel: { namelength: -1, bgcolor: look.paper, bordercolor: look.grid, font: { color: look.ink, size: 12 } },
       legend: { orientation: "h", x: 0, y: -0.16, yanchor: "top", font: { size: 11 } },
       showlegend: false, height: 230,
     };
@@ -65,7 +68,7 @@
     for (const line of plot.lines) {
       const column = columns.indexOf(line.column);
       const colour = look.colours[(several ? line.run : column) % look.colours.length];
-      const name = several ? data.runs[line.run] + (columns.length > 1 ? `, ${line.name}` : "") : line.name;
+      const name = literal(several ? data.runs[line.run] + (columns.length > 1 ? `, ${line.name}` : "") : line.name);
       const smooth = plot.smooth && line.y.length >= 20;
       const few = line.y.length <= 12;
       const trace = {
@@ -103,7 +106,7 @@
     for (const mark of plot.marks) {
       shapes.push({ type: "line", xref: "x", yref: "paper", x0: mark.step, x1: mark.step, y0: 0, y1: 1,
                     line: { color: look.faint, width: 1, dash: "dot" } });
-      annotations.push({ x: mark.step, y: 1, xref: "x", yref: "paper", text: mark.words, showarrow: false,
+      annotations.push({ x: mark.step, y: 1, xref: "x", yref: "paper", text: literal(mark.words), showarrow: false,
                          xanchor: "left", yanchor: "top", font: { size: 11, color: look.faint } });
     }
     const lines = new Set(plot.lines.map((line) => `${line.run} ${line.column}`)).size;
@@ -117,13 +120,13 @@
   function drawNumbers(box, look) {
     const { rows } = data.numbers;
     const several = rows.length > 1 && rows.every((row) => row.main);
-    const metrics = [...new Set(rows.flatMap((row) => row.metrics))];
+    const metrics = [...new Set(rows.flatMap((row) => row.metrics.map(literal)))];
     const found = rows.map((row, at) => {
       const plain = !several && !row.main;
       const colour = plain ? look.faint : look.colours[several ? row.run % look.colours.length : 0];
       const known = row.low.map((low, i) => low !== null && !plain);
       return {
-        type: "scatter", mode: "markers", name: row.name, y: row.metrics, x: row.values,
+        type: "scatter", mode: "markers", name: literal(row.name), y: row.metrics.map(literal), x: row.values,
         customdata: row.low.map((low, i) => (known[i] ? ` (${low.toFixed(1)} to ${row.high[i].toFixed(1)})` : "")),
         hovertemplate: "%{x:.1f}%{customdata}",
         marker: { color: colour, size: plain ? 8 : 10, symbol: plain ? ["circle-open", "diamond-open", "square-open"][at % 3] : "circle" },
@@ -157,7 +160,7 @@
           line: { color: shade(blocks > 1 ? block / (blocks - 1) : 1, look), width: 2 }, hovertemplate: "%{y:.4f}",
         }))
       : runs.map((run) => ({
-          type: "scatter", mode: "lines+markers", name: `${run.name}, step ${run.steps.at(-1)}`,
+          type: "scatter", mode: "lines+markers", name: literal(`${run.name}, step ${run.steps.at(-1)}`),
           x: run.values.at(-1).map((_, block) => block + 1), y: run.values.at(-1),
           line: { color: look.colours[run.run % look.colours.length], width: 2 }, hovertemplate: "%{y:.4f}",
         }));
@@ -174,7 +177,7 @@
     const low = shade(0, look), high = shade(1, look);
     const trace = {
       type: "parcoords", line: { color: colour, colorscale: [[0, low], [1, high]] },
-      dimensions: axes, labelfont: { color: look.ink, size: 12 }, tickfont: { color: look.ink, size: 11 },
+      dimensions: axes.map((axis) => ({ ...axis, label: literal(axis.label) })), labelfont: { color: look.ink, size: 12 }, tickfont: { color: look.ink, size: 11 },
       rangefont: { color: "rgba(0,0,0,0)", size: 1 }, unselected: { line: { opacity: 0.06 } },
     };
     return [[trace], layout(look, { height: 360, margin: { l: 60, r: 50, t: 46, b: 18 }, dragmode: false })];
@@ -182,7 +185,7 @@
 
   function drawDecides(box, look) {
     const rows = data.decides;
-    const trace = { type: "bar", orientation: "h", y: rows.map((row) => row.key), x: rows.map((row) => 100 * row.share),
+    const trace = { type: "bar", orientation: "h", y: rows.map((row) => literal(row.key)), x: rows.map((row) => 100 * row.share),
                     marker: { color: look.colours[0] }, hovertemplate: "%{x:.0f} %<extra></extra>" };
     return [[trace], layout(look, { height: 60 + 30 * rows.length, hovermode: "closest", dragmode: false,
                                     xaxis: { fixedrange: true, ticksuffix: " %", rangemode: "tozero" },
@@ -191,7 +194,7 @@
 
   function drawOver(box, look) { // the best in colour, the others pale
     const found = [...data.over].reverse().map((line) => ({
-      type: "scatter", mode: line.x.length < 20 ? "lines+markers" : "lines", name: line.name, x: line.x, y: line.y,
+      type: "scatter", mode: line.x.length < 20 ? "lines+markers" : "lines", name: literal(line.name), x: line.x, y: line.y,
       line: { color: line.best ? look.colours[1] : faded(look.colours[0], 0.35), width: line.best ? 2.5 : 1.5 },
       marker: { size: 5 }, hovertemplate: "%{y:.4~g}, step %{x:,d}",
     }));

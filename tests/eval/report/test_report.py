@@ -26,6 +26,7 @@ from ssl_xcit.eval.report.run import read_run
 from ssl_xcit.eval.views.markup import script_json, spoken
 
 from ssl_xcit.locks import lock_holder
+from ssl_xcit.terminal import printable
 
 TINY = [w for w in SMALL if not w.startswith("evaluation.evaluators.linear")]
 TINY += ["callbacks.snapshots=null"]
@@ -223,8 +224,8 @@ def test_what_files_hold_stays_text(here):
     scripts = [known for tag, known in page.tags if tag == "script"]
     assert len(scripts) == len([1 for tag, _ in plain.tags if tag == "script"])
     assert not [known for _, known in page.tags if "onerror" in known]
-    assert page.curve(hostile)[0]["y"] == [1.5] * (len(lines) - 1)
-    assert page.data["numbers"]["rows"][-1]["name"] == hostile
+    assert page.curve(printable(hostile))[0]["y"] == [1.5] * (len(lines) - 1)
+    assert page.data["numbers"]["rows"][-1]["name"] == printable(hostile)
     assert script_json({"a": "</script>"}) == '{"a":"\\u003c/script\\u003e"}'
     with pytest.raises(ValueError, match="JSON"):
         script_json(float("nan"))

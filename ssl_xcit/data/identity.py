@@ -1,0 +1,215 @@
+"""Which images a data set holds, wherever it lies: names relative to its folder and sizes, and of
+what is one large file its content. With the seed this decides the order of a run, so a run keeps it
+and compares it at every start.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from ssl_xcit.data.cache import load_arrays
+from ssl_xcit.data.names import Names
+from ssl_xcit.data.sets import Arrays, HuggingFace
+from ssl_xcit.data.shards import TarShards
+from ssl_xcit.data.sources import Files, LabelledPair, Source, Subset
+from ssl_xcit.files import default_cache, replacing
+
+BLOCK = 65_536  # bytes read at each of `BLOCKS` places of a tar
+BLOCKS = 8
+UNKNOWN = -1  # size of what has none, or is not there
+THREADS = 32  # that ask a file system, which may be far away
+NAMED = 3  # examples in a sentence
+
+
+class DataIndex(NamedTuple):
+    """The images of a data set.
+
+    Args:
+        names: relative to its folder; of arrays none.
+        sizes: in bytes.
+        content: a hash of what names and sizes do not tell: pixels of an array, samples of tars,
+            labels.
+        num_images: how many there are.
+    """
+
+    names: Names
+    sizes: Int64[np.ndarray, " N"]
+    content: str
+    num_images: int
+
+    def digest(self) -> str:
+        """SHA-256, the same for the same images."""
+        digest = hashlib.sha256(f"{self.num_images} {self.content}\0".encode())
+        for array in (self.names.content, self.names.ends, self.sizes):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def index_of(source: Source, labelled: bool = False) -> DataIndex:
+    """The images of a source; of a part of one those of the whole.
+
+    Args:
+        source: the images.
+        labelled: their labels count as well.
+    """
+    while isinstance(source, Subset):
+        source = source.source
+    nothing = np.zeros(0, np.int64)
+    if isinstance(source, Files):
+        paths = [source.name(i) for i in range(len(source))]
+        names, sizes, content = Names.of(relative(source, paths)), sizes_of(paths), ""
+    elif isinstance(source, TarShards):
+        keys = [source.name(i) for i in range(len(source))]
+        home = os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in source.files])
+        names = Names.of(os.path.relpath(key, home) for key in keys)
+        sizes, content = source.lengths, sampled(source.files)
+    elif isinstance(source, Arrays):
+        names, sizes, content = Names.of([]), nothing, pixels_digest(source.images)
+    elif isinstance(source, HuggingFace):
+        names, sizes, content = Names.of([]), nothing, source.fingerprint
+    else:  # of another package
+        names = Names.of(source.name(i) for i in range(len(source)))
+        sizes, content = nothing, ""
+    if labelled and source.labels is not None:
+        labels = np.ascontiguousarray(source.labels)
+        classes = "\0".join(source.class_names).encode("utf-8", "surrogateescape")
+        content += hashlib.sha256(labels.tobytes() + classes).hexdigest()
+    return DataIndex(names, sizes, content, len(source))
+
+
+def relative(source: Files, paths: Sequence[str]) -> list[str]:
+    """Paths below the folder, or the folders, that the source was made from."""
+    if source.homes:
+        inside = []
+        for path in paths:
+            place, home = next(
+                (n, h) for n, h in enumerate(source.homes) if path.startswith(os.path.join(h, ""))
+            )
+            inside.append(f"{place}/{os.path.relpath(path, home)}")
+        return inside
+    if source.root:
+        return list(source.paths)
+    home = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [os.path.relpath(path, home) if home else path for path in paths]
+
+
+def sizes_of(paths: Sequence[str]) -> Int64[np.ndarray, " N"]:
+    """In bytes; `UNKNOWN` of what is not there."""
+
+    def size(path: str) -> int:
+        try:
+            return os.stat(path).st_size
+        except (OSError, ValueError):
+            return UNKNOWN
+
+    if len(paths) < 1000:
+        return np.array([size(path) for path in paths], np.int64)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return np.fromiter(pool.map(size, paths, chunksize=256), np.int64, len(paths))
+
+
+def sampled(files: Sequence[str]) -> str:
+    """A hash of each tar's size and of a few blocks of it."""
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            digest.update(f"{size}\0".encode())
+            for place in np.linspace(0, max(0, size - BLOCK), BLOCKS).astype(int).tolist():
+                digest.update(os.pread(stream.fileno(), BLOCK, place))
+    return digest.hexdigest()
+
+
+def pixels_digest(images: np.ndarray) -> str:
+    """SHA-256 of an array; of a file's it is kept in the cache folder while the file's times stay
+    the same.
+    """
+    memo = None
+    if isinstance(images, np.memmap):
+        status = os.stat(str(images.filename))
+        stamp = f"{os.path.realpath(str(images.filename))} {status.st_size} {status.st_ino} "
+        stamp += f"{status.st_mtime_ns} {status.st_ctime_ns}"
+        memo = default_cache() / "arrays" / hashlib.sha256(os.fsencode(stamp)).hexdigest()[:24]
+        if memo.is_file() and len(known := memo.read_text()) == 64:
+            return known
+    digest = hashlib.sha256(f"{images.dtype} {images.shape}\0".encode())
+    step = max(1, 2**24 // max(1, images[:1].nbytes))
+    for start in range(0, len(images), step):
+        digest.update(np.ascontiguousarray(images[start : start + step]).tobytes())
+    if memo is not None:
+        try:
+            with replacing(memo) as part:
+                part.write_text(digest.hexdigest())
+        except OSError:  # it is read again then
+            pass
+    return digest.hexdigest()
+
+
+def indices_of(source: Source, pair: LabelledPair | None) -> dict[str, DataIndex]:
+    """Of all images of a run, by the setting that names them."""
+    found = {"data": index_of(source)}
+    if pair is not None:
+        found["eval_data"] = index_of(pair.train, labelled=True)
+        if not (isinstance(pair.test, Subset) or pair.test is pair.train):
+            found["eval_data.test"] = index_of(pair.test, labelled=True)
+    return found
+
+
+def save_indices(indices: Mapping[str, DataIndex], file: Path) -> None:
+    """All of them in one file."""
+    arrays: dict[str, np.ndarray] = {}
+    for key, index in indices.items():
+        arrays |= {
+            f"{key}:names": index.names.content,
+            f"{key}:ends": index.names.ends,
+            f"{key}:sizes": index.sizes,
+            f"{key}:content": np.array(index.content),
+            f"{key}:count": np.array(index.num_images),
+        }
+    with replacing(file) as part, part.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+
+
+def load_indices(file: Path) -> dict[str, DataIndex]:
+    """What `save_indices` wrote; empty where it cannot be read."""
+    arrays = load_arrays(file) or {}
+    try:
+        return {
+            key: DataIndex(
+                Names(arrays[f"{key}:names"], arrays[f"{key}:ends"]),
+                arrays[f"{key}:sizes"],
+                str(arrays[f"{key}:content"]),
+                int(arrays[f"{key}:count"]),
+            )
+            for key in (name.removesuffix(":count") for name in arrays if name.endswith(":count"))
+        }
+    except (KeyError, ValueError):
+        return {}
+
+
+def difference(before: DataIndex, now: DataIndex) -> str:
+    """What has changed, in words with examples; empty where nothing has."""
+    if before.digest() == now.digest():
+        return ""
+    old = dict(zip(before.names, before.sizes.tolist(), strict=False))
+    new = dict(zip(now.names, now.sizes.tolist(), strict=False))
+    kinds = {
+        "new": [name for name in new if name not in old],
+        "gone": [name for name in old if name not in new],
+        "of another size": [name for name in new if name in old and new[name] != old[name]],
+    }
+    parts = [
+        f"{len(names):,} {kind} (such as {', '.join(names[:NAMED])})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    counts = f"{before.num_images:,} images then, {now.num_images:,} now"
+    if not parts and before.num_images == now.num_images:
+        parts = ["the same names and sizes, but another order, content or labels"]
+    return f"{counts}: {', '.join(parts)}" if parts else counts

@@ -1,0 +1,107 @@
+"""Test images that are training images as well are counted, and said."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import EVALUATION, NO_ONLINE, images, run
+from ssl_xcit.eval.features import FeatureSet
+from ssl_xcit.eval.overlap import remark, same_content, similar
+
+from ssl_xcit.data.folders import labelled_folders
+from ssl_xcit.data.sets import Arrays
+from ssl_xcit.data.sources import Files, LabelledPair
+
+
+@pytest.fixture
+def classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "test"):
+        for name, count in (("a", 4), ("b", 5)):
+            images(tmp_path / part / name, count, (40 + len(part), 40))
+    return tmp_path
+
+
+def said(caplog):
+    return [r.getMessage() for r in caplog.records]
+
+
+def test_copies_are_counted_by_content_and_not_by_name(classes, caplog):
+    pair = labelled_folders("train", "test")
+    assert same_content(pair, None) == 0
+    assert not said(caplog)
+    for copy in ("test/a/x.png", "test/b/y.png"):
+        Path(copy).write_bytes(Path("train/a/2.png").read_bytes())
+    assert same_content(labelled_folders("train", "test"), classes / "cache") == 2
+    assert same_content(labelled_folders("train", "test"), classes / "cache") == 2  # kept or not
+    assert "2 of 11 test images are also training images, by content" in said(caplog)[0]
+    assert "(such as test/a/x.png)" in said(caplog)[0]
+
+
+def test_the_same_folder_twice(classes, caplog):
+    assert same_content(labelled_folders("train", "train"), None) == 9
+    assert "9 of 9 test images are also training images, by content" in said(caplog)[0]
+
+
+def test_copies_within_one_set(classes, caplog):
+    pair = labelled_folders("train", test_fraction=0)
+    assert same_content(pair, None) == 0
+    Path("train/b/z.png").write_bytes(Path("train/a/2.png").read_bytes())
+    assert same_content(labelled_folders("train", test_fraction=0), None) == 2
+    assert "2 of 10 images are there more than once" in said(caplog)[0]
+
+
+def test_images_that_cannot_be_read_are_no_copies():
+    labels = np.array([0, 1])
+    broken = [Files([f"{name}1.png", f"{name}2.png"], "", labels) for name in "ab"]
+    assert same_content(LabelledPair(*broken, "x", 8, 8), None) == 0
+
+
+def test_arrays_are_compared_too():
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 4), np.uint8)
+    labels = np.arange(6) % 2
+    train = Arrays(pixels[:4], "train", labels[:4])
+    assert (
+        same_content(LabelledPair(train, Arrays(pixels[3:], "t", labels[3:]), "x", 8, 8), None) == 1
+    )
+
+
+def test_near_copies_by_a_loop_over_cosines():
+    rng = np.random.default_rng(0)
+    train = rng.normal(size=(50, 8)).astype(np.float32)
+    test = np.concatenate((train[:5] * 3 + 0.01, rng.normal(size=(20, 8)))).astype(np.float32)
+    unit = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (train, test)]
+    for threshold in (0.5, 0.8, 0.98):
+        expected = sum(max(float(t @ other) for other in unit[0]) > threshold for t in unit[1])
+        features = FeatureSet(train, np.zeros(50, int), test, np.zeros(25, int))
+        assert similar(features, threshold) == expected
+    assert expected == 5
+    twice = np.concatenate((train, train[:3]))
+    one = FeatureSet(twice, np.zeros(53, int), twice, np.zeros(53, int))
+    assert similar(one, 0.99) == 6  # and not each with itself
+
+
+def test_a_perfect_k_nn_gets_a_remark(caplog):
+    remark(99.9, "pretrained")
+    assert not said(caplog)
+    remark(100.0, "pretrained")
+    assert "pretrained: k-NN of 100 %: are test images near copies" in said(caplog)[0]
+
+
+def test_the_command_says_it_and_writes_it_down(classes, capsys):
+    words = [o for o in NO_ONLINE if not o.startswith("evaluation")]
+    words += ["data=folder", "data.root=train", "model=xcit_micro_4_p8", "name=x"]
+    assert run("pretrain", *words, "~callbacks.online") == 0
+    words = ["eval_data=folder", "eval_data.root=train", "eval_data.test_root=train"]
+    words += ["num_workers=0"]
+    words += ["eval_data.resize=32", "eval_data.size=32", "evaluation.near_duplicates=0.98"]
+    assert run("eval", "ckpt=runs/x", *words, *EVALUATION, "evaluation.baselines=null") == 0
+    out, err = capsys.readouterr()
+    assert "9 of 9 test images are also training images, by content" in err
+    assert "9 of 9 test images have a cosine above 0.98" in out
+    content = json.loads(Path("runs/x/results-folder.json").read_text())
+    assert content["test_images_in_train"] == 9
+    assert content["near_duplicates_pretrained"] == 9
+    assert run("eval", "ckpt=runs/x", *words, "evaluation.near_duplicates=1.5") == 2
+    assert "near_duplicates=1.5: a cosine in (0, 1), or null" in capsys.readouterr().err

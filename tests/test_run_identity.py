@@ -1,0 +1,174 @@
+"""The set of images is part of a run's identity, its path is not."""
+
+import json
+import shutil
+
+import pytest
+from commands import NO_ONLINE, images, run
+from omegaconf import OmegaConf
+
+from ssl_xcit.run_folder import fingerprint, settings
+from ssl_xcit.run_name import FREE_KEYS, FREE_TRAINER_KEYS
+
+SETTINGS = [
+    *(o for o in NO_ONLINE if not o.startswith("epochs")),
+    "data=folder", "model=xcit_micro_4_p8", "~callbacks.online", "epochs=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run on 24 images that has checkpoints and is not finished."""
+    home = tmp_path_factory.mktemp("run")
+    images(home / "photos", 24)
+    assert run("pretrain", f"data.root={home}/photos", f"out={home}/runs", "name=x", *SETTINGS) == 0
+    (home / "runs/x/summary.json").unlink()
+    return home
+
+
+@pytest.fixture
+def home(stopped, tmp_path, monkeypatch):
+    """A copy of it, at another place."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def resume(*more, root="photos", name="name=x"):
+    return run(
+        "pretrain", f"data.root={root}", "out=runs", *([name] if name else []), *SETTINGS, *more
+    )
+
+
+def about(home):
+    return json.loads((home / "runs/x/run.json").read_text())
+
+
+def test_a_copy_on_another_mount_goes_on(home, capfd):
+    before = about(home)
+    assert resume() == 0
+    said = capfd.readouterr().out
+    assert "the same images, elsewhere" in said
+    assert "going on from runs/x/checkpoints" in said
+    assert about(home)["data_sha256"] == before["data_sha256"]
+    assert about(home)["data_changes"] == []
+
+
+def test_a_moved_run_that_has_no_name_is_found(home, capfd):
+    assert resume(name=None) == 0  # runs/x has a name, and is not taken
+    [folder] = [p for p in (home / "runs").iterdir() if p.name != "x"]
+    (folder / "summary.json").unlink()
+    shutil.move(home / "photos", home / "elsewhere")
+    capfd.readouterr()
+    assert resume(root="elsewhere", name=None) == 0
+    said = capfd.readouterr().out
+    assert f"runs/{folder.name}: data.root was photos and is elsewhere: the same images" in said
+    assert f"going on from runs/{folder.name}/checkpoints" in said
+    assert len(list((home / "runs").iterdir())) == 2
+    assert resume(root="elsewhere", name=None) == 0
+    assert f"runs/{folder.name} is finished" in capfd.readouterr().out
+
+
+def test_fewer_images_than_steps_were_taken_for_end_the_run(home, capfd):
+    for i in range(8):
+        (home / f"photos/{i}.png").unlink()
+    assert resume("resume.data=changed") == 0
+    assert "24 images then, 16 now: 8 gone" in capfd.readouterr().err
+    assert about(home)["plan"]["total_steps"] == 4  # of which 6 are done
+    assert (home / "runs/x/summary.json").is_file()
+
+
+def test_changed_images_are_refused_and_go_on_when_asked(home, capfd):
+    images(home / "photos/new", 8)
+    (home / "photos/3.png").unlink()
+    assert resume() == 2
+    said = capfd.readouterr().err
+    assert "24 images then, 31 now: 8 new (such as new/0.png" in said
+    assert "1 gone (such as 3.png)" in said
+    assert "add resume.data=changed" in said
+    assert "init.ckpt=runs/x init.head=kept" in said
+    assert resume("resume.data=changed") == 0
+    out, err = capfd.readouterr()
+    assert "no longer the same, bit for bit" in err
+    assert "31 images" in out
+    [change] = about(home)["data_changes"]
+    assert change["step"] == 6
+    assert change["data"]["data"].startswith("24 images then, 31 now")
+    assert about(home)["plan"]["num_images"] == 31
+    assert run("report", "run=runs/x") == 0
+    page = (home / "runs/x/report.html").read_text()
+    assert "The images changed during this run" in page
+    assert "8 new (such as new/0.png" in page
+    (home / "runs/x/summary.json").unlink()
+    assert resume() == 0  # the images are those of the run now
+
+
+def test_a_changed_image_of_the_same_name_is_refused(home, capfd):
+    (home / "photos/5.png").write_bytes((home / "photos/6.png").read_bytes() + b"\0")
+    assert resume() == 2
+    assert "1 of another size (such as 5.png)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["true", "null", "Changed"])
+def test_what_resume_may_be(home, value, capfd):
+    assert resume(f"resume.data={value}") == 2
+    assert "same or changed" in capfd.readouterr().err
+
+
+def test_labelled_images_count_too(home, capfd):
+    for name in "ab":
+        images(home / f"labelled/{name}", 4)
+    words = ["eval_data.root=labelled", "eval_data.resize=32", "eval_data.size=32"]
+    assert resume(*words, name="name=y") == 0
+    (home / "runs/y/summary.json").unlink()
+    shutil.move(home / "labelled/a/0.png", home / "labelled/b/moved.png")
+    assert resume(*words, name="name=y") == 2
+    assert "(eval_data: 8 images then, 8 now: 1 new" in capfd.readouterr().err
+
+
+def test_statistics_of_the_images_count_and_not_where_they_lie(home, capfd):
+    stats = {"channels": 3, "mean": [0.5] * 3, "std": [0.2] * 3, "background": [255] * 3}
+    (home / "a.json").write_text(json.dumps(stats | {"value_range": None}))
+    (home / "b.json").write_text(json.dumps(stats | {"value_range": None, "mean": [0.4] * 3}))
+    assert resume("preprocess.stats=a.json", name="name=y") == 0
+    (home / "runs/y/summary.json").unlink()
+    shutil.copy(home / "a.json", home / "c.json")
+    assert resume("preprocess.stats=c.json", name="name=y") == 0
+    (home / "runs/y/summary.json").unlink()
+    assert resume("preprocess.stats=b.json", name="name=y") == 2
+    assert "preprocess.stats and the other settings of preprocess" in capfd.readouterr().err
+
+
+def test_more_epochs_are_told_how(home, capfd):
+    assert resume("epochs=3") == 2
+    said = capfd.readouterr().err
+    assert "epochs=2 (now 3)" in said
+    assert "init.ckpt=runs/x init.head=kept name=..." in said
+    assert "scheduled anew" in said
+    assert resume("init.ckpt=runs/x", "init.head=kept", "epochs=3", name="name=longer") == 0
+
+
+def test_a_run_that_was_begun_before_images_were_recorded(home, capfd):
+    """Its fingerprint has the paths."""
+    cfg = OmegaConf.load(home / "runs/x/config.yaml")
+    old = {k: v for k, v in about(home).items() if k not in ("data_sha256", "preprocess", "folder")}
+    old["fingerprint"] = fingerprint(settings(cfg, free=(*FREE_KEYS, *FREE_TRAINER_KEYS)))
+    (home / "runs/x/run.json").write_text(json.dumps(old))
+    (home / "runs/x/images.npz").unlink()
+    images(home / "photos/new", 1)
+    assert resume() == 2
+    assert "24 images then, 25 now" in capfd.readouterr().err
+    (home / "photos/new/0.png").unlink()
+    assert resume() == 0
+    assert "data" in about(home)["data_sha256"]
+
+
+def test_evaluation_finds_images_that_lay_relative_to_where_the_run_was(home, capfd, monkeypatch):
+    for name in "ab":
+        images(home / f"labelled/{name}", 4)
+    words = ["eval_data.root=labelled", "eval_data.resize=32", "eval_data.size=32"]
+    assert resume(*words, name="name=y") == 0
+    (home / "other").mkdir()
+    monkeypatch.chdir(home / "other")
+    kept = [o for o in SETTINGS if o.startswith("evaluation.")]
+    assert run("eval", "ckpt=../runs/y", "num_workers=0", *kept) == 0
