@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from ssl_xcit.data.sources import LabelledPair
+from ssl_xcit.terminal import say
 
 from .feature_cache import digests_of
 from .features import FeatureSet
 from .search import nearest, similarities
 
 log = logging.getLogger(__name__)
+FEW = 0.01  # share of the test images up to which they are mentioned, and no warning
 
 
 def same_content(pair: LabelledPair, cache: Path | None, show: bool = False) -> int:
@@ -31,16 +33,18 @@ def same_content(pair: LabelledPair, cache: Path | None, show: bool = False) -> 
     if pair.test is pair.train:
         known, counts = np.unique(train, return_counts=True)
         again = np.isin(train, known[counts > 1]) & (train != b"")
-        sentence = "%d of %d images are there more than once, by content (such as %s): k-NN and "
-        sentence += "probes find their copies, and look better than they are"
+        what = "images are there more than once"
     else:
         test = digests_of(pair.test, cache, titles[1]).each
         again = np.isin(test, train) & (test != b"")
-        sentence = "%d of %d test images are also training images, by content (such as %s): k-NN "
-        sentence += "and probes look better than they are"
+        what = "test images are also training images"
     if count := int(again.sum()):
-        first = pair.test.name(int(again.argmax()))
-        log.warning(sentence, count, len(again), first)
+        first, share = pair.test.name(int(again.argmax())), count / len(again)
+        sentence = (
+            f"{count:,} of {len(again):,} {what}, by content (such as {first}): k-NN and probes "
+            f"find their copies, which may be {100 * share:.2g} points of their accuracy"
+        )
+        log.warning("%s", sentence) if share > FEW else say(sentence)
     return count
 
 

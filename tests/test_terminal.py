@@ -67,13 +67,14 @@ def test_a_name_is_shown_as_it_is_spelled(name, shown, capsys):
 def test_everything_that_is_not_seen_is_an_escape():
     """By Unicode's categories, of which Python's own test of a character knows nothing."""
     unseen = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
-    for code in range(sys.maxunicode + 1):
-        character = chr(code)
-        if unicodedata.category(character) in unseen and character != " ":
-            assert printable(character).isascii(), hex(code)
-            assert printable(character).startswith("\\"), hex(code)
-        else:
-            assert printable(character) == character, hex(code)
+    every = [chr(code) for code in range(sys.maxunicode + 1)]
+    hidden = [c for c in every if unicodedata.category(c) in unseen and c != " "]
+    seen = "".join(sorted(set(every) - set(hidden)))
+    assert printable(seen) == seen
+    shown = printable("".join(hidden))
+    assert shown.isascii()
+    assert shown.count("\\") == len(hidden)
+    assert shown.encode().decode("unicode_escape") == "".join(hidden)
 
 
 def test_a_traceback_keeps_its_lines():

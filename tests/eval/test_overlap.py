@@ -37,6 +37,7 @@ def test_copies_are_counted_by_content_and_not_by_name(classes, caplog):
     assert same_content(labelled_folders("train", "test"), classes / "cache") == 2  # kept or not
     assert "2 of 11 test images are also training images, by content" in said(caplog)[0]
     assert "(such as test/a/x.png)" in said(caplog)[0]
+    assert "may be 18 points of their accuracy" in said(caplog)[0]
 
 
 def test_the_same_folder_twice(classes, caplog):
@@ -50,6 +51,13 @@ def test_copies_within_one_set(classes, caplog):
     Path("train/b/z.png").write_bytes(Path("train/a/2.png").read_bytes())
     assert same_content(labelled_folders("train", test_fraction=0), None) == 2
     assert "2 of 10 images are there more than once" in said(caplog)[0]
+
+
+def test_a_few_copies_are_mentioned_and_no_warning(photos_pair, caplog, capsys):
+    """Windows of one photograph's black corners."""
+    assert same_content(photos_pair, None) == 3
+    assert not said(caplog)
+    assert "3 of 702 test images are also training images" in capsys.readouterr().out
 
 
 def test_images_that_cannot_be_read_are_no_copies():
