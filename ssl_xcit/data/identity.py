@@ -5,6 +5,7 @@ and compares it at every start.
 
 import hashlib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,8 @@ from ssl_xcit.files import default_cache, replacing
 BLOCK = 65_536  # bytes read at each of `BLOCKS` places of a tar
 BLOCKS = 8
 UNKNOWN = -1  # size of what has none, or is not there
-THREADS = 32  # that ask a file system, which may be far away
+THREADS = 32  # that ask a file system which is far away:
+PROBED, SLOW = 1000, 2e-4  # its first so many files take longer than so many seconds each
 NAMED = 3  # examples in a sentence
 
 
@@ -63,7 +65,8 @@ def index_of(source: Source, labelled: bool = False) -> DataIndex:
     nothing = np.zeros(0, np.int64)
     if isinstance(source, Files):
         paths = [source.name(i) for i in range(len(source))]
-        names, sizes, content = Names.of(relative(source, paths)), sizes_of(paths), ""
+        names = source.paths if source.root else Names.of(relative(source, paths))
+        sizes, content = sizes_of(paths), ""
     elif isinstance(source, TarShards):
         keys = [source.name(i) for i in range(len(source))]
         home = os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in source.files])
@@ -84,7 +87,7 @@ def index_of(source: Source, labelled: bool = False) -> DataIndex:
 
 
 def relative(source: Files, paths: Sequence[str]) -> list[str]:
-    """Paths below the folder, or the folders, that the source was made from."""
+    """Whole paths as they lie below the folders that the source was made from."""
     if source.homes:
         inside = []
         for path in paths:
@@ -93,8 +96,6 @@ def relative(source: Files, paths: Sequence[str]) -> list[str]:
             )
             inside.append(f"{place}/{os.path.relpath(path, home)}")
         return inside
-    if source.root:
-        return list(source.paths)
     home = os.path.commonpath([os.path.dirname(path) for path in paths])
     return [os.path.relpath(path, home) if home else path for path in paths]
 
@@ -108,10 +109,13 @@ def sizes_of(paths: Sequence[str]) -> Int64[np.ndarray, " N"]:
         except (OSError, ValueError):
             return UNKNOWN
 
-    if len(paths) < 1000:
-        return np.array([size(path) for path in paths], np.int64)
+    began = time.perf_counter()
+    first = [size(path) for path in paths[:PROBED]]
+    rest = paths[PROBED:]
+    if time.perf_counter() - began < SLOW * len(first):  # on this machine threads only wait
+        return np.array([*first, *map(size, rest)], np.int64)
     with ThreadPoolExecutor(THREADS) as pool:
-        return np.fromiter(pool.map(size, paths, chunksize=256), np.int64, len(paths))
+        return np.array([*first, *pool.map(size, rest)], np.int64)
 
 
 def sampled(files: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from ssl_xcit.data.identity import (
     indices_of,
     load_indices,
     save_indices,
+    sizes_of,
 )
 from ssl_xcit.data.lists import path_list
 from ssl_xcit.data.sets import arrays, huggingface
@@ -155,3 +156,12 @@ def test_a_file_that_is_gone_has_no_size(tmp_path):
     source = folder(str(tree(tmp_path)))
     (tmp_path / "a/1.png").unlink()
     assert index_of(source).sizes.tolist() == [-1, 11, 12]
+
+
+def test_a_file_system_that_is_far_away_is_asked_by_many_at_once(tmp_path, monkeypatch):
+    paths = [str(tmp_path / name) for name in NAMES]
+    tree(tmp_path)
+    near = sizes_of(paths)
+    monkeypatch.setattr("ssl_xcit.data.identity.PROBED", 1)
+    monkeypatch.setattr("ssl_xcit.data.identity.SLOW", 0.0)
+    assert sizes_of(paths).tolist() == near.tolist() == [10, 11, 12]
