@@ -82,7 +82,8 @@ def evaluate(
         near_duplicates: a cosine of features above which a test image counts as nearly a training
             image; None: they are not counted.
     """
-    if near_duplicates is not None and not 0.0 < near_duplicates < 1.0:
+    number_given = isinstance(near_duplicates, int | float)
+    if near_duplicates is not None and not (number_given and 0.0 < near_duplicates < 1.0):
         raise UserError(
             f"evaluation.near_duplicates={near_duplicates}: a cosine in (0, 1), or null"
         )

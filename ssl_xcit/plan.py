@@ -175,7 +175,8 @@ def make_plan(
         for key in ("num_prototypes", "ema", "teacher_temp_start", "teacher_temp")
     }
     if begun is not None:
-        chosen |= {key: begun[key] for key in chosen if key in begun}
+        kept = {key: begun[key] for key in chosen if type(begun.get(key)) in (int, float)}
+        chosen |= {key: value for key, value in kept.items() if math.isfinite(value)}
     steps_per_epoch = num_images / batch_size
     total_steps = max(1, math.floor(epochs * steps_per_epoch))
 

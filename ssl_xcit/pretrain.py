@@ -137,7 +137,7 @@ def main(cfg: DictConfig) -> None:
     run_dir = Path(str(cfg.out)) / str(name)
     start = read_start(cfg, run_dir)
     check_same_run(cfg, run_dir)
-    if is_finished(run_dir):
+    if not moved_paths(cfg, run_dir) and is_finished(run_dir):
         return
     source: Source = instantiate(cfg.data.source)
     pair: LabelledPair | None = instantiate(cfg.eval_data) if cfg.get("eval_data") else None
@@ -148,10 +148,11 @@ def main(cfg: DictConfig) -> None:
     moved = moved_run(cfg, indices) if not cfg.name and not is_begun(run_dir) else None
     if moved is not None:
         run_dir, start = moved, read_start(cfg, moved)
-    record = check_same_data(run_dir, indices, how, cfg.resume.data == "changed")
-    if not record.changed and is_begun(run_dir) and (words := moved_paths(cfg, run_dir)):
-        say(f"{run_dir}: {', '.join(words)}: the same images, elsewhere")
-    if moved is not None and is_finished(run_dir):
+    elsewhere = moved_paths(cfg, run_dir)
+    record = check_same_data(run_dir, indices, how, elsewhere, cfg.resume.data == "changed")
+    if not record.changed and is_begun(run_dir) and elsewhere:
+        say(f"{run_dir}: {', '.join(elsewhere)}: the same images, elsewhere")
+    if is_finished(run_dir):
         return
     cfg.run_id = cfg.run_id or run_id_of(run_dir)
     note = augment.check(how.channels)
@@ -218,7 +219,9 @@ def train(
             write_settings(cfg, asdict(plan), run_dir, resumed_at, record)
         announce(cfg, plan, module, data.eval_data, run_dir)
         if resume is not None:
-            say(f"going on from {resume}")
+            taken = int(resume.stem.removeprefix("step-"))
+            left = "" if taken < plan.total_steps else ", which leaves no step to take"
+            say(f"going on from {resume}{left}")
     trainer.fit_loop.epoch_loop.max_steps = plan.total_steps
     started = time.perf_counter()
     try:

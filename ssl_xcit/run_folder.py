@@ -123,7 +123,11 @@ class DataRecord(NamedTuple):
 
 
 def check_same_data(
-    run_dir: Path, indices: Mapping[str, DataIndex], preprocess: Preprocess, go_on: bool
+    run_dir: Path,
+    indices: Mapping[str, DataIndex],
+    preprocess: Preprocess,
+    elsewhere: Sequence[str],
+    go_on: bool,
 ) -> DataRecord:
     """A run folder goes on with the images it was made with, wherever they lie.
 
@@ -131,6 +135,7 @@ def check_same_data(
         run_dir: the folder.
         indices: of the images at hand, by the setting that names them.
         preprocess: how they are read.
+        elsewhere: what `moved_paths` says.
         go_on: although they have changed.
 
     Raises:
@@ -145,7 +150,7 @@ def check_same_data(
             f"{run_dir} was made of images read with {about['preprocess']}: preprocess.stats and "
             "the other settings of preprocess must be as they were, or take another name=..."
         )
-    changed = changes_since(run_dir, about, indices)
+    changed = changes_since(run_dir, about, indices, elsewhere)
     if not changed:
         return record
     words = "; ".join(f"{key}: {each}" for key, each in changed.items())
@@ -166,30 +171,52 @@ def check_same_data(
 
 
 def changes_since(
-    run_dir: Path, about: Mapping[str, Any], indices: Mapping[str, DataIndex]
+    run_dir: Path,
+    about: Mapping[str, Any],
+    indices: Mapping[str, DataIndex],
+    elsewhere: Sequence[str],
 ) -> dict[str, str]:
     """What is not as a run's folder says that it was, in words by setting; empty where all is."""
     known = about.get("data_sha256")
     if not isinstance(known, Mapping):  # begun when images were not recorded
-        then, now = about.get("plan", {}).get("num_images"), indices["data"].num_images
-        return {} if then in (None, now) else {"data": f"{then:,} images then, {now:,} now"}
+        plan = about.get("plan")
+        then = plan.get("num_images") if isinstance(plan, Mapping) else None
+        now = indices["data"].num_images
+        if then not in (None, now):
+            words = f"{then} images then, {now} now"
+            return {"data": f"{words}, where files without a known ending count too"}
+        words = f"{', '.join(elsewhere)}, and which images they were then is not recorded"
+        return {"data": words} if elsewhere else {}
     before = load_indices(run_dir / IMAGES)
     found = {}
-    for key, index in indices.items():
-        if known.get(key) != index.digest():
-            words = difference(before[key], index) if key in before else ""
-            found[key] = words or f"{index.num_images:,} images now, not those of then"
+    for key in [*indices, *(key for key in known if key not in indices)]:
+        now = indices[key].num_images if key in indices else 0
+        if key not in indices:
+            found[key] = "images then, none now"
+        elif key not in known:
+            found[key] = f"none then, {now:,} images now"
+        elif known[key] != indices[key].digest():
+            words = difference(before[key], indices[key]) if key in before else ""
+            found[key] = words or f"{now:,} images now, not those of then"
     return found
 
 
 def moved_paths(cfg: DictConfig, run_dir: Path) -> list[str]:
     """Paths of images that are not those which the run's folder has, in words."""
     path = run_dir / "config.yaml"
-    before = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+    if not path.is_file():
+        return []
+    before, there = OmegaConf.load(path), str(about_run(run_dir).get("folder", "."))
     words = []
     for key in PATH_KEYS:
         then, now = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
-        if not key.startswith("data.source.") and None not in (then, now) and then != now:
+        if key.startswith("data.source.") or None in (then, now) or then == now:
+            continue
+        places = [
+            os.path.realpath(os.path.join(folder, os.path.expanduser(str(value))))
+            for folder, value in ((there, then), (".", now))
+        ]
+        if places[0] != places[1]:
             words.append(f"{key} was {then} and is {now}")
     return words
 
@@ -203,7 +230,9 @@ def moved_run(cfg: DictConfig, indices: Mapping[str, DataIndex]) -> Path | None:
     for file in sorted(Path(str(cfg.out)).glob("*/run.json")):
         about = about_run(file.parent)
         same = about.get("fingerprint") == wanted and about.get("data_sha256") == digests
-        named = any(str(o).lstrip("+").startswith("name=") for o in about.get("overrides", []))
+        overrides = about.get("overrides")
+        words = overrides if isinstance(overrides, list) else ["name="]
+        named = any(str(word).lstrip("+").startswith("name=") for word in words)
         if same and not named and is_begun(file.parent):
             return file.parent
     return None
@@ -221,12 +250,14 @@ def write_settings(
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     hydra = HydraConfig.get()
-    resumed = about_run(run_dir).get("resumed", [])
-    if resumed_at is None:  # from the start
-        resumed = []
+    before = about_run(run_dir)
+    resumed = before.get("resumed")
+    if resumed_at is None or not isinstance(resumed, list):  # from the start
+        resumed = [] if resumed_at is None else [resumed_at]
     elif resumed_at not in resumed:
         resumed = [*resumed, resumed_at]
-    changes = about_run(run_dir).get("data_changes", []) if resumed_at is not None else []
+    changes = before.get("data_changes") if resumed_at is not None else []
+    changes = changes if isinstance(changes, list) else []
     if data.changed:
         changes = [*changes, {"step": resumed_at or 0, "data": dict(data.changed)}]
     if data.changed or resumed_at is None or not (run_dir / IMAGES).is_file():

@@ -14,12 +14,14 @@ FREE_KEYS_DOTTED = tuple(f"{key}." for key in FREE_KEYS)
 FREE_TRAINER_KEYS = (
     "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes",
 )  # fmt: skip
-# Where images lie: a run's identity is which they are (`data.identity`), and not their path. They
+# Where images lie and how a list is read: a run's identity is which images and labels these are
+# (`data.identity`). They
 # have a say in the name all the same, for other images mostly lie elsewhere.
 PATH_KEYS = (
     *(f"{group}.{key}" for group in ("data", "data.source", "eval_data")
       for key in ("root", "file", "labels", "cache", "download", "out", "test_root", "test_file",
-                  "test_labels")),
+                  "test_labels", "member", "test_member", "image_column", "label_column",
+                  "backslashes", "label_kind")),
     "preprocess.stats",
 )  # fmt: skip
 

@@ -139,6 +139,42 @@ def test_statistics_of_the_images_count_and_not_where_they_lie(home, capfd):
     assert "preprocess.stats and the other settings of preprocess" in capfd.readouterr().err
 
 
+def test_a_finished_run_of_other_images_is_no_answer(home, capfd):
+    assert resume() == 0
+    (home / "others").mkdir()
+    for i in range(24):  # the same names and, of noise, sizes, as those of another camera
+        shutil.copy(home / f"photos/{i}.png", home / f"others/{(i + 1) % 24}.png")
+    assert resume(root="others") == 2
+    assert "the same names and sizes, but another order, content" in capfd.readouterr().err
+    assert resume(root="others", name=None) == 0
+    assert len(list((home / "runs").iterdir())) == 2
+    shutil.rmtree(home / "photos")
+    assert resume() == 0  # which it has no need of any more
+    assert "runs/x is finished" in capfd.readouterr().out
+
+
+def test_evaluation_that_is_left_out_or_added_is_a_change(home, capfd):
+    for name in "ab":
+        images(home / f"labelled/{name}", 4)
+    words = ["eval_data.root=labelled", "eval_data.resize=32", "eval_data.size=32"]
+    assert resume(*words, name="name=y") == 0
+    (home / "runs/y/summary.json").unlink()
+    assert resume(*words[1:], name="name=y") == 2
+    assert "eval_data: images then, none now" in capfd.readouterr().err
+    assert resume(*words, "eval_data.root=labelled", name="name=x") == 2
+    assert "eval_data" in capfd.readouterr().err
+
+
+def test_a_hostile_record_of_a_run_ends_no_other(home, capfd):
+    for number, content in enumerate(("[]", "{", '{"overrides": null}', '{"overrides": [1]}')):
+        (home / f"runs/{number}").mkdir()
+        (home / f"runs/{number}/run.json").write_text(content)
+    assert resume(name=None) == 0
+    old = about(home) | {"resumed": None, "data_changes": 3, "plan": {"num_prototypes": "x"}}
+    (home / "runs/x/run.json").write_text(json.dumps(old))
+    assert resume() == 0
+
+
 def test_more_epochs_are_told_how(home, capfd):
     assert resume("epochs=3") == 2
     said = capfd.readouterr().err
@@ -148,8 +184,8 @@ def test_more_epochs_are_told_how(home, capfd):
     assert resume("init.ckpt=runs/x", "init.head=kept", "epochs=3", name="name=longer") == 0
 
 
-def test_a_run_that_was_begun_before_images_were_recorded(home, capfd):
-    """Its fingerprint has the paths."""
+def test_a_run_that_was_begun_before_images_were_recorded(home, stopped, capfd):
+    """Its fingerprint has the paths; which images lay there nobody knows but their number."""
     cfg = OmegaConf.load(home / "runs/x/config.yaml")
     old = {k: v for k, v in about(home).items() if k not in ("data_sha256", "preprocess", "folder")}
     old["fingerprint"] = fingerprint(settings(cfg, free=(*FREE_KEYS, *FREE_TRAINER_KEYS)))
@@ -159,8 +195,12 @@ def test_a_run_that_was_begun_before_images_were_recorded(home, capfd):
     assert resume() == 2
     assert "24 images then, 25 now" in capfd.readouterr().err
     (home / "photos/new/0.png").unlink()
-    assert resume() == 0
+    assert resume() == 2
+    assert "which images they were then is not recorded" in capfd.readouterr().err
+    assert resume(root=stopped / "photos") == 0
     assert "data" in about(home)["data_sha256"]
+    (home / "runs/x/summary.json").unlink()
+    assert resume() == 0  # by now they are
 
 
 def test_evaluation_finds_images_that_lay_relative_to_where_the_run_was(home, capfd, monkeypatch):

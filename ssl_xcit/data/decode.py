@@ -37,7 +37,7 @@ Stored = UInt8[np.ndarray, "rows columns channels"]
 RGB = Preprocess()
 EXIF_ORIENTATION = ORIENTATION = 0x0112
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLES_PER_PIXEL, PLANAR = 258, 262, 277, 284
-DESCRIPTION, EXTRA_SAMPLES = 270, 338
+DESCRIPTION, EXTRA_SAMPLES, SAMPLE_FORMAT = 270, 338, 339
 COLOURS = {"grey": 1, "rgb": 3, "cmyk": 4}  # number of samples
 MODES = {  # Pillow's, of 8-bit samples without and with transparency
     ("grey", False): "L",
@@ -201,7 +201,8 @@ def open_picture(content: bytes | np.ndarray, preprocess: Preprocess = RGB) -> P
         check_size(*image.size, preprocess)
         top = top_of(image, content)
         if image.format == "TIFF":
-            if not pillow_shows(image, top) or channels_apart(image):
+            shown = pillow_shows(image, top, preprocess.channels)
+            if not shown or channels_apart(image):
                 return open_tiff(content, preprocess)
         elif top > 255 and (deep := read_deep(image, content, top)) is not None:
             mode = image.mode.partition(";")[0]
@@ -298,6 +299,8 @@ def open_pillow(image: Image.Image, top: int, preprocess: Preprocess) -> Picture
     image.load()
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)[..., None]
+        if image.format == "PPM":  # scaled to the range of 16 bits
+            values, top = values.astype(np.uint16), 65535
         samples = Samples(values, top, "grey", zero_is_white, None, orientation_of(image))
         return picture_of(samples, preprocess, kind)
     if image.mode == "RGBA" and no_alpha and preprocess.channels in (1, 3):
@@ -369,11 +372,15 @@ def tag(image: Image.Image, number: int, default: int = 1) -> int:
     return int(value[0] if isinstance(value, tuple) else value)
 
 
-def pillow_shows(image: Image.Image, top: int) -> bool:
+def pillow_shows(image: Image.Image, top: int, channels: int) -> bool:
     """Whether Pillow gives all that a TIFF has: not more bits of several samples, nor transparency
-    in a plane of its own, nor grey premultiplied with it.
+    in a plane of its own, nor grey premultiplied with it, nor signed numbers, nor further samples.
     """
     count = tag(image, SAMPLES_PER_PIXEL)
+    if tag(image, SAMPLE_FORMAT) == 2 and top == 255:
+        return False
+    if channels not in (1, 3) and count != len(image.getbands()):
+        return False
     if count == 1:
         return top == 255 or tag(image, PHOTOMETRIC) != 3
     apart = count in (2, 4) and tag(image, PLANAR) == 2

@@ -11,7 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from ssl_xcit.data.cache import load_arrays, save_arrays
-from ssl_xcit.data.formats import EXTENSIONS, HEAD, LeftOut, looked_at, told_by_ending
+from ssl_xcit.data.formats import (
+    EXTENSIONS,
+    HEAD,
+    LeftOut,
+    looked_at,
+    readable_formats,
+    told_by_ending,
+)
 from ssl_xcit.data.labels import named_classes
 from ssl_xcit.data.names import Names
 from ssl_xcit.data.sources import Files, LabelledPair, Source, held_out
@@ -24,9 +31,9 @@ WORTH_KEEPING = 10_000  # entries from which on the listing is kept
 SETTLED = 2_000_000_000  # nanoseconds after which a folder's time tells of every change
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "validation", "valid")  # the first that is there is used
-OTHER_NAMES = ("unlabeled", "unlabelled", "extra")  # that may lie beside them
-OWN = (  # files of folders that are not looked into: runs, pictures, virtual environments
-    {b"run.json", b"config.yaml"}, {b"visualize.json", b"index.html"}, {b"pyvenv.cfg"},
+OWN = (  # what is in folders that are not looked into: runs, pictures, virtual environments
+    {b"run.json", b"config.yaml", b"images.npz"}, {b"run.json", b"config.yaml", b"checkpoints"},
+    {b"visualize.json", b"index.html"}, {b"pyvenv.cfg"},
 )  # fmt: skip
 said: set[str] = set()  # what this process has told, once
 
@@ -52,8 +59,8 @@ def folder(root: str | Sequence[str] | None, labels: bool = False, out: object =
         return class_folders(str(roots[0]))
     homes = [str(Path(str(each)).expanduser()) for each in roots]
     found = [image_files(home, out) for home in homes]
-    for home in homes:
-        say_split(Path(home))
+    for home, names in zip(homes, found, strict=True):
+        say_split(Path(home), names)
     if len(homes) == 1:
         return Files(found[0], homes[0])
     paths = Names.of(
@@ -62,9 +69,9 @@ def folder(root: str | Sequence[str] | None, labels: bool = False, out: object =
     return Files(paths, homes=homes)
 
 
-def say_split(root: Path) -> None:
+def say_split(root: Path, files: Names) -> None:
     """Say once that training on all of a folder includes its test images."""
-    if split := split_of(root):
+    if split := split_of(root, files):
         names = " and ".join(p.name for p in split)
         say_once(
             f"{root} holds {names}, and all of their images are used; root={split[0]} takes the "
@@ -102,21 +109,23 @@ def image_files(root: str | Path, out: object = None) -> Names:
         raise MissingPath(f"root={root}: no such folder")
     real = os.path.realpath(root)
     skipped = excluded(real, out)
-    key = hashlib.sha256(b"\0".join([b"%d" % FORMAT, os.fsencode(real), *sorted(skipped)]))
+    formats = " ".join(readable_formats()).encode()  # which decide what is left out
+    parts = [b"%d" % FORMAT, formats, os.fsencode(real), *sorted(skipped)]
+    key = hashlib.sha256(b"\0".join(parts))
     file = default_cache() / "folders" / f"{key.hexdigest()[:16]}.npz"
     kept = load_arrays(file)
     if kept is not None and is_current(kept, os.fsencode(real)):
         if left_out := kept["left_out"].tobytes().decode("utf-8", "surrogateescape"):
             say_once(f"{root}: left out: {left_out}")
         return Names(kept["names"], kept["ends"])
-    found, left_out, folders = scan(real, skipped)
+    found, left_out, folders, settled = scan(real, skipped)
     names = Names.of(found)
     if not found:
         others = f"left out: {left_out}" if left_out else "no files"
         raise MissingPath(f"root={root}: no images in it or below ({others})")
     if left_out:
         say_once(f"{root}: left out: {left_out}")
-    if len(found) + len(folders) >= WORTH_KEEPING:
+    if settled and len(found) + len(folders) >= WORTH_KEEPING:
         paths = Names.of(folders)
         times = np.fromiter(folders.values(), np.int64, len(folders))
         arrays = {"names": names.content, "ends": names.ends, "folders": paths.content}
@@ -134,8 +143,9 @@ def excluded(real: str, out: object) -> set[bytes]:
     return {os.fsencode(p) for p in wanted if p.startswith(os.path.join(real, ""))}
 
 
-def scan(real: str, skipped: set[bytes]) -> tuple[list[bytes], str, dict[bytes, int]]:
-    """(image files, what was left out, time of change of each folder in ns), relative paths.
+def scan(real: str, skipped: set[bytes]) -> tuple[list[bytes], str, dict[bytes, int], bool]:
+    """(image files, what was left out, time of change of each folder in ns, whether no file had to
+    be judged that is empty or cannot be read, as one that is being copied), relative paths.
 
     Links to folders are followed, into each folder once; what cannot be looked at is left out, and
     said.
@@ -143,7 +153,7 @@ def scan(real: str, skipped: set[bytes]) -> tuple[list[bytes], str, dict[bytes, 
     found: list[bytes] = []
     left_out, own = LeftOut(), []
     folders: dict[bytes, int] = {}
-    seen, closed = set(), []
+    seen, closed, settled = set(), [], True
     waiting, shown = [b""], time.monotonic()
     home = os.fsencode(real)
     while waiting:
@@ -177,10 +187,11 @@ def scan(real: str, skipped: set[bytes]) -> tuple[list[bytes], str, dict[bytes, 
             elif entry.name.lower().endswith(EXTENSIONS):
                 found.append(name)
             else:
-                remedy = told_by_ending(entry.name)
-                is_image, remedy = (
-                    looked_at(head_of(entry.path)) if remedy is None else (False, remedy)
-                )
+                is_image, remedy = False, told_by_ending(entry.name)
+                if remedy is None:
+                    head = head_of(entry.path)
+                    settled = settled and bool(head)
+                    is_image, remedy = looked_at(head)
                 if is_image:
                     found.append(name)
                 else:
@@ -201,7 +212,7 @@ def scan(real: str, skipped: set[bytes]) -> tuple[list[bytes], str, dict[bytes, 
             f"{len(own):,} folder{'s' * (len(own) > 1)} of runs, results or caches, such as {first}"
         )
         sentence = f"{sentence}, {runs}" if sentence else runs
-    return sorted(found), sentence, folders
+    return sorted(found), sentence, folders, settled
 
 
 def head_of(path: bytes) -> bytes | None:
@@ -229,18 +240,29 @@ def is_current(kept: dict[str, np.ndarray], home: bytes) -> bool:
         return False
 
 
-def split_of(root: Path) -> list[Path]:
+def split_of(root: Path, files: Names) -> list[Path]:
     """Training folder, then test folders, where a folder holds these instead of classes; else
-    empty.
+    empty. Beside others they are a split where they hold folders themselves, and not images.
+
+    Args:
+        root: the folder.
+        files: images in it, relative.
     """
-    try:
-        names = {p.name.lower(): p for p in root.iterdir() if p.is_dir() and p.name[0] != "."}
-    except OSError:
+    deep: dict[str, bool] = {}  # first folder -> whether all of its images lie in folders
+    for name in files:
+        first, inside, rest = name.partition(os.sep)
+        if inside:
+            deep[first] = deep.get(first, True) and os.sep in rest
+    known = {name.lower(): name for name in deep}
+    train = [known[name] for name in TRAIN_NAMES if name in known]
+    test = [known[name] for name in TEST_NAMES if name in known]
+    test.sort(key=lambda name: not deep[name])  # of several those with classes first
+    if len(train) != 1 or not test:
         return []
-    train = [names[name] for name in TRAIN_NAMES if name in names]
-    test = [names[name] for name in TEST_NAMES if name in names]
-    known = {*TRAIN_NAMES, *TEST_NAMES, *OTHER_NAMES}
-    return [train[0], *test] if len(train) == 1 and test and names.keys() <= known else []
+    alone = len(deep) == 1 + len(test)
+    if alone or (deep[train[0]] and any(deep[name] for name in test)):
+        return [root / name for name in (*train, *test)]
+    return []
 
 
 def class_folders(root: str | Path, class_names: Sequence[str] | None = None) -> Files:
@@ -258,7 +280,7 @@ def class_folders(root: str | Path, class_names: Sequence[str] | None = None) ->
     """
     root = Path(root).expanduser()
     names = image_files(root)
-    if split := split_of(root):
+    if split := split_of(root, names):
         raise UserError(
             f"root={root} holds {' and '.join(p.name for p in split)}, which are no classes: name "
             f"one of them, such as root={split[0]}"
@@ -303,8 +325,9 @@ def labelled_folders(
         if test_root is not None:
             raise UserError("eval_data.test_root is given without eval_data.root; give both")
         return None
-    if test_root is None and (split := split_of(Path(root).expanduser())):
-        home, (root, test_root) = root, map(str, split[:2])
+    home = Path(root).expanduser()
+    if test_root is None and (split := split_of(home, image_files(home))):
+        root, test_root = map(str, split[:2])
         unused = "".join(f"; {p.name} is not used" for p in split[2:])
         say_once(
             f"eval_data.root={home}: {split[0].name} has the training images and {split[1].name} "

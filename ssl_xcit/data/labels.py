@@ -122,6 +122,8 @@ def labels_from(
         if values.ndim == 2:
             raise UserError(f"{where}: {values.shape[1]} columns of text; one name an image")
         decoded = [v.decode() if isinstance(v, bytes) else str(v) for v in values.tolist()]
+        if missing := sum(not normalised(word) for word in decoded):
+            raise UserError(f"{where}: {missing:,} rows have no label")
         return named_classes(decoded, known)
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():

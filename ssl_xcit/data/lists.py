@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssl_xcit.data.folders import say_once
 from ssl_xcit.data.labels import labels_from, load_npy
 from ssl_xcit.data.names import Names
 from ssl_xcit.data.sources import Files, LabelledPair, held_out
@@ -36,6 +37,7 @@ def path_list(
     label_column: str | None = None,
     backslashes: bool = False,
     label_kind: str | None = None,
+    labelled: bool = False,
 ) -> Files | None:
     """The images that a file lists.
 
@@ -48,6 +50,7 @@ def path_list(
         label_column: heading of the labels; None: known by its name (`LABEL_COLUMNS`), if any is.
         backslashes: separate folders, as on Windows.
         label_kind: `classes` or `numbers`, where labels leave it open.
+        labelled: labels are needed; else those that mean nothing are left out, which is said.
 
     Raises:
         MissingPath: no such file, or it lists nothing, or nothing that is there.
@@ -77,9 +80,15 @@ def path_list(
         )
     if values is None:
         return Files(Names.of(paths), home)
-    labels, names = labels_from(
-        values, len(paths), f"data.file={file}", label_kind, class_names or ()
-    )
+    try:
+        labels, names = labels_from(
+            values, len(paths), f"data.file={file}", label_kind, class_names or ()
+        )
+    except UserError as error:
+        if labelled:
+            raise
+        say_once(f"labels are left out: {error}")
+        return Files(Names.of(paths), home)
     return Files(Names.of(paths), home, labels, names)
 
 
@@ -271,7 +280,7 @@ def labelled_lists(
     Raises:
         UserError: labels for the one list and not for the other.
     """
-    options = (image_column, label_column, backslashes, label_kind)
+    options = (image_column, label_column, backslashes, label_kind, labels is None)
     train = path_list(file, root, None, *options)
     test = path_list(test_file, root, train.class_names if train is not None else None, *options)
     if (labels is None) != (test_labels is None) and test_file is not None:

@@ -2,7 +2,6 @@
 
 import shutil
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -193,8 +192,8 @@ def npz_members(file: str) -> dict[str, str] | None:
                         )
                         shape, _, dtype = read(stream)
                     found[name.removesuffix(".npy")] = f"{tuple(shape)} {dtype}"
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"data.file={file}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # zipfile and numpy raise half a dozen types
+        raise UserError(f"data.file={file} cannot be read ({error}): copy it again") from error
     if not found:
         raise UserError(f"data.file={file}: an archive without arrays: unpack it")
     return found
@@ -211,8 +210,8 @@ def npz_member(file: str, members: dict[str, str], name: str) -> np.ndarray:
     try:
         with np.load(Path(file).expanduser(), allow_pickle=False) as archive:
             return archive[name]
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{file}, member {name}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # as above, and MemoryError
+        raise UserError(f"{file}, member {name} cannot be read ({error})") from error
 
 
 def only_images(file: str, members: dict[str, str]) -> str:

@@ -24,7 +24,14 @@ import numpy as np
 from ssl_xcit.data.cache import load_arrays, save_arrays
 from ssl_xcit.data.decode import MAX_BYTES, BadImage
 from ssl_xcit.data.folders import say_once
-from ssl_xcit.data.formats import EXTENSIONS, HEAD, LeftOut, looked_at, told_by_ending
+from ssl_xcit.data.formats import (
+    EXTENSIONS,
+    HEAD,
+    LeftOut,
+    looked_at,
+    readable_formats,
+    told_by_ending,
+)
 from ssl_xcit.data.labels import Labels, named_classes, numbered
 from ssl_xcit.data.names import Names
 from ssl_xcit.data.order import Shards
@@ -258,8 +265,11 @@ def by_key(path: str, images: Sequence[Member], trouble: list[str]) -> dict[str,
     groups: dict[str, list[Member]] = {}
     for member in images:
         groups.setdefault(member.first, []).append(member)
-    if any(len(g) > 1 and all(m.first != m.last for m in g) for g in groups.values()):
-        groups = {}  # dots are parts of the names
+    several = [g for g in groups.values() if len(g) > 1]
+    if several and not any(m.first == m.last for g in groups.values() for m in g):
+        example = several[0][0]  # dots are parts of the names
+        trouble.append(f"{path}: keys end at the last dot, such as {example.last} ({example.name})")
+        groups = {}
         for member in images:
             groups.setdefault(member.last, []).append(member)
     chosen = {key: next((m for m in g if m.last == key), g[0]) for key, g in groups.items()}
@@ -361,7 +371,9 @@ def shard_labels(
 def listing_of(files: Sequence[str]) -> dict[str, np.ndarray]:
     """Of all tars, from the cache folder when none has changed."""
     stats = [(os.path.realpath(f), os.stat(f)) for f in files]
-    state = repr((FORMAT, [(path, s.st_size, s.st_mtime_ns) for path, s in stats]))
+    state = repr(
+        (FORMAT, readable_formats(), [(path, s.st_size, s.st_mtime_ns) for path, s in stats])
+    )
     key = hashlib.sha256(os.fsencode(state)).hexdigest()[:16]
     file = default_cache() / "shards" / f"{key}.npz"
     kept = load_arrays(file)

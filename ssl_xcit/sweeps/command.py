@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_xcit.errors import UserError
 from ssl_xcit.files import writable_folder, write_json
 from ssl_xcit.plan import check_numbers, check_switches
-from ssl_xcit.run_name import folder_name, run_name, that_matter
+from ssl_xcit.run_name import PATH_KEYS, folder_name, run_name, that_matter
 from ssl_xcit.sweeps import trial as trials
 from ssl_xcit.sweeps.driver import Sweep
 from ssl_xcit.sweeps.searches import Search
@@ -175,7 +175,10 @@ def check_same(folder: Path, fixed: Sequence[str]) -> None:
     if (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is a run, not a sweep: take another name=...")
     about = trials.read_json(folder / FILE)
-    before, now = set(about.get("fixed", [])), set(that_matter(fixed))
+    before, now = (  # a moved data set is each trial's to judge
+        {word for word in words if word.partition("=")[0].lstrip("+~") not in PATH_KEYS}
+        for words in (about.get("fixed", []), that_matter(fixed))
+    )
     if about and before != now:
         raise UserError(
             f"{folder} was made with other settings for all its trials "

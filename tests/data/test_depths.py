@@ -368,3 +368,20 @@ def test_channels_that_a_microscope_stores_as_pages(how, axes):
     tifffile.imwrite(out, slices, metadata={"axes": axes}, **how)
     with pytest.raises(BadImage, match="channels=3"):  # of which none is chosen unasked
         decode(out.getvalue())
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_further_band_is_kept_where_it_is_wanted(bits):
+    four = deep(np.concatenate((RGB, ALPHA), -1), bits)
+    how = Preprocess(4, (0.5,) * 4, (0.2,) * 4)
+    expected = np.concatenate((RGB, ALPHA), -1)
+    close(decode(tiff()(four, extra=["unspecified"]), how), expected, 0)
+
+
+def test_signed_numbers_of_eight_bits():
+    values = (RGB[..., 0].astype(int) - 128).astype(np.int8)
+    content = tiff()(values, colours="grey")
+    with pytest.raises(BadImage, match="value_range"):
+        decode(content)
+    found = decode(content, Preprocess(value_range=(-128, 127)))
+    close(found, np.repeat(RGB[..., :1], 3, -1), 0)

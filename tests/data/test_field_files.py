@@ -169,7 +169,10 @@ def test_class_names_that_look_alike_are_one_class(tmp_path, caplog):
 
 def test_own_folders_are_not_looked_into(tmp_path, caplog, monkeypatch):
     put(tmp_path / "a.png"), put(tmp_path / "cats/run.json", b"{}"), put(tmp_path / "cats/b.png")
-    for name in ("runs/x/config.yaml", "runs/x/run.json", "venv/pyvenv.cfg"):
+    put(tmp_path / "cats/config.yaml", b"")  # of a data set, and no run's
+    for name in ("config.yaml", "run.json", "images.npz"):
+        put(tmp_path / "runs/x" / name, b"{}")
+    for name in ("venv/pyvenv.cfg",):
         put(tmp_path / name, b"{}")
     for name in ("runs/x/pictures/1.png", "venv/lib/1.png", "out/1.png", "cache/ssl_xcit/1.png"):
         put(tmp_path / name)
@@ -177,7 +180,8 @@ def test_own_folders_are_not_looked_into(tmp_path, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert list(image_files(".", out="out")) == ["a.png", "cats/b.png"]
     assert "4 folders of runs, results or caches, such as " in said(caplog)[0]
-    put(tmp_path / "config.yaml", b""), put(tmp_path / "run.json", b"{}")
+    for name in ("config.yaml", "run.json", "images.npz"):
+        put(tmp_path / name, b"{}")
     assert "a.png" in list(image_files("."))  # what is asked for by name is looked into
     assert list(image_files("cats", out=".")) == ["b.png"]  # the results lie above
 
@@ -483,3 +487,77 @@ def test_twelve_bits_in_sixteen_are_noticed():
 
 def test_arrays_of_sixteen_bits_are_deep_too():
     assert open_picture(np.full((4, 4), 900, np.uint16)).deep == (900, 65535)
+
+
+# What a second look found
+
+
+def test_a_split_beside_other_folders(tmp_path, caplog):
+    for part in ("train", "val"):
+        classes(tmp_path / part, ["a", "b"], 3)
+    put(tmp_path / "annotations/train.json", b"{}"), put(tmp_path / "masks/1.png")
+    for name in ("run.json", "config.yaml", "images.npz"):
+        put(tmp_path / "runs/x" / name, b"{}")
+    put(tmp_path / "runs/x/1.png")
+    pair = labelled_folders(str(tmp_path))
+    assert pair.train.class_names == ("a", "b")
+    assert (len(pair.train), len(pair.test)) == (6, 6)
+    for i in range(3):
+        put(tmp_path / f"test/{i}.png")  # without labels, as of a competition
+    assert labelled_folders(str(tmp_path)).test.root.endswith("val")
+
+
+def test_one_sample_without_its_image_leaves_the_others_as_they_are(tmp_path, caplog):
+    members = [
+        (f"{i}.{part}", photo(i) if part != "cls" else b"1")
+        for i in range(5) for part in ("jpg", "depth.png", "seg.png", "cls")
+        if (i, part) != (3, "jpg")
+    ]  # fmt: skip
+    tar(tmp_path / "0.tar", members)
+    assert len(tar_shards(str(tmp_path))) == 5
+    assert "9 images lie beside another" in " ".join(said(caplog))
+    tar(tmp_path / "b/0.tar", [(f"x.{i}.png", photo(i)) for i in range(3)])
+    assert len(tar_shards(str(tmp_path / "b"))) == 3
+    assert "keys end at the last dot, such as x.0" in said(caplog)[-1]
+
+
+def test_labels_that_mean_nothing_do_not_keep_from_pretraining(listed, caplog):
+    root, rows = listed
+    (root / "a.txt").write_text("".join(f"{p}\t{i % 2}.0\n" for i, (p, _) in enumerate(rows)))
+    assert path_list(str(root / "a.txt")).labels is None
+    assert "labels are left out: " in said(caplog)[0]
+    with pytest.raises(ValueError, match="are they classes or quantities"):
+        labelled_lists(str(root / "a.txt"))
+    cells = "".join(f"{p},{c * (i > 2)}\n" for i, (p, c) in enumerate(rows))
+    (root / "b.csv").write_text("path,label\n" + cells)
+    with pytest.raises(ValueError, match="3 rows have no label"):
+        labelled_lists(str(root / "b.csv"))
+
+
+def test_a_listing_is_made_again_when_more_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("ssl_xcit.data.folders.WORTH_KEEPING", 1)
+    monkeypatch.setattr("ssl_xcit.data.folders.SETTLED", 0)
+    put(tmp_path / "a.png"), put(tmp_path / "b.heic", HEIC)
+    for readable, count in ((formats.FORMATS, 1), ((*formats.FORMATS, "HEIF"), 2)):
+        for module in ("formats", "folders"):
+            monkeypatch.setattr(f"ssl_xcit.data.{module}.readable_formats", lambda r=readable: r)
+        assert len(image_files(tmp_path)) == count
+    put(tmp_path / "c", b"")  # being copied
+    assert len(image_files(tmp_path)) == 2
+    (tmp_path / "c").write_bytes(photo(1))
+    assert len(image_files(tmp_path)) == 3
+
+
+def test_npz_files_of_every_kind_of_damage(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", x=np.random.default_rng(0).random((50, 9, 9)))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[2000:2100] = bytes(100)
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read"):
+        arrays(str(tmp_path / "a.npz"))
+    header = {"descr": "<f8", "fortran_order": False, "shape": (10**6, 10**6, 10)}
+    huge = b"\x93NUMPY\x01\0v\0" + str(header).ljust(117).encode() + b"\n"
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+        archive.writestr("x.npy", huge)
+    with pytest.raises(ValueError, match="cannot be read"):
+        arrays(str(tmp_path / "b.npz"))

@@ -165,3 +165,21 @@ def test_a_file_system_that_is_far_away_is_asked_by_many_at_once(tmp_path, monke
     monkeypatch.setattr("ssl_xcit.data.identity.PROBED", 1)
     monkeypatch.setattr("ssl_xcit.data.identity.SLOW", 0.0)
     assert sizes_of(paths).tolist() == near.tolist() == [10, 11, 12]
+
+
+def test_two_cameras_with_the_same_names_and_sizes_are_two_sets(tmp_path):
+    for number, name in enumerate(("one", "two")):
+        for i in range(5):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{i}.bmp").write_bytes(bytes([number]) * 99)
+    one, two = (index_of(folder(str(tmp_path / name))) for name in ("one", "two"))
+    assert one.digest() != two.digest()
+    assert "another order, content or labels" in difference(one, two)
+
+
+def test_a_list_of_whole_paths_that_moved_with_its_images(tmp_path):
+    for place in ("here", "there"):
+        root = tree(tmp_path / place)
+        (root / "list.txt").write_text("".join(f"{root / name}\n" for name in NAMES))
+    one, two = (index_of(path_list(str(tmp_path / p / "list.txt"))) for p in ("here", "there"))
+    assert one.digest() == two.digest()
