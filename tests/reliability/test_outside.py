@@ -93,6 +93,6 @@ def test_everything_lies_in_the_run_folder(place):
     status, err = place(words=[w for w in TOY if "record" not in w])
     assert status == 0, err
     assert {p.name for p in place.run_dir.iterdir()} == {
-        "checkpoints", "config.yaml", "metrics.csv", "run.json", "summary.json",
+        "checkpoints", "config.yaml", "images.npz", "metrics.csv", "run.json", "summary.json",
     }  # fmt: skip
     assert {p.name for p in place.folder.iterdir()} == {"runs", "out-0", "err-0"}
