@@ -103,9 +103,6 @@ class LeftOut:
             ending = ""
         self.counts[ending, remedy] += 1
 
-    def __len__(self) -> int:
-        return sum(self.counts.values())
-
     def sentence(self) -> str:
         """`40 .HEIC files (they need ...), 3 .txt files`: the most first, of equals what could be
         images.

@@ -172,8 +172,7 @@ def test_own_folders_are_not_looked_into(tmp_path, caplog, monkeypatch):
     put(tmp_path / "cats/config.yaml", b"")  # of a data set, and no run's
     for name in ("config.yaml", "run.json", "images.npz"):
         put(tmp_path / "runs/x" / name, b"{}")
-    for name in ("venv/pyvenv.cfg",):
-        put(tmp_path / name, b"{}")
+    put(tmp_path / "venv/pyvenv.cfg", b"")
     for name in ("runs/x/pictures/1.png", "venv/lib/1.png", "out/1.png", "cache/ssl_xcit/1.png"):
         put(tmp_path / name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
