@@ -20,13 +20,13 @@ import numpy as np
 from measure import RESULTS, compared, interleaved, line, save
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
-from ssl_xcit.eval.search import unit64
-from ssl_xcit.eval.views.atlas import Atlas, page, sprites
-from ssl_xcit.eval.views.atlas_command import side_of
-from ssl_xcit.eval.views.embedding import COMPONENTS, components, embed
 
 from ssl_xcit.data.decode import read_image
 from ssl_xcit.data.photos import photographs
+from ssl_xcit.eval.features.neighbors import unit64
+from ssl_xcit.eval.viz.atlas import Atlas, atlas_page, sprites
+from ssl_xcit.eval.viz.atlas_data import side_of
+from ssl_xcit.eval.viz.embedding import COMPONENTS, components, embed
 
 FRAMES = """
 const atlas = document.querySelector('.atlas').atlas, times = [];
@@ -92,7 +92,7 @@ def opened_page(count: int) -> dict[str, object]:
     sheets = sprites(pictures, side)
     seconds = time.perf_counter() - start
     files = [f"/data/{names[c]}/{i:05d}.jpg" for i, c in enumerate(classes)]
-    html = page("A map", [], Atlas(where, files, classes, names, sheets, side))
+    html = atlas_page("A map", [], Atlas(where, files, classes, names, sheets, side))
     found = {
         "thumbnail": side,
         "sheets_seconds": round(seconds, 2),

@@ -15,13 +15,13 @@ from collections.abc import Callable
 
 import torch
 from measure import extra_memory, save, status
-from ssl_xcit.eval.masks import resize_image
-from ssl_xcit.eval.views import attention, channels, pictures
 
 from ssl_xcit import create_model
 from ssl_xcit.data.decode import RGB, read_image
 from ssl_xcit.data.photos import photographs
 from ssl_xcit.data.preprocess import Pixels, normalise
+from ssl_xcit.eval.tasks.masks import resize_image
+from ssl_xcit.eval.viz import attention, channels, pictures
 
 
 def photograph(side: int) -> Pixels:
@@ -45,13 +45,13 @@ def main() -> None:
     pixels = photograph(ARGS.side)
     x = normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None], RGB)
 
-    def maps() -> attention.Looked:
+    def maps() -> attention.AttentionPass:
         with torch.inference_mode():
-            return attention.look(backbone, x)
+            return attention.forward(backbone, x)
 
     def matrices() -> None:
-        with torch.inference_mode(), channels.watched(backbone):
-            attention.look(backbone, x)
+        with torch.inference_mode(), channels.recorded(backbone):
+            attention.forward(backbone, x)
 
     results = {}
     for name, work in (("attention", maps), ("attention and channels", matrices)):
@@ -69,7 +69,7 @@ def main() -> None:
             f"{extra:.0f} MB more, {peak:.0f} MB at the peak"
         )
     picture, heads = pictures.visible(pixels), maps().attention[0, -1]
-    drawing = seconds(lambda: list(attention.drawn(picture, heads, 0.6, 0.65)))
+    drawing = seconds(lambda: list(attention.attention_pictures(picture, heads, 0.6, 0.65)))
     print(f"drawing {2 * len(heads) + 2} pictures: {min(drawing):.2f} s")
     results[f"{ARGS.model}, {ARGS.side} px, drawing"] = {"seconds": min(drawing)}
     save("attention", results)

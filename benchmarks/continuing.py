@@ -22,7 +22,7 @@ WAYS = {
         "optim.lr=8e-3",  # 1e-3 at batch 32
     ],
     "as from scratch": ["init.freeze_epochs=0"],
-    "experiment=continue": ["experiment=continue"],
+    "experiment=continue": ["experiment=[photos,continue]"],
 }
 COMMON = [
     "report=null", "callbacks.snapshots=null", "callbacks.online.eval_budget=null",

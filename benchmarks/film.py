@@ -13,13 +13,13 @@ import itertools
 import numpy as np
 import torch
 from measure import save
-from ssl_xcit.eval.views import attention
-from ssl_xcit.eval.views.film import ComponentsPaint
 
 from ssl_xcit import load_backbone
 from ssl_xcit.data.decode import RGB, read_image
 from ssl_xcit.data.photos import photographs
 from ssl_xcit.data.preprocess import normalise
+from ssl_xcit.eval.viz import attention
+from ssl_xcit.eval.viz.film import ComponentsPaint
 
 HEIGHT, WIDTH, STEP = 256, 384, 4
 
@@ -37,21 +37,21 @@ def main() -> None:
         whole[:HEIGHT, i * STEP : i * STEP + WIDTH].copy() for i in range(min(ARGS.frames, most))
     ]
     with torch.inference_mode():
-        looks = [
-            attention.look(backbone, normalise(torch.from_numpy(f).permute(2, 0, 1)[None], RGB))
+        outputs = [
+            attention.forward(backbone, normalise(torch.from_numpy(f).permute(2, 0, 1)[None], RGB))
             for f in frames
         ]
     together = ComponentsPaint(backbone.embed_dim)
-    for look in looks:
-        together.take(look)
-    together.settle()
+    for output in outputs:
+        together.add_sample(output)
+    together.fit()
     films = {"the whole film": [], "each frame": []}
-    for frame, look in zip(frames, looks, strict=True):
+    for frame, output in zip(frames, outputs, strict=True):
         alone = ComponentsPaint(backbone.embed_dim)
-        alone.take(look)
-        alone.settle()
-        films["the whole film"].append(together.draw(frame, look, 0))
-        films["each frame"].append(alone.draw(frame, look, 0))
+        alone.add_sample(output)
+        alone.fit()
+        films["the whole film"].append(together.draw(frame, output, 0))
+        films["each frame"].append(alone.draw(frame, output, 0))
     results = {f"components of {name}": steadiness(found) for name, found in films.items()}
     for name, found in results.items():
         print(f"{name}: neighbours differ by {found['mean']} of 255, at most {found['most']}")

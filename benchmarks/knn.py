@@ -16,7 +16,8 @@ from pathlib import Path
 import measure
 import numpy as np
 import torch
-from ssl_xcit.eval.search import nearest
+
+from ssl_xcit.eval.features.neighbors import nearest
 
 
 def features(rows: int, dim: int, seed: int, centres: int = 1000) -> np.ndarray:

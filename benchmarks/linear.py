@@ -12,14 +12,14 @@ import argparse
 import measure
 import numpy as np
 import torch
-from ssl_xcit.eval.frozen import Frozen
-from ssl_xcit.eval.heads import Setting
-from ssl_xcit.eval.linear import train_heads
-from ssl_xcit.eval.protocols import AugmentedProbe
 from torch.utils.data import DataLoader, TensorDataset
 
 from ssl_xcit.data.photos import labelled_photos
 from ssl_xcit.data.sources import LabelledPair, Subset
+from ssl_xcit.eval.evaluators.linear import train_heads
+from ssl_xcit.eval.evaluators.linear_heads import HeadSetting
+from ssl_xcit.eval.features.extractor import FeatureExtractor
+from ssl_xcit.eval.tasks.linear_augmented import AugmentedProbe
 from ssl_xcit.models.xcit import create_model
 
 RATES = np.geomspace(1e-4, 10, 50).tolist()
@@ -44,7 +44,7 @@ def features(rounds: int) -> dict[str, dict]:
     x = torch.randn(K, 384, generator=generator)[y] + torch.randn(10_000, 384, generator=generator)
 
     def ours(rates: list[float]) -> None:
-        settings = [Setting("cls", lr, 0.0) for lr in rates]
+        settings = [HeadSetting("cls", lr, 0.0) for lr in rates]
         train_heads({"cls": x}, y, K, settings, epochs=1, batch_size=128, seed=0)
 
     sides = {
@@ -58,7 +58,7 @@ def features(rounds: int) -> dict[str, dict]:
 def images(rounds: int) -> dict[str, dict]:
     pair = labelled_photos()
     few = [Subset(part, np.arange(0, len(part), 12)) for part in (pair.train, pair.test)]
-    frozen = Frozen(
+    frozen = FeatureExtractor(
         create_model("xcit_nano_12_p16"), pair=LabelledPair(*few, "a few", 256, 224), num_workers=1
     )
 

@@ -31,12 +31,12 @@ from torchvision.transforms import v2
 from ssl_xcit.data import folders, fused
 from ssl_xcit.data.decode import RGB, decode, open_picture
 from ssl_xcit.data.fused import FusedMultiCrop
-from ssl_xcit.data.module import MultiCropData
 from ssl_xcit.data.multicrop import MultiCrop, TorchvisionMultiCrop
 from ssl_xcit.data.photos import photographs
 from ssl_xcit.data.sets import Arrays
 from ssl_xcit.data.shards import tar_shards
 from ssl_xcit.data.sources import Files, Source
+from ssl_xcit.training.datamodule import MultiCropData
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95
 

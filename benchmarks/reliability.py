@@ -18,11 +18,11 @@ import torch
 from measure import save
 
 from ssl_xcit import create_model
-from ssl_xcit.files import sha256_of
 from ssl_xcit.models.head import DINOHead
 from ssl_xcit.training.checkpoint import write_checkpoint
 from ssl_xcit.training.health import Health
 from ssl_xcit.training.module import DINO, Schedules, make_networks
+from ssl_xcit.utils.files import sha256_of
 
 REPORT_EVERY = 10  # steps, as conf/callbacks/default.yaml has it
 

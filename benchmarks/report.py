@@ -20,12 +20,13 @@ from measure import save
 
 def parts(run: Path) -> list[tuple[str, float, int]]:
     """Name, seconds and bytes of each part."""
-    from ssl_xcit.eval.report.command import Options, Report
-    from ssl_xcit.eval.report.run import read_run
-    from ssl_xcit.eval.views.markup import script_json
+    from ssl_xcit.eval.report.report import Report
+    from ssl_xcit.eval.report.run_features import ReportOptions
+    from ssl_xcit.eval.report.run_reader import read_run
+    from ssl_xcit.eval.viz.markup import script_json
 
     started = time.perf_counter()
-    report = Report([read_run(run)], Options())
+    report = Report([read_run(run)], ReportOptions())
     text = report.html()
     total = time.perf_counter() - started
     found = [

@@ -1,6 +1,4 @@
-"""Evaluation while training: frozen features every so often, at a bounded cost, the run itself
-untouched.
-"""
+"""Evaluation while training: at intervals, at a bounded cost, without an effect on the run."""
 
 import json
 import logging
@@ -8,24 +6,26 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le, MinLen
 
 from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.sources import LabelledPair, Source, Subset
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import write_json
+from ssl_xcit.training.datamodule import data_of
 from ssl_xcit.training.module import DINO
+from ssl_xcit.utils.files import write_json
+from ssl_xcit.utils.validation import Count, Network, Words
 
-from .feature_cache import extract_pair
-from .features import Evaluator, kinds_of
-from .frozen import Frozen
+from .evaluators.protocol import Evaluator, kinds_of
+from .features.cache import extract_pair
+from .features.extractor import FeatureExtractor
 
 log = logging.getLogger(__name__)
-NETWORKS = ("teacher", "student")
 BEST = "best.ckpt"
 
 
@@ -42,8 +42,8 @@ class OnlineEvaluation(lightning.Callback):
         every_steps: steps between two evaluations.
         max_images: of the training and of the test part each; evenly spaced ones are taken.
         batch_size: images at once.
-        eval_budget: the part of the training time that evaluation may take: after the first, one
-            that would lead beyond it is left out; None: none is.
+        eval_budget: share of the training time that evaluation may take: after the first, one that
+            would exceed it is skipped; None: none is.
         networks: teacher, student or both; the student's numbers are called `student_...`.
         best: the number by whose highest value `checkpoints/best.ckpt` is kept, of the steps that
             were evaluated; None: none is.
@@ -52,28 +52,20 @@ class OnlineEvaluation(lightning.Callback):
     def __init__(
         self,
         evaluators: Mapping[str, Evaluator | None],
-        every_steps: int = 500,
-        max_images: int = 10_000,
-        batch_size: int = 64,
-        eval_budget: float | None = 0.05,
-        networks: Sequence[str] = ("teacher",),
+        every_steps: Count = 500,
+        max_images: Annotated[int, Ge(2)] = 10_000,
+        batch_size: Count = 64,
+        eval_budget: Annotated[float, Gt(0), Le(1)] | None = 0.05,
+        networks: Annotated[
+            Sequence[Network], MinLen(1), Words("[teacher], [student] or [teacher,student]")
+        ] = ("teacher",),
         best: str | None = "knn_k20",
     ):
-        if every_steps < 1 or max_images < 2:
-            raise UserError(
-                f"every_steps={every_steps}, max_images={max_images}: at least 1 and 2; to "
-                "do without online evaluation: ~callbacks.online"
-            )
-        if not networks or isinstance(networks, str) or set(networks) - set(NETWORKS):
-            raise UserError(f"callbacks.online.networks={networks}: [teacher], [student] or both")
-        if eval_budget is not None and not 0.0 < eval_budget <= 1.0:
-            raise UserError(
-                f"callbacks.online.eval_budget={eval_budget}: a share of the training time above "
-                "0, or null for no limit"
-            )
         self.evaluators = {k: e for k, e in evaluators.items() if e is not None}
         if not self.evaluators:
-            raise UserError("callbacks.online.evaluators: none; to do without: ~callbacks.online")
+            raise UserError(
+                "callbacks.online.evaluators has none; ~callbacks.online switches it off"
+            )
         self.every_steps = every_steps
         self.max_images = max_images
         self.batch_size = batch_size
@@ -88,7 +80,7 @@ class OnlineEvaluation(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Choose the images, and look up what was best before."""
-        pair: LabelledPair | None = trainer.datamodule.eval_data  # type: ignore[attr-defined]
+        pair: LabelledPair | None = data_of(trainer).eval_data
         if pair is not None and label_kind(pair.train.labels) == "classes":
             train = thinned(pair.train, self.max_images)
             test = train if pair.test is pair.train else thinned(pair.test, self.max_images)
@@ -102,11 +94,11 @@ class OnlineEvaluation(lightning.Callback):
                 self.best_value = float(content["value"])
 
     def best_file(self, trainer: lightning.Trainer) -> Path:
-        """What `best.ckpt` is the best by."""
+        """The file that says why `best.ckpt` is the best."""
         return Path(trainer.default_root_dir) / "checkpoints" / "best.json"
 
     def affordable(self, trainer: lightning.Trainer) -> bool:
-        """Whether another evaluation stays within the budget; all ranks come to rank 0's answer."""
+        """Whether another evaluation stays within the budget; all ranks get rank 0's answer."""
         training = time.monotonic() - self.started - self.spent
         fits = (
             self.eval_budget is None
@@ -118,7 +110,7 @@ class OnlineEvaluation(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, *_: object
     ) -> None:
-        """Evaluate on the grid; the end of the run has an evaluation of its own."""
+        """Evaluate every `every_steps` steps; the end of the run has an evaluation of its own."""
         step = trainer.global_step
         if self.pair is None or step % self.every_steps or step == trainer.max_steps:
             return
@@ -139,35 +131,35 @@ class OnlineEvaluation(lightning.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({**values, **cost}, step)
             trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
-        if self.best is not None and not getattr(module, "skipped_in_a_row", 0):
+        if self.best is not None and not module.skipped_in_a_row:
             self.keep_best(trainer, values)
 
     def measured(self, trainer: lightning.Trainer, module: DINO, network: str) -> dict[str, float]:
         """A network's numbers, on rank 0."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        frozen = Frozen(
-            getattr(module, network).backbone,
-            data.dataset.how,
+        data = data_of(trainer)
+        extractor = FeatureExtractor(
+            (module.teacher if network == "teacher" else module.student).backbone,
+            data.dataset.preprocess,
             module.device,
             self.batch_size,
             data.num_workers,
             self.pair,
             ranks=trainer.world_size > 1,
         )
-        features = extract_pair(frozen, kinds_of(self.evaluators))
+        features = extract_pair(extractor, kinds_of(self.evaluators))
         if not trainer.is_global_zero:
             return {}
         prefix = "" if network == "teacher" else f"{network}_"
-        found = (pair for e in self.evaluators.values() for pair in e(features))
-        return {f"{prefix}{name}": float(value) for name, value in found}
+        values = (pair for e in self.evaluators.values() for pair in e(features))
+        return {f"{prefix}{name}": float(value) for name, value in values}
 
     def keep_best(self, trainer: lightning.Trainer, values: Mapping[str, float]) -> None:
-        """Save `best.ckpt` when the number is higher than ever; all ranks write it together."""
+        """Save `best.ckpt` when its number is the highest so far; all ranks write it together."""
         if trainer.is_global_zero and self.best not in values and not self.warned:
             self.warned = True
             log.warning(
-                "callbacks.online.best=%s is not measured, so no best.ckpt is kept: null, or one "
-                "of %s", self.best, ", ".join(values),
+                "callbacks.online.best=%s is not measured, so no best.ckpt is kept: set it to "
+                "null or one of %s", self.best, ", ".join(values),
             )  # fmt: skip
         value = float(trainer.strategy.broadcast(values.get(self.best or "", -np.inf)))
         if value <= self.best_value:
@@ -187,7 +179,7 @@ class OnlineEvaluation(lightning.Callback):
             log.error("%s could not be written (%s); training goes on", BEST, error)
 
     def on_train_end(self, trainer: lightning.Trainer, *_: object) -> None:
-        """Say what it cost, where that has mattered."""
+        """Warn of evaluations that the budget did not allow."""
         if self.left_out and trainer.is_global_zero:
             log.warning(
                 "online evaluation ran %d times and was left out %d times: one takes %.1f s, and "

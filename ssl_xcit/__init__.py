@@ -3,7 +3,6 @@
 """
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,11 +11,6 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "create_model", "load_backbone"]
 __version__ = "0.1.0"
-
-# In a checkout conf/ and eval/ stand beside this folder; installed, they lie inside it.
-_checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "pyproject.toml").is_file():
-    __path__.append(str(_checkout))
 
 _LAZY = {"create_model": "ssl_xcit.models.xcit", "load_backbone": "ssl_xcit.models.weights"}
 

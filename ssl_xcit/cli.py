@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 error, 2 wrong configuration or usage, 75 preempted and re
 interrupted and saved.
 """
 
+import copy
 import difflib
 import io
 import logging
@@ -12,21 +13,25 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_type_hints
 
 import hydra
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.utils import get_method
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from ssl_xcit.errors import RunFailed, UserError
-from ssl_xcit.terminal import OneLine, printable, say
+from ssl_xcit.utils.terminal import OneLine, printable, say
+from ssl_xcit.utils.validation import missing_keys, parse
 
 CONF = "ssl_xcit.conf"
 FLAGS = (
@@ -159,10 +164,15 @@ def with_data(command: str, words: Sequence[str]) -> list[str]:
     found = list(words)
     options = default_options(command)
     given = {key_of(word): word.partition("=")[2] for word in words if "=" in word}
+    first = next((w for w in words if key_of(w) in ("data", "data.root", "data.file")), None)
+    takes_recipe = "experiment" in options and "experiment" not in given
+    if takes_recipe and first is not None and given.get("data") != options["data"]:
+        found.insert(words.index(first), "experiment=none")  # the default is for the default data
     if any(word.startswith(FLAGS) for word in words):
         return found  # whose options are not known here
     if "experiment" in given and "data" in options:
-        options |= {"data": data_of_experiment(given["experiment"]) or options["data"]}
+        for name in given["experiment"].strip("[]").split(","):
+            options["data"] = data_of_experiment(name.strip()) or options["data"]
     for group in ("data", "eval_data"):
         if group not in options:
             continue
@@ -273,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise UserError(f"{missing[0]} is needed: add {missing[0]}=...")
             function = get_method(cfg.main)
             set_up_logging()  # after the imports, which set up their own
-            function(cfg)
+            function(settings_for(function, cfg))
         except KeyboardInterrupt:
             fail("interrupted", exit_code=130)
         except Exception as error:
@@ -302,7 +312,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if code := function(CONF, command, words, flags):
                 raise SystemExit(code)
             return
-        hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name=command)(run)()
+        if any(word.startswith("-") for word in sys.argv[1:]):
+            hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name=command)(run)()
+        else:
+            compose_and_run(command, sys.argv[1:], run)
     except KeyboardInterrupt:
         fail("interrupted", exit_code=130)
     except Exception as error:
@@ -313,6 +326,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.argv = program
         if not debugging:
             os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def compose_and_run(
+    command: str, overrides: Sequence[str], run: Callable[[DictConfig], None]
+) -> None:
+    """As `hydra.main` does without options, which composes twice, 0.3 s each time."""
+    GlobalHydra.instance().clear()
+    with initialize_config_module(CONF, job_name=command, version_base="1.3"):
+        cfg = compose(command, overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        cfg = copy.deepcopy(cfg)
+        with read_write(cfg), open_dict(cfg):
+            del cfg["hydra"]
+        run(cfg)
+
+
+def settings_for(function: Callable[..., None], cfg: DictConfig) -> Any:
+    """The settings as the class that a command's `main` is annotated with, checked."""
+    hints = get_type_hints(function)
+    wanted: Any = next(hint for name, hint in hints.items() if name != "return")
+    return parse(cast(type, wanted), cfg) if is_dataclass(wanted) else cfg
 
 
 def quoted(argument: str, sweep: bool) -> str:
@@ -334,13 +368,6 @@ def quoted(argument: str, sweep: bool) -> str:
         if sweep or "/" not in value or not found.is_sweep_override():
             return attempt
     return argument
-
-
-def missing_keys(node: Any, prefix: str = "") -> list[str]:
-    """Settings that are still `???`."""
-    if isinstance(node, dict):
-        return [k for key, value in node.items() for k in missing_keys(value, f"{prefix}{key}.")]
-    return [prefix.rstrip(".")] if node == "???" else []
 
 
 def set_up_logging() -> None:
@@ -366,7 +393,8 @@ def report(command: str, error: Exception) -> None:
     if isinstance(cause, HydraException | OmegaConfBaseException):
         fail(explain(command, str(cause)) + hint)
     if isinstance(cause, UserError):
-        fail(f"{cause}{hint}")
+        removed = f"~{str(cause).partition(' ')[0]}"
+        fail(f"{cause}{f'; removed by {removed}' if removed in sys.argv else ''}{hint}")
     if isinstance(cause, ValueError) and "Config group override" in str(cause):  # Hydra's, unnamed
         nulls = [word for word in sys.argv if word.endswith("=null") and "." not in word]
         fail(f"{' '.join(nulls)}: a group needs one of its options; ~GROUP leaves it out")
@@ -427,16 +455,14 @@ def explain(command: str, message: str) -> str:
         )
     if match := re.search(r"Key '[^']+' is not in struct\s+full_key: (\S+)", message):
         key = match[1]
-        taken = f"; ~{key} has taken it out" if f"~{key}" in sys.argv else ""
-        return f"{key}: this setting is needed{taken}; ssl-xcit {command} --help lists all"
+        return f"{key}: this setting is needed; ssl-xcit {command} --help lists all"
+    if match := re.search(r"Interpolation key '([^']+)' not found", message):
+        return f"{match[1]}: no such setting, and another one takes its value from it"
     return " ".join(message.split())
 
 
 def setting_names(command: str) -> list[str]:
     """Every key of the command's default configuration, and its config groups."""
-    from hydra import compose, initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
-
     GlobalHydra.instance().clear()
     with initialize_config_module(CONF, version_base="1.3"):
         cfg = compose(command)

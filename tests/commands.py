@@ -1,6 +1,9 @@
 """Commands as a person types them, in this process; `SMALL` keeps a run at seconds."""
 
 import csv
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +62,28 @@ def images(folder, count, size=(48, 48)):
     rng = np.random.default_rng(count)
     for i in range(count):
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{i}.png")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ssl_xcit.utils.locks import exclusive
+with exclusive(Path(sys.argv[1]), "it"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def held_by_another(lock):
+    """The number of a process that holds this lock meanwhile, and is killed with it."""
+    words = [sys.executable, "-c", HOLD, str(lock)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        try:
+            yield process.pid
+        finally:
+            process.kill()
 
 
 def same(one, two):

@@ -1,5 +1,6 @@
 """Shared by all tests: few threads, no network, the photographs cut once a session."""
 
+import logging
 import os
 import socket
 import sys
@@ -7,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra._internal.hydra import Hydra
 
 from ssl_xcit.data.photos import labelled_photos
 
@@ -37,14 +37,12 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", no_names)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def composed_once():
-    """Hydra composes a command's settings twice, first to see whether its yaml asks for a sweep,
-    which none of ours does: 0.3 s for each of a thousand commands.
-    """
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Hydra, "get_mode", lambda *_, **__: None)
-        yield
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """A command writes its log to the standard error of its test, which is closed afterwards."""
+    handlers = logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = handlers
 
 
 @pytest.fixture(autouse=True)

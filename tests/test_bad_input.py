@@ -1,8 +1,5 @@
 """Bad input of every command: one line that names the fix, exit 2, nothing left behind."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from commands import images, run
@@ -36,7 +33,7 @@ BAD = [
     (["pretrain", "data.root=few\r"], r"few\r: no such folder; data.root ends in \r: was the"),
     (["pretrain", "data.root=few\xa0"], r"few\xa0: no such folder; data.root ends in \xa0"),
     (["pretrain", "data.root=\u200bfew"], r"data.root begins with \u200b"),
-    (["pretrain", "seed=1\r"], r"seed=1\r: a whole number from 0; seed ends in \r"),
+    (["pretrain", "seed=1\r"], r"seed=1\r must be a whole number of at least 0; seed ends in \r"),
     (["pretrain", "\u200bseed=1"], r"a word begins with \u200b"),
     (["pretrain", "data.root=few", "\r"], r"\r: was the script saved with Windows line ends?"),
     (["pretrain\r"], "did you mean pretrain?"),
@@ -45,7 +42,7 @@ BAD = [
     (["pretrain", "model=xcit_smal_12_p16"], "did you mean xcit_small_12_p16?"),
     (["pretrain", "data=imagnet"], "did you mean imagenet?"),
     (["pretrain", "evaluation=fast"], "evaluation=fast: no such option; there are standard"),
-    (["pretrain", "~evaluation"], "evaluation: this setting is needed; ~evaluation has taken it"),
+    (["pretrain", "~evaluation"], "evaluation is needed: add evaluation=...; removed by ~evaluation"),
     (["pretrian"], "did you mean pretrain?"),
     (["pretrain", "data=folder"], "data.root is needed"),
     (["pretrain", "data=folder", "data.root=none"], "no such folder"),
@@ -57,41 +54,22 @@ BAD = [
     (["pretrain", "eval_data=folder", "eval_data.root=few"], "outside class folders"),
     (["pretrain", "trainer.devices=99", "trainer.accelerator=cpu"], "set trainer.devices=1"),
     (["pretrain", "trainer.precision=16-mixed"], "bf16-mixed"),
-    (["pretrain", "compile=maybe"], "true or false"),
     (["pretrain", "compile=true", "checkpoint_blocks=true"], "set one of them"),
     (["pretrain", "trainer.accelerator=abacus"], "abacus"),
     *([] if torch.cuda.is_available() else [(["pretrain", "trainer=ddp"], "trainer: ")]),
-    (["pretrain", "epochs=0"], "epochs=0"),
-    (["pretrain", "batch_size=0"], "batch_size=0"),
     (["pretrain", "model.patch_size=7"], "4, 8 and 16"),
-    (["pretrain", "objective.teacher_temp=0"], "above 0"),
-    (["pretrain", "augment.num_local=-1"], "num_local"),
-    (["pretrain", "seed=-1"], "seed=-1"),
     (["pretrain", "epochs=abc"], "epochs=abc"),
-    (["pretrain", "optim.lr=-1"], "optim.lr=-1"),
-    (["pretrain", "batch_size=4.5"], "batch_size=4.5"),
-    (["pretrain", "num_workers=-1"], "num_workers=-1"),
-    (["pretrain", "optim.min_lr=null"], "optim.min_lr=None"),
-    (["pretrain", "objective.clip_norm=0"], "objective.clip_norm=0"),
+    (["pretrain", "optim.min_lr=null"], "optim.min_lr=null must be a number of at least 0"),
     (["pretrain", "optim.optimizer.betas=[2,3]"], "optim.optimizer"),
     (["pretrain", "model.in_chans=5"], "ssl-xcit stats preprocess.channels=5"),
     (["pretrain", "model.in_chans=1", "augment=torchvision"], "augment=fused"),
     (["pretrain", "preprocess.channels=1"], "set model.in_chans alone"),
     (["pretrain", "preprocess.stats=none.json"], "make it with ssl-xcit stats"),
     (["pretrain", "preprocess.stats=good.txt"], "not a file of ssl-xcit stats"),
-    (["pretrain", "preprocess.value_range=[9,1]"], "[low, high]"),
-    (["pretrain", "data.max_bad_fraction=-1"], "data.max_bad_fraction=-1"),
-    (["pretrain", "worker_timeout=0"], "worker_timeout=0"),
-    (["pretrain", "collective_timeout=0"], "collective_timeout=0"),
-    (["pretrain", "max_skipped=0"], "max_skipped=0"),
-    (["pretrain", "trainer.accumulate=0"], "trainer.accumulate=0"),
+    (["pretrain", "preprocess.value_range=[9,1]"], "[low,high]"),
     (["pretrain", "trainer.accumulate=33"], "a device has 32 images a step"),
-    (["pretrain", "+trainer.accumulate_grad_batches=2"], "see trainer.accumulate"),
-    (["pretrain", "callbacks.health.queue=1"], "callbacks.health.queue=1"),
-    (["pretrain", "callbacks.health.patience=abc"], "callbacks.health.patience=abc"),
-    (["pretrain", "callbacks.checkpoints.keep_last=0"], "callbacks.checkpoints.keep_last=0"),
+    (["pretrain", "+trainer.accumulate_grad_batches=2"], "set trainer.accumulate"),
     (["pretrain", "callbacks.checkpoints.milestone_every=7"], "a multiple of every_steps=100"),
-    (["pretrain", "callbacks.metrics.max_data_wait=2"], "max_data_wait=2"),
     (["pretrain", "data=list", "data.file=none.txt"], "no such file"),
     (["pretrain", "data=list", "data.file=good.txt"], "set data.root=DIR"),
     (["pretrain", "data=shards", "data.root=few"], "no tar shards"),
@@ -106,23 +84,18 @@ BAD = [
     (["stats", "data.root=few", "out=good.txt/x.json"], "no folder to write to"),
     (["shard", "data.root=few", "out=good.txt"], "no folder to write to"),
     (["check", "data.root=none"], "no such folder"),
-    (["check", "data.root=few", "num_workers=-1"], "num_workers=-1"),
     (["stats", "data.root=broken"], "can be read"),
     (["stats", "data.root=few", "preprocess.channels=5"], "preprocess.channels=5"),
-    (["stats", "data.root=few", "max_images=0"], "max_images=0"),
     (["shard", "data.root=few"], "out is needed"),
     (["shard", "data.root=few", "out=tars"], "holds other tars"),
-    (["shard", "data.root=few", "out=o", "images_per_shard=0"], "images_per_shard=0"),
     (["shard", "data.root=few", "out=o", "data.labels=true"], "outside class folders"),
     (["pretrain", "+trainer.gradient_clip_val=1"], "objective.clip_norm"),
     (["pretrain", "objective.by_images=[]"], "from: 0"),
-    (["pretrain", "augment.blur_prob=[1.0]"], "3 numbers"),
+    (["pretrain", "augment.blur_prob=[1.0]"], "augment.blur_prob=[1.0] must be 3"),
     (["pretrain", "~callbacks.metrics"], "callbacks.metrics"),
     (["pretrain", "eval_data=folder", "eval_data.root=broken_labels"], "can be read"),
     (["pretrain", "eval_data=folder", "eval_data.root=singles"], "no test images are left"),
     (["eval"], "ckpt is needed"),
-    (["eval", "ckpt=good.pth", "which=techer", "eval_data=photos"], "teacher or student"),
-    (["eval", "ckpt=good.pth", "batch_size=0", "eval_data=photos"], "batch_size=0"),
     (["eval", "ckpt=5", "eval_data=photos"], "no such file"),
     *([] if torch.cuda.is_available() else [
         (["eval", "ckpt=good.pth", "device=cuda", "eval_data=photos"], "device=cuda"),
@@ -166,32 +139,3 @@ def test_bad_input_is_one_line_that_names_the_fix(tmp_path, capsys, words, messa
     assert message in lines[0]
     assert "Traceback" not in captured.err
     assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
-
-
-WRONG_TYPES = [
-    (["pretrain", "preprocess.background=white"], "preprocess.background=white"),
-    (["pretrain", "augment.jitter_prob=often"], "probabilities"),
-    (["pretrain", "augment.solarise_prob=0.2"], "3 numbers"),
-    (["pretrain", "augment.global_size=22.5"], "global_size=22.5"),
-    (["pretrain", "augment.jitter=[0.4,0.4,0.2,x]"], "4 numbers"),
-    (["pretrain", "preprocess.value_range=all"], "2 numbers"),
-]
-
-
-def test_values_of_the_wrong_type_are_one_line_too():
-    """In a process of its own: the tests' type checker would be first."""
-    code = (
-        "from hydra._internal.hydra import Hydra\n"
-        "from ssl_xcit import cli\n"
-        "Hydra.get_mode = lambda *_, **__: None\n"  # see conftest.py
-        f"for words in {[words for words, _ in WRONG_TYPES]!r}:\n"
-        "    try: cli.main(words)\n"
-        "    except SystemExit as end: assert end.code == 2, words\n"
-        "    else: raise AssertionError(words)\n"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == len(WRONG_TYPES)
-    for line, (_, message) in zip(lines, WRONG_TYPES, strict=True):
-        assert message in line

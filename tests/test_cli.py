@@ -14,7 +14,7 @@ import torch
 from commands import EVALUATION, NO_ONLINE, SMALL, images, metrics, run
 
 from ssl_xcit.cli import named, with_data
-from ssl_xcit.run_name import run_name
+from ssl_xcit.training.run_name import run_name
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,7 @@ def test_wandb_writes_offline():
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
-    monkeypatch.setattr("ssl_xcit.pretrain.check_images", lambda *a: {}["a bug"])
+    monkeypatch.setattr("ssl_xcit.commands.pretrain.check_images", lambda *a: {}["a bug"])
     assert run("pretrain") == 1
     assert "KeyError: 'a bug'" in capsys.readouterr().err
 
@@ -138,9 +138,9 @@ def test_trials_of_a_sweep_tell_their_errors_in_one_line(monkeypatch):
         seen.append((os.environ["HYDRA_FULL_ERROR"], words))
         return 0
 
-    monkeypatch.setattr("ssl_xcit.sweeps.command.main", sweeper)
+    monkeypatch.setattr("ssl_xcit.commands.multirun.main", sweeper)
     assert run("pretrain", "-m", "data.root=a,b") == 0
-    assert seen == [("0", ["data=folder", "data.root=a,b"])]
+    assert seen == [("0", ["experiment=none", "data=folder", "data.root=a,b"])]
 
 
 def test_help_is_quick_and_offline():
@@ -241,8 +241,8 @@ DATA = [  # what is typed, and what it means
     (["pretrain", "data=list", "data.file=x.txt", "data.root=a"],
      ["data=list", "data.file=x.txt", "data.root=a"]),
     (["pretrain", "experiment=cifar10", "data.root=a"], ["experiment=cifar10", "data.root=a"]),
-    (["pretrain", "experiment=imagenet_nano_12_p8", "data.root=a"],
-     ["experiment=imagenet_nano_12_p8", "data.root=a"]),
+    (["pretrain", "experiment=imagenet", "data.root=a"],
+     ["experiment=imagenet", "data.root=a"]),
     (["pretrain", "experiment=domain", "data.root=a"], ["experiment=domain", "data.root=a"]),
     (["pretrain", "experiment=mine", "data.root=a"], ["experiment=mine", "data.root=a"]),
     (["pretrain", "-cd", "mine", "data.root=a"], ["-cd", "mine", "data.root=a"]),
@@ -256,8 +256,19 @@ DATA = [  # what is typed, and what it means
 def test_images_are_named_by_their_folder_or_file_alone(tmp_path, typed, meant):
     (tmp_path / "a").mkdir()
     command, *words = typed
-    assert with_data(command, named(command, words)) == meant
-    assert with_data(command, named(command, meant)) == meant
+    for given in (words, meant):
+        meaning = with_data(command, named(command, given))
+        assert [word for word in meaning if word != "experiment=none"] == meant
+
+
+def test_the_recipe_of_the_photographs_is_for_them_alone():
+    for words in (["data=cifar10"], ["seed=1", "data.root=a"], ["-cd", "x", "data.file=x.txt"]):
+        meaning = with_data("pretrain", words)
+        assert meaning.index("experiment=none") < meaning.index(words[-1])
+        assert with_data("pretrain", meaning) == meaning
+    for words in ([], ["data=photos"], ["experiment=domain", "data.root=a"], ["name=x"]):
+        assert "experiment=none" not in with_data("pretrain", words)
+    assert "experiment=none" not in with_data("check", ["data.root=a"])
 
 
 def test_a_folder_alone_names_the_same_run():

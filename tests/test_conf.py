@@ -9,7 +9,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.pretrain import make_plan
+from ssl_xcit.training.plan import make_plan
+from ssl_xcit.training.settings import PretrainSettings
+from ssl_xcit.utils.validation import parse
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -23,9 +25,16 @@ def load(command, *overrides):
         return compose(command, overrides=list(overrides))
 
 
+def settings(*overrides):
+    cfg = load("pretrain", *overrides)
+    if OmegaConf.is_missing(cfg.data, "root"):
+        cfg.data.root = "."
+    return parse(PretrainSettings, cfg)
+
+
 @pytest.mark.parametrize("name", options("model"))
 def test_models(name):
-    cfg = load("pretrain", f"model={name}", "data=folder")
+    cfg = load("pretrain", "experiment=none", f"model={name}")
     with torch.device("meta"):
         model = instantiate(cfg.model)
         assert model(torch.empty(1, 3, 32, 32)).shape == (1, model.embed_dim)
@@ -34,7 +43,7 @@ def test_models(name):
 @pytest.mark.parametrize("data", options("data"))
 @pytest.mark.parametrize("trainer", options("trainer"))
 def test_data_and_trainers_compose(data, trainer):
-    cfg = load("pretrain", f"data={data}", f"trainer={trainer}")
+    cfg = load("pretrain", "experiment=none", f"data={data}", f"trainer={trainer}")
     assert cfg.augment.global_size > cfg.augment.local_size
     with torch.device("meta"):
         model = instantiate(cfg.model)
@@ -62,40 +71,52 @@ def test_data_and_trainers_compose(data, trainer):
 def test_a_batch_that_fits_is_named_and_fits(images, devices, accumulate, fitting):
     words = ["batch_size=64", f"trainer.accumulate={accumulate}"]
     with pytest.raises(UserError) as raised:
-        make_plan(load("pretrain", *words), images, devices)
+        make_plan(settings(*words), images, devices)
     assert str(raised.value).endswith(f": set {fitting}")
     told = [word.rstrip(",") for word in fitting.split() if "=" in word]
     if "trainer.devices=1" in told:
         devices, told = 1, ["batch_size=3"]
-    plan = make_plan(load("pretrain", *words, *told), images, devices)
+    plan = make_plan(settings(*words, *told), images, devices)
     assert images - devices < plan.per_device_batch * devices <= images  # and none larger does
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_experiments_compose(experiment):
-    cfg = load("pretrain", f"experiment={experiment}")
-    plan = make_plan(cfg, 1_281_167, 8)
-    assert plan.total_steps > 10_000
-    OmegaConf.to_container(cfg.objective, resolve=True, throw_on_missing=True)
+    given = settings(f"experiment={experiment}")
+    assert make_plan(given, 1_281_167, 8).total_steps > 10_000
 
 
-def test_imagenet_recipe_is_the_published_one():
-    cfg = load("pretrain", "experiment=imagenet_small_12_p16")
-    plan = make_plan(cfg, 1_281_167, 8)
-    assert plan.lr == pytest.approx(1e-3)
+# published: GPUs x batch, peak rate, floor, drop path, smallest global crop, local crops
+PUBLISHED = {
+    "small_12_p16": (16 * 64, 1e-3, 4e-5, 0.05, 0.3, 8),
+    "medium_24_p16": (32 * 32, 1e-3, 1e-5, 0.15, 0.3, 8),
+    "medium_24_p8": (96 * 10, 9.375e-4, 1e-5, 0.15, 0.32, 6),
+    "large_24_p16": (80 * 14, 1.09e-3, 1e-5, 0.3, 0.32, 8),
+    "large_24_p8": (128 * 4, 5e-4, 1e-5, 0.3, 0.32, 8),
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_imagenet_recipe_is_the_published_one(size):
+    batch, lr, floor, drop_path, split, num_local = PUBLISHED[size]
+    given = settings("experiment=imagenet", f"model=xcit_{size}")
+    plan = make_plan(given, 1_281_167, 8)
+    assert given.batch_size == batch
+    assert plan.lr == pytest.approx(lr, rel=5e-3)
+    assert (given.optim.warmup_start, given.optim.min_lr) == (floor, floor)
+    assert given.model["drop_path"] == drop_path
+    assert given.augment["global_scale"] == [split, 1.0]
+    assert given.augment["local_scale"] == [0.05, split]
+    assert given.augment["num_local"] == num_local
     assert plan.warmup_steps / plan.total_steps == pytest.approx(0.0333, abs=1e-3)
-    assert (plan.teacher_temp_start, plan.teacher_temp, plan.teacher_temp_epochs) == (
-        0.04,
-        0.07,
-        30,
-    )
+    temperatures = (plan.teacher_temp_start, plan.teacher_temp, plan.teacher_temp_epochs)
+    assert temperatures == (0.04, 0.07, 30)
     assert plan.freeze_steps == round(plan.steps_per_epoch)
     assert plan.num_prototypes == 65536
-    assert cfg.model.drop_path == 0.05
 
 
 def test_defaults_on_imagenet_are_the_references():
-    plan = make_plan(load("pretrain", "data=imagenet"), 1_281_167, 1)
+    plan = make_plan(settings("data=imagenet", "experiment=none"), 1_281_167, 1)
     assert plan.lr == pytest.approx(5e-4)
     assert plan.warmup_steps == pytest.approx(10 * plan.steps_per_epoch, abs=1)
     assert (plan.ema, plan.teacher_temp_start, plan.teacher_temp) == (0.996, 0.04, 0.04)
@@ -103,8 +124,9 @@ def test_defaults_on_imagenet_are_the_references():
 
 
 def test_small_data_is_scaled_and_a_number_overrides():
-    plan = make_plan(load("pretrain", "data=folder"), 5000, 1)
+    words = ["data=folder", "data.root=.", "experiment=none"]
+    plan = make_plan(settings(*words), 5000, 1)
     assert (plan.num_prototypes, plan.ema, plan.teacher_temp_start) == (1024, 0.99, 0.02)
     assert plan.warmup_steps <= 0.1 * plan.total_steps
-    plan = make_plan(load("pretrain", "data=folder", "objective.num_prototypes=77"), 5000, 1)
+    plan = make_plan(settings(*words, "objective.num_prototypes=77"), 5000, 1)
     assert plan.num_prototypes == 77

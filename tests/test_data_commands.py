@@ -1,6 +1,5 @@
 """check, stats and shard, and what training does with other channels, bad images, dead workers."""
 
-import fcntl
 import io
 import json
 import os
@@ -12,13 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from commands import EVALUATION, NO_ONLINE, images, metrics, run
+from commands import EVALUATION, NO_ONLINE, held_by_another, images, metrics, run
+from hydra import compose, initialize_config_module
+from hydra.utils import get_method
 from PIL import Image
 
-from ssl_xcit import check, load_backbone, shard
+from ssl_xcit import load_backbone
+from ssl_xcit.cli import settings_for
+from ssl_xcit.commands.check import CheckSettings
+from ssl_xcit.commands.check import main as check
+from ssl_xcit.commands.shard import ShardSettings
+from ssl_xcit.commands.shard import main as shard
+from ssl_xcit.data import checks, datasets, shard_writer
 from ssl_xcit.data.decode import RGB, BadImage, decode
+from ssl_xcit.data.settings import DataSettings
 from ssl_xcit.data.shards import tar_shards
 from ssl_xcit.data.sources import Files
+from ssl_xcit.errors import RunFailed, UserError
 
 TINY = [*NO_ONLINE, "~callbacks.online", "evaluation.baselines=null"]
 TINY += ["evaluation.evaluators.linear=null", "augment.num_local=1"]
@@ -56,36 +65,45 @@ def bad_files():
     }
 
 
-@pytest.fixture
-def twelve_bits():
-    """Of a microscope, in 16-bit files."""
-    Path("deep/a").mkdir(parents=True)
-    for i in range(12):
-        grey = np.random.default_rng(i).integers(0, 4096, (48, 48)).astype(np.uint16)
-        Image.fromarray(grey).save(f"deep/a/{i}.png")
+PREPROCESS = {"_target_": "ssl_xcit.data.preprocess.preprocess"}
+
+
+def data(root="data", max_bad_fraction=0.01):
+    source = {"_target_": "ssl_xcit.data.folders.folder", "root": root}
+    return DataSettings(source, max_bad_fraction, {})
+
+
+def inspect(num_workers=0, **options):
+    check(CheckSettings("", PREPROCESS, data(**options), "check", 224, 300.0, num_workers))
+
+
+def write_tars(out, num_workers=0):
+    shard(ShardSettings("", PREPROCESS, data(), out, 3, True, 0, 3600.0, num_workers))
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ["check", "data.root=deep", "num_workers=0"],
-        ["stats", "data.root=deep", "num_workers=0"],
-        ["pretrain", "data=folder", "data.root=deep", "model=xcit_micro_4_p8", *TINY],
+        ["check", "num_workers=0"],
+        ["stats", "num_workers=0"],
+        ["pretrain", "data=folder", "model=xcit_micro_4_p8", *TINY],
     ],
     ids=["check", "stats", "pretrain"],
 )
-def test_images_that_are_nearly_black_are_noticed(twelve_bits, words, capsys):
-    assert run(*words) == 0
-    said = capsys.readouterr().err
-    assert "is above 4095 of 65535" in said
-    assert "preprocess.value_range=[0,4095]" in said
+def test_images_that_are_nearly_black_are_noticed(words, capsys):
+    """Twelve bits of a microscope, in 16-bit files."""
+    Path("deep/a").mkdir(parents=True)
+    for i in range(12):
+        grey = np.random.default_rng(i).integers(0, 4096, (48, 48)).astype(np.uint16)
+        Image.fromarray(grey).save(f"deep/a/{i}.png")
+    assert run(*words, "data.root=deep") == 0
+    warning = capsys.readouterr().err
+    assert "is above 4095 of 65535" in warning
+    assert "preprocess.value_range=[0,4095]" in warning
     if words[0] == "check":
         assert "4095" in json.loads(Path("check/report.json").read_text())["dark_images"]
-    assert (
-        run(*words, "preprocess.value_range=[0,4095]", *["name=bright"] * (words[0] == "pretrain"))
-        == 0
-    )
-    assert "4095 of" not in capsys.readouterr().err
+        assert run(*words, "data.root=deep", "preprocess.value_range=[0,4095]") == 0
+        assert "4095 of" not in capsys.readouterr().err
 
 
 def test_a_run_started_inside_its_images_goes_on_with_them(capsys):
@@ -108,19 +126,17 @@ def test_a_run_started_inside_its_images_goes_on_with_them(capsys):
 
 
 def test_a_thin_image_and_what_augmentation_cannot_use(monkeypatch, caplog):
-    from ssl_xcit.data import module
-
     Image.new("RGB", (6000, 1)).save("thin.png")
     source = Files(["thin.png"])
-    pixels, good = module.PlainDataset(source, 256, 224, RGB)[0]
+    pixels, good = datasets.PlainDataset(source, 256, 224, RGB)[0]
     assert good
     assert pixels.shape == (3, 224, 224)
 
     def refuse(*_):
         raise BadImage("larger than it may become")
 
-    monkeypatch.setattr(module, "resize_center_crop", refuse)  # after it was decoded
-    assert not module.PlainDataset(source, 256, 224, RGB)[0][1]
+    monkeypatch.setattr(datasets, "resize_center_crop", refuse)  # after it was decoded
+    assert not datasets.PlainDataset(source, 256, 224, RGB)[0][1]
     assert "larger than it may become" in caplog.text
 
 
@@ -149,23 +165,23 @@ def test_check_counts_names_and_finds_repeats(capsys):
     }  # fmt: skip
     rows = [json.loads(x) for x in Path("found/bad_samples.jsonl").read_text().splitlines()]
     assert {Path(row["name"]).name for row in rows} == set(bad_files())
-    twice = [json.loads(x) for x in Path("found/duplicates.jsonl").read_text().splitlines()]
-    assert twice == [["data/b/2.png", "data/b/again.png"]]
-    assert run("check", "data.root=data", "data.max_bad_fraction=0.5", "num_workers=0") == 0
+    groups = [json.loads(x) for x in Path("found/duplicates.jsonl").read_text().splitlines()]
+    assert groups == [["data/b/2.png", "data/b/again.png"]]
+    inspect(max_bad_fraction=0.5)
 
 
 def test_check_names_the_file_that_ends_its_process(capsys, monkeypatch):
     images(Path("data"), 40, (20, 20))
-    whole = check.look_at
+    whole = checks.inspect
 
-    def crashing(source, how, index):
+    def crashing(source, preprocess, index):
         if source.name(index).endswith("/7.png"):
             os.kill(os.getpid(), signal.SIGSEGV)
-        return whole(source, how, index)
+        return whole(source, preprocess, index)
 
-    monkeypatch.setattr(check, "look_at", crashing)
+    monkeypatch.setattr(checks, "inspect", crashing)
     monkeypatch.setattr("ssl_xcit.data.loader.POLL", 0.5)
-    assert run("check", "data.root=data", "num_workers=1", "data.max_bad_fraction=0.1") == 0
+    inspect(num_workers=1, max_bad_fraction=0.1)
     (row,) = [json.loads(x) for x in Path("check/bad_samples.jsonl").read_text().splitlines()]
     assert row["name"] == "data/7.png"
     assert row["reason"] == "decoding it ends the process (SIGSEGV)"
@@ -267,9 +283,8 @@ def test_shards_hold_what_the_folder_holds(capsys):
 
 def test_shards_go_on_where_they_were_stopped(monkeypatch):
     images(Path("data"), 12, (10, 10))
-    words = ["shard", "data.root=data", "images_per_shard=3", "num_workers=0"]
-    assert run(*words, "out=whole") == 0
-    write, calls = shard.write_shard, []
+    write_tars("whole")
+    write, calls = shard_writer.write_shard, []
 
     def interrupted(job, number):
         if len(calls) == 2:
@@ -277,19 +292,20 @@ def test_shards_go_on_where_they_were_stopped(monkeypatch):
         calls.append(number)
         return write(job, number)
 
-    monkeypatch.setattr(shard, "write_shard", interrupted)
-    assert run(*words, "out=cut") == 130
+    monkeypatch.setattr(shard_writer, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_tars("cut")
     assert not Path("cut/shards.json").exists()
     calls.clear()
-    monkeypatch.setattr(shard, "write_shard", lambda j, n: calls.append(n) or write(j, n))
-    assert run(*words, "out=cut") == 0
+    monkeypatch.setattr(shard_writer, "write_shard", lambda j, n: calls.append(n) or write(j, n))
+    write_tars("cut")
     assert calls == [2, 3]
     # a settings line without a shard behind it, and one cut short
     for progress in ("", '{"images": 12'):
         Path("odd").mkdir()
         Path("odd/.progress.jsonl").write_text(progress)
         shutil.copy("whole/shard-000000.tar", "odd")
-        assert run(*words, "out=odd") == 0
+        write_tars("odd")
         assert len(list(Path("odd").glob("*.tar"))) == 4
         shutil.rmtree("odd")
     for path in Path("whole").glob("*.tar"):
@@ -297,10 +313,9 @@ def test_shards_go_on_where_they_were_stopped(monkeypatch):
     assert not list(Path("cut").glob(".*"))
 
 
-def test_one_writer_a_folder_and_a_killed_one(monkeypatch, capsys):
+def test_one_writer_a_folder_and_a_killed_one(monkeypatch, caplog):
     images(Path("data"), 12, (10, 10))
-    words = ["shard", "data.root=data", "images_per_shard=3", "out=tars"]
-    write = shard.write_shard
+    write = shard_writer.write_shard
 
     def killed(job, number):
         if number == 2 and not Path("mark").exists():
@@ -308,21 +323,22 @@ def test_one_writer_a_folder_and_a_killed_one(monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGKILL)
         return write(job, number)
 
-    monkeypatch.setattr(shard, "write_shard", killed)
-    assert run(*words, "num_workers=2") == 0
-    assert "SIGKILL" in capsys.readouterr().err
+    monkeypatch.setattr(shard_writer, "write_shard", killed)
+    write_tars("tars", num_workers=2)
+    assert "SIGKILL" in caplog.text
     assert len(tar_shards("tars")) == 12
     assert not list(Path("tars").glob(".*"))
     Path("busy").mkdir()
-    with open("busy/.progress.jsonl", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert run(*words[:-1], "out=busy") == 2
-    assert "another process is writing" in capsys.readouterr().err
+    with (
+        held_by_another(Path("busy/.lock")) as holder,
+        pytest.raises(UserError, match=f"out=busy is in use by process {holder} on"),
+    ):
+        write_tars("busy")
 
 
-def test_a_shard_that_reads_back_differently_is_an_error(monkeypatch, capsys):
+def test_a_shard_that_reads_back_differently_is_an_error(monkeypatch):
     images(Path("data"), 4, (10, 10))
-    whole = shard.list_tar
+    whole = shard_writer.list_tar
 
     def spoiled(path):
         with open(path, "r+b") as file:
@@ -330,9 +346,9 @@ def test_a_shard_that_reads_back_differently_is_an_error(monkeypatch, capsys):
             file.write(b"x")
         return whole(path)
 
-    monkeypatch.setattr(shard, "list_tar", spoiled)
-    assert run("shard", "data.root=data", "out=tars", "num_workers=0") == 1
-    assert "a bad disk?" in capsys.readouterr().err
+    monkeypatch.setattr(shard_writer, "list_tar", spoiled)
+    with pytest.raises(RunFailed, match=r"a bad disk\?"):
+        write_tars("tars")
     assert not list(Path("tars").glob("shard-*.tar"))
 
 
@@ -362,9 +378,9 @@ def test_one_percent_bad(capsys, count):
     ]  # fmt: skip
     assert run(*words) == 0
     rows = [json.loads(x) for x in Path("runs/run/bad_samples.jsonl").read_text().splitlines()]
-    found = [Path(row["name"]).name for row in rows]
-    assert sorted(found) == sorted(p.name for p in folder.iterdir() if "_" in p.name)
-    assert len(set(found)) == count // 100
+    names = [Path(row["name"]).name for row in rows]
+    assert sorted(names) == sorted(p.name for p in folder.iterdir() if "_" in p.name)
+    assert len(set(names)) == count // 100
     assert metrics("runs/run")[-1]["bad_images"] == repr(count / 100)
     capsys.readouterr()
     more = [word for word in words if word != "name=run"]
@@ -401,3 +417,40 @@ def test_a_worker_killed_in_training_changes_no_number(monkeypatch, capsys):
         for name in ("quiet", "killed")
     )
     assert quiet == killed
+
+
+@pytest.mark.parametrize(
+    ("words", "eval_data"),
+    [
+        (["data=cifar10", "data.root=x", "data.download=true"], ("x", True)),
+        (["data=cifar10", "data.root=x", "eval_data.root=y"], ("y", False)),
+        (["data=cifar10", "data.root=x", "eval_data=cifar100"], ("data/cifar100", False)),
+        (["data=folder", "data.root=x", "eval_data=cifar10"], ("data/cifar10", False)),
+        (["data=imagenet", "data.root=x"], ("x", False)),
+    ],
+)
+def test_eval_data_of_the_same_set_lies_where_data_does(words, eval_data):
+    with initialize_config_module("ssl_xcit.conf", version_base="1.3"):
+        cfg = compose("pretrain", overrides=words)
+    assert (cfg.eval_data.root, cfg.eval_data.download) == eval_data
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "allowed"),
+    [
+        ("check", "min_side=0", "a whole number of at least 1"),
+        ("check", "data.max_bad_fraction=-1", "a number of at least 0 and of at most 1"),
+        ("stats", "max_images=null", "a whole number of at least 1"),
+        ("stats", "worker_timeout=0", "a number above 0"),
+        ("stats", "preprocess.channels=0", "a whole number of at least 1 and of at most 128"),
+        ("shard", "shuffle=7", "true or false"),
+        ("shard", "seed=-1", "a whole number of at least 0"),
+        ("shard", "num_workers=some", "a whole number of at least 0 or null"),
+    ],
+)
+def test_bad_settings(command, word, allowed):
+    words = ["data=cifar10", word, *["out=tars"] * (command == "shard")]
+    with initialize_config_module("ssl_xcit.conf", version_base="1.3"):
+        cfg = compose(command, overrides=words)
+    with pytest.raises(UserError, match=f"^{word} must be {allowed}$"):
+        settings_for(get_method(cfg.main), cfg)

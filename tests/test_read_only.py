@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from commands import EVALUATION, images, run
-from ssl_xcit.eval import run as evaluation
-from ssl_xcit.eval.report import command as _report  # noqa: F401  # once, not in every child
-from ssl_xcit.eval.report import page
-from ssl_xcit.eval.report import sweep_command as _sweep  # noqa: F401
-from ssl_xcit.eval.views import atlas_command, film, visualize  # noqa: F401
 from tiny_run import make_run, published
 
 from ssl_xcit import load_backbone
 from ssl_xcit.errors import UserError
-from ssl_xcit.export import command, weights_files  # noqa: F401
-from ssl_xcit.files import OF, writable_or_here
+from ssl_xcit.eval import runner as evaluation
+from ssl_xcit.eval.commands import atlas as atlas_command  # noqa: F401
+from ssl_xcit.eval.report import page
+from ssl_xcit.eval.report import report as _report  # noqa: F401  # once, not in every child
+from ssl_xcit.eval.report import sweep_page as _sweep  # noqa: F401
+from ssl_xcit.export import safetensors_files  # noqa: F401
+from ssl_xcit.utils.files import RESULTS_OF, writable_or_here
 
 NOBODY = 65534
 ROOT = os.geteuid() == 0
@@ -203,7 +203,7 @@ def test_nothing_of_others_is_overwritten(colleague, here):
     assert found[0] != found[1] == found[2]
     assert all(name.startswith("demo-") for name in found)
     assert (here / "demo/results.json").read_text() == "mine"
-    assert (here / found[1] / OF).read_text() == str(second)
+    assert (here / found[1] / RESULTS_OF).read_text() == str(second)
 
 
 def test_a_part_of_a_run_may_be_another_user_s(here):

@@ -5,10 +5,6 @@ import shutil
 
 import pytest
 from commands import NO_ONLINE, images, run
-from omegaconf import OmegaConf
-
-from ssl_xcit.run_folder import fingerprint, settings
-from ssl_xcit.run_name import FREE_KEYS, FREE_TRAINER_KEYS
 
 SETTINGS = [
     *(o for o in NO_ONLINE if not o.startswith("epochs")),
@@ -184,23 +180,15 @@ def test_more_epochs_are_told_how(home, capfd):
     assert resume("init.ckpt=runs/x", "init.head=kept", "epochs=3", name="name=longer") == 0
 
 
-def test_a_run_that_was_begun_before_images_were_recorded(home, stopped, capfd):
-    """Its fingerprint has the paths; which images lay there nobody knows but their number."""
-    cfg = OmegaConf.load(home / "runs/x/config.yaml")
-    old = {k: v for k, v in about(home).items() if k not in ("data_sha256", "preprocess", "folder")}
-    old["fingerprint"] = fingerprint(settings(cfg, free=(*FREE_KEYS, *FREE_TRAINER_KEYS)))
-    (home / "runs/x/run.json").write_text(json.dumps(old))
-    (home / "runs/x/images.npz").unlink()
-    images(home / "photos/new", 1)
+def test_a_run_of_another_version_is_refused_with_a_line_that_names_it(home, capfd):
+    path = home / "runs/x/config.yaml"
+    then = path.read_text().replace("ssl_xcit.eval.runner.evaluate", "ssl_xcit.eval.run.evaluate")
+    path.write_text(then)
     assert resume() == 2
-    assert "24 images then, 25 now" in capfd.readouterr().err
-    (home / "photos/new/0.png").unlink()
-    assert resume() == 2
-    assert "which images they were then is not recorded" in capfd.readouterr().err
-    assert resume(root=stopped / "photos") == 0
-    assert "data" in about(home)["data_sha256"]
-    (home / "runs/x/summary.json").unlink()
-    assert resume() == 0  # by now they are
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "begun with another version of ssl_xcit, which had ssl_xcit.eval.run.evaluate" in line
+    assert "init.ckpt=runs/x init.head=kept name=..." in line
+    assert path.read_text() == then
 
 
 def test_evaluation_finds_images_that_lay_relative_to_where_the_run_was(home, capfd, monkeypatch):

@@ -3,41 +3,113 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ALLOWED = {  # room -> rooms of ssl_xcit that it may know
-    "data": {"data"},
-    "models": {"models"},
-    "objectives": {"objectives"},
-    "training": {"training", "objectives", "models", "data"},
-    "export": {"export", "models", "data", "run_folder", "table"},
-}
-
-
-def imports(file: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+EVAL = "ssl_xcit.eval"
+ALLOWED = {  # room -> rooms that it may know, besides itself, utils and errors
+    "utils": set(),
+    "data": set(),
+    "models": set(),
+    "objectives": set(),
+    "training": {"objectives", "models", "data"},
+    "export": {"models", "data", "training"},
+    "sweeps": {"training"},
+    "commands": {"data", "models", "training", "export", "sweeps"},
+    f"{EVAL}.features": set(),
+    f"{EVAL}.evaluators": {f"{EVAL}.features"},
+    f"{EVAL}.tasks": {f"{EVAL}.features", f"{EVAL}.evaluators"},
+    f"{EVAL}.viz": {*(f"{EVAL}.{floor}" for floor in ("features", "evaluators", "tasks")), EVAL},
+    f"{EVAL}.report": {
+        EVAL, *(f"{EVAL}.{floor}" for floor in ("features", "evaluators", "tasks", "viz"))
+    },
+    f"{EVAL}.commands": {
+        EVAL, *(f"{EVAL}.{floor}" for floor in ("features", "evaluators", "tasks", "viz", "report"))
+    },
+    EVAL: {f"{EVAL}.features", f"{EVAL}.evaluators", f"{EVAL}.tasks"},
+}  # fmt: skip
 
 
 def files(folder):
     return sorted((ROOT / folder).rglob("*.py"))
 
 
+def module_of(file):
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(parts if parts[0] == "ssl_xcit" else ("ssl_xcit", *parts))
+
+
+MODULES = {module_of(file): file for file in (*files("ssl_xcit"), *files("eval"))}
+
+
+def imports(file, top_level_only=False):
+    """Dotted names that a file imports; of `from a import b` also a.b."""
+    tree = ast.parse(file.read_text())
+    here = module_of(file).split(".")
+    package = here if file.name == "__init__.py" else here[:-1]
+    names = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def modules_imported(file, top_level_only=False):
+    return {name for name in imports(file, top_level_only) if name in MODULES}
+
+
+def room_of(module):
+    """`data` of ssl_xcit.data.order; of what lies in no room its own name."""
+    parts = module.split(".")
+    depth = 3 if parts[:2] == ["ssl_xcit", "eval"] else 2
+    room = ".".join(parts[:depth])
+    if room.startswith(EVAL):
+        return room if room in ALLOWED else EVAL
+    return parts[1] if len(parts) > 1 and parts[1] in ALLOWED else "top"
+
+
 @pytest.mark.parametrize("room", ALLOWED)
 def test_rooms_know_only_their_neighbours(room):
-    for file in files(f"ssl_xcit/{room}"):
-        for name in imports(file):
-            if name.startswith("ssl_xcit."):
-                known = ALLOWED[room] | {"cores", "errors", "files", "locks", "terminal"}
-                assert name.split(".")[1] in known, f"{file}: {name}"
+    members = [module for module in MODULES if room_of(module) == room]
+    assert members
+    below = set() if room == "utils" else {"utils"}
+    ours = {"data", "models", "objectives", "training", "export", "sweeps"}
+    known = ALLOWED[room] | {room, "top"} | below | (ours if room.startswith(EVAL) else set())
+    for module in members:
+        for name in modules_imported(MODULES[module]) - {f"{EVAL}.statistics"}:
+            assert room_of(name) in known, f"{module} imports {name}"
+            if room_of(name) == "top":
+                assert name in ("ssl_xcit", "ssl_xcit.errors"), f"{module} imports {name}"
+
+
+def test_nothing_imports_from_a_command():
+    for module, file in MODULES.items():
+        for name in modules_imported(file):
+            if room_of(name) in ("commands", f"{EVAL}.commands"):
+                assert name in ("ssl_xcit.commands", f"{EVAL}.commands"), f"{module}: {name}"
+
+
+def test_there_are_no_circles():
+    graph = {
+        module: modules_imported(file, top_level_only=True) - {module}
+        for module, file in MODULES.items()
+    }
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(MODULES)
+
+
+def test_data_models_and_objectives_know_no_lightning_and_no_hydra():
+    for room in ("data", "models", "objectives"):
+        for file in files(f"ssl_xcit/{room}"):
+            tops = {name.split(".")[0] for name in imports(file)}
+            assert not tops & {"lightning", "hydra", "omegaconf"}, file
 
 
 def test_the_package_never_imports_eval_conf_wandb_or_faiss():
@@ -48,9 +120,17 @@ def test_the_package_never_imports_eval_conf_wandb_or_faiss():
             assert top[:2] not in (["ssl_xcit", "eval"], ["ssl_xcit", "conf"]), f"{file}: {name}"
 
 
+def test_the_checkout_is_no_part_of_the_package():
+    code = (
+        "import importlib.util as u, ssl_xcit.eval, ssl_xcit.conf\n"
+        "assert not u.find_spec('ssl_xcit.tests') and not u.find_spec('ssl_xcit.ssl_xcit')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_what_drives_a_sweep_is_light():
     code = (
-        "import sys, ssl_xcit.sweeps.command, ssl_xcit.sweeps.launchers, ssl_xcit.sweeps.tpe\n"
+        "import sys, ssl_xcit.commands.multirun, ssl_xcit.sweeps.launchers, ssl_xcit.sweeps.tpe\n"
         "heavy = {'torch', 'lightning', 'cv2', 'optuna', 'submitit'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -59,24 +139,8 @@ def test_what_drives_a_sweep_is_light():
 
 def test_faiss_is_only_where_it_searches_and_clusters():
     users = [f.name for f in files("eval") if "faiss" in imports(f)]
-    assert users == ["clustering.py", "search.py"]
+    assert users == ["clustering.py", "neighbors.py"]
     assert not [f for f in files("eval") if "wandb" in imports(f)]
-
-
-def test_numbers_know_no_pictures_and_pictures_no_report():
-    def rooms(file):
-        """Below eval/, that a file imports from."""
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                here = file.relative_to(ROOT / "eval").parent.parts
-                base = here[: len(here) - node.level + 1]
-                names = [node.module] if node.module else [alias.name for alias in node.names]
-                yield from ((*base, *name.split("."))[0] for name in names)
-
-    for file in files("eval"):
-        room = file.relative_to(ROOT / "eval").parts[0]
-        known = {"report": set(), "views": {"report"}}.get(room, {"views", "report"})
-        assert not known & set(rooms(file)), file
 
 
 def test_libraries_of_other_tools_are_imported_where_they_are_used():

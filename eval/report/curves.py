@@ -1,5 +1,5 @@
-"""What the page draws by plotly, as data: curves over steps, in groups, and final numbers with
-their intervals. The page's script makes the figures, so that they follow its colours.
+"""Data of the figures that plotly draws: curves over steps, in groups, and final numbers with their
+intervals. The page's script makes the figures, so that they follow its colours.
 
 A run of a million steps has more rows than a screen has pixels: of long curves the smallest and the
 largest value of each stretch are kept, so no peak is lost.
@@ -7,105 +7,71 @@ largest value of each stretch are kept, so no peak is lost.
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssl_xcit.table import metrics_of, title_of
+from ssl_xcit.utils.tables import metrics_of, title_of
 
-from ..estimates import wilson
-from .run import Curve, Results, Run
+from ..statistics import wilson
+from .run_reader import Curve, Results, Run
 
 MAX_POINTS = 1500  # of one curve
-SHARES = re.compile(r"(student_)?knn_k\d+(_t[\d.]+)?")  # of right answers, in percent
+SHARES = re.compile(r"(student_)?knn_k\d+(_t[\d.]+)?")  # of correct answers, in percent
 ONLINE = "Online evaluation"
-UNSHOWN = ("epoch", "healthy", "online_seconds")
+HIDDEN = ("epoch", "healthy", "online_seconds")
 
 
 class Plot(NamedTuple):
-    """One figure.
+    """One figure."""
 
-    Args:
-        title: what it shows.
-        columns: of `metrics.csv`, with their labels.
-        log: a logarithmic axis.
-        unit: behind the title; `%` are shares 0..1 shown in percent.
-        smooth: a line of local means lies over the values.
-        about: what it means, in a line.
-    """
-
-    title: str
-    columns: Sequence[tuple[str, str]]
-    log: bool = False
-    unit: str = ""
-    smooth: bool = False
-    about: str = ""
+    title: str  # its heading
+    columns: Mapping[str, str]  # of `metrics.csv`, with their labels
+    log: bool = False  # a logarithmic axis
+    unit: str = ""  # behind the title; `%` are shares 0..1 shown in percent
+    smooth: bool = False  # a line of local means lies over the values
+    about: str = ""  # what it means, in a line
 
 
 GRADIENTS = ("stem", "blocks_first", "blocks_middle", "blocks_last", "class_attention", "head",
              "prototypes")  # fmt: skip
-GROUPS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
-    (
-        "Learning",
-        (
-            Plot("Loss", (("loss", "loss"),), smooth=True, about="of the steps that are reported"),
-            Plot(ONLINE, (), unit="% right"),
-        ),
+GROUPS: Mapping[str, Sequence[Plot]] = {
+    "Learning": (
+        Plot("Loss", {"loss": "loss"}, smooth=True, about="of the steps that are reported"),
+        Plot(ONLINE, {}, unit="% right"),
     ),
-    (
-        "Teacher and features",
-        (
-            Plot(
-                "Teacher entropy",
-                (("teacher_entropy_share", "of ln K"),),
-                unit="%",
-                about="100 %: uniform, 0 %: one prototype each",
-            ),
-            Plot("Rank of the features", (("rankme", "RankMe"),), about="dimensions in use"),
-            Plot(
-                "Deviation of the features",
-                (("feature_std", "deviation"),),
-                about="1: all directions, 0: all images alike",
-            ),
-            Plot(
-                "Prototypes",
-                (("prototypes_effective", "equally frequent ones that tell as much"),),
-                log=True,
-            ),
-            Plot("Length of the center", (("center_norm", "center"),)),
-        ),
+    "Teacher and features": (
+        Plot("Teacher entropy", {"teacher_entropy_share": "of ln K"}, unit="%",
+             about="100 %: uniform, 0 %: one prototype each"),
+        Plot("Rank of the features", {"rankme": "RankMe"}, about="dimensions in use"),
+        Plot("Deviation of the features", {"feature_std": "deviation"},
+             about="1: all directions, 0: all images alike"),
+        Plot("Prototypes", {"prototypes_effective": "equally frequent ones that tell as much"},
+             log=True),
+        Plot("Length of the center", {"center_norm": "center"}),
     ),
-    (
-        "Optimisation",
-        (
-            Plot("Learning rate", (("lr", "lr"),)),
-            Plot("Weight decay", (("weight_decay", "weight decay"),)),
-            Plot("Teacher's EMA", (("ema", "EMA"),)),
-            Plot("Teacher's temperature", (("teacher_temp", "temperature"),)),
-            Plot("Gradient norm", (("grad_norm", "all, before clipping"),), log=True, smooth=True),
-            Plot(
-                "Gradient norm by part",
-                tuple((f"grad_norm_{g}", g.replace("_", " ")) for g in GRADIENTS),
-                log=True,
-            ),
-        ),
+    "Optimisation": (
+        Plot("Learning rate", {"lr": "lr"}),
+        Plot("Weight decay", {"weight_decay": "weight decay"}),
+        Plot("Teacher's EMA", {"ema": "EMA"}),
+        Plot("Teacher's temperature", {"teacher_temp": "temperature"}),
+        Plot("Gradient norm", {"grad_norm": "all, before clipping"}, log=True, smooth=True),
+        Plot("Gradient norm by part", {f"grad_norm_{g}": g.replace("_", " ") for g in GRADIENTS},
+             log=True),
     ),
-    (
-        "Speed and trouble",
-        (
-            Plot("Throughput", (("images_per_second", "images/s"),), unit="images/s"),
-            Plot("Waiting for data", (("data_wait", "share of the time"),), unit="%"),
-            Plot("Online evaluation's share of the time", (("online_share", "share"),), unit="%"),
-            Plot("Bad images", (("bad_images", "bad images"),)),
-            Plot("Steps left out", (("skipped_steps", "not finite"),)),
-        ),
+    "Speed and trouble": (
+        Plot("Throughput", {"images_per_second": "images/s"}, unit="images/s"),
+        Plot("Waiting for data", {"data_wait": "share of the time"}, unit="%"),
+        Plot("Online evaluation's share of the time", {"online_share": "share"}, unit="%"),
+        Plot("Bad images", {"bad_images": "bad images"}),
+        Plot("Steps left out", {"skipped_steps": "not finite"}),
     ),
-)
-ZERO_IS_NO_NEWS = ("bad_images", "skipped_steps")
+}  # fmt: skip
+EXPECTED_ZERO = ("bad_images", "skipped_steps")
 
 
-def thinned(curve: Curve, most: int) -> Curve:
+def decimated(curve: Curve, most: int) -> Curve:
     """At most so many points: the smallest and the largest of each stretch, in their order, and the
     last one.
     """
@@ -135,10 +101,10 @@ def series(run: int, name: str, curve: Curve, scale: float, images: int | None) 
         name: label.
         curve: its points.
         scale: of the values.
-        images: of which a share was right; None: the values are no shares.
+        images: whose share the values are, in percent; None: the values are no shares.
     """
     steps, values = curve
-    found: dict[str, Any] = {
+    line: dict[str, Any] = {
         "run": run,
         "name": name,
         "x": steps,
@@ -149,47 +115,47 @@ def series(run: int, name: str, curve: Curve, scale: float, images: int | None) 
             wilson(round(value / 100 * images), images) if 0 <= value <= 100 else (value, value)
             for value in values
         ]
-        found["low"] = [rounded(low) for low, _ in bounds]
-        found["high"] = [rounded(high) for _, high in bounds]
-    return found
+        line["low"] = [rounded(low) for low, _ in bounds]
+        line["high"] = [rounded(high) for _, high in bounds]
+    return line
 
 
-def stretches(run: Run, number: int) -> list[dict[str, Any]]:
-    """Where a run was not healthy, from one report to the next."""
+def unhealthy_stretches(run: Run, number: int) -> list[dict[str, Any]]:
+    """Steps at which a run was not healthy, from one report to the next."""
     steps, healthy = run.curves.get("healthy", ([], []))
-    found: list[dict[str, Any]] = []
+    stretches: list[dict[str, Any]] = []
     sick = False
     for place, (step, value) in enumerate(zip(steps, healthy, strict=True)):
         if value == 0.0:
             end = steps[min(place + 1, len(steps) - 1)]
             if sick:
-                found[-1]["to"] = end
+                stretches[-1]["to"] = end
             else:
-                found.append({"run": number, "from": step, "to": end})
+                stretches.append({"run": number, "from": step, "to": end})
         sick = value == 0.0
-    return found
+    return stretches
 
 
-def marks(run: Run, title: str) -> list[dict[str, Any]]:
+def step_marks(run: Run, title: str) -> list[dict[str, Any]]:
     """Steps at which something changes that a curve shows."""
     known = {
         "Learning rate": ("warmup_steps", "warm-up ends"),
         "Loss": ("freeze_steps", "prototypes begin to learn"),
     }
     key, words = known.get(title, ("", ""))
-    found = [(run.plan.get(key), words)]
+    marks = [(run.plan.get(key), words)]
     if title == "Loss":
         resumed = run.about.get("resumed")
-        found += [(step, "went on") for step in resumed] if isinstance(resumed, list) else []
-    return [{"step": s, "words": w} for s, w in found if type(s) is int and s > 0]
+        marks += [(step, "went on") for step in resumed] if isinstance(resumed, list) else []
+    return [{"step": s, "words": w} for s, w in marks if type(s) is int and s > 0]
 
 
-def columns_of(plot: Plot, runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Those that some run has; of online evaluation whatever is measured."""
+def columns_of(plot: Plot, runs: Sequence[Run]) -> dict[str, str]:
+    """Columns that some run has; of online evaluation all of them."""
     names = dict.fromkeys(name for run in runs for name in run.curves)
     if plot.title == ONLINE:
-        return [(name, label_of(name)) for name in names if SHARES.fullmatch(name)]
-    return [(name, label) for name, label in plot.columns if name in names]
+        return {name: label_of(name) for name in names if SHARES.fullmatch(name)}
+    return {name: label for name, label in plot.columns.items() if name in names}
 
 
 def label_of(name: str) -> str:
@@ -198,16 +164,13 @@ def label_of(name: str) -> str:
     return title_of(inner).strip() + (", student" if inner != name else "")
 
 
-def is_news(columns: Iterable[tuple[str, str]], runs: Sequence[Run]) -> bool:
-    """Whether there is anything to see: no curve of zeros where zero is what is expected."""
-    names = [name for name, _ in columns]
-    if not names:
-        return False
-    values = [v for run in runs for n in names for v in run.curves.get(n, ([], []))[1]]
-    return any(values) or not set(names) <= set(ZERO_IS_NO_NEWS)
+def is_informative(columns: Mapping[str, str], runs: Sequence[Run]) -> bool:
+    """Whether there is anything to see: no curve of zeros where zeros are expected."""
+    values = [v for run in runs for name in columns for v in run.curves.get(name, ([], []))[1]]
+    return bool(columns) and (any(values) or not columns.keys() <= set(EXPECTED_ZERO))
 
 
-def groups(runs: Sequence[Run], images: Sequence[int | None]) -> list[dict[str, Any]]:
+def figure_groups(runs: Sequence[Run], images: Sequence[int | None]) -> list[dict[str, Any]]:
     """Figures by group, for the page.
 
     Args:
@@ -215,21 +178,21 @@ def groups(runs: Sequence[Run], images: Sequence[int | None]) -> list[dict[str, 
         images: how many of online evaluation's test images each run has; None: not known.
     """
     most = max(200, MAX_POINTS // len(runs))
-    known = {name for _, plots in GROUPS for plot in plots for name, _ in plot.columns}
+    known = {name for plots in GROUPS.values() for plot in plots for name in plot.columns}
     names = dict.fromkeys(name for run in runs for name in run.curves)
-    other = [n for n in names if n not in known and n not in UNSHOWN and not SHARES.fullmatch(n)]
+    other = [n for n in names if n not in known and n not in HIDDEN and not SHARES.fullmatch(n)]
     others = tuple(
         Plot(label_of(name) if name.startswith(("knn", "student")) else name.replace("_", " "),
-             ((name, name.replace("_", " ")),))
+             {name: name.replace("_", " ")})
         for name in other
         if name not in ("teacher_entropy", "prototypes_used")  # the same by another measure
     )  # fmt: skip
-    found = []
-    for title, plots in (*GROUPS, ("More", others)):
-        drawn = [figure(plot, runs, images, most) for plot in plots]
-        if kept := [one for one in drawn if one is not None]:
-            found.append({"title": title, "plots": kept})
-    return found
+    groups = []
+    for title, plots in {**GROUPS, "More": others}.items():
+        figures = [figure(plot, runs, images, most) for plot in plots]
+        if drawn := [one for one in figures if one is not None]:
+            groups.append({"title": title, "plots": drawn})
+    return groups
 
 
 def figure(
@@ -237,15 +200,15 @@ def figure(
 ) -> dict[str, Any] | None:
     """One figure as data; None where there is nothing to show."""
     columns = columns_of(plot, runs)
-    if not is_news(columns, runs):
+    if not is_informative(columns, runs):
         return None
     scale = 100.0 if plot.unit == "%" else 1.0
     lines = []
     for number, run in enumerate(runs):
-        for column, label in columns:
+        for column, label in columns.items():
             if column in run.curves:
                 count = images[number] if SHARES.fullmatch(column) else None
-                line = series(number, label, thinned(run.curves[column], most), scale, count)
+                line = series(number, label, decimated(run.curves[column], most), scale, count)
                 lines.append({**line, "column": column})
     about = plot.about
     if plot.title == ONLINE:
@@ -258,22 +221,18 @@ def figure(
         "smooth": plot.smooth,
         "about": about,
         "lines": lines,
-        "marks": marks(runs[0], plot.title) if len(runs) == 1 else [],
-        "sick": [stretch for number, run in enumerate(runs) for stretch in stretches(run, number)],
+        "marks": step_marks(runs[0], plot.title) if len(runs) == 1 else [],
+        "sick": [s for number, run in enumerate(runs) for s in unhealthy_stretches(run, number)],
     }
 
 
 def final_numbers(named: Sequence[tuple[str, Results]]) -> dict[str, Any]:
-    """Points with intervals, a row a metric, of everything in percent.
-
-    Args:
-        named: of one run its results; of several each by the run's name.
-    """
+    """Points with intervals, a row a metric, of everything in percent, of results by name."""
     rows = []
     several = len(named) > 1
     for number, (name, results) in enumerate(named):
         for row, values in results.numbers.items():
-            main = row == list(results.numbers)[-1]
+            main = row == results.backbone[0]
             if several and not main:
                 continue
             known = results.intervals.get(row, {})
@@ -293,5 +252,5 @@ def final_numbers(named: Sequence[tuple[str, Results]]) -> dict[str, Any]:
 
 
 def is_percent(metric: str) -> bool:
-    """No learning rate, no penalty, no error in a unit of its own."""
+    """Whether a metric is in percent: no learning rate, no penalty, no error in its own unit."""
     return not metric.endswith(("_lr", "_l2")) and metric not in ("mae",)

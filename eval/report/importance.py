@@ -1,4 +1,4 @@
-"""How much a setting decides: variance-based importance from partial dependence (Greenwell et al.,
+"""Hyper-parameter importance: variance-based, from partial dependence (Greenwell et al.,
 arXiv:1805.04755) of a random forest fitted to the trials.
 """
 
@@ -13,7 +13,7 @@ TREES = 128
 
 
 def encoded(values: Sequence[str]) -> Float[np.ndarray, "trials columns"]:
-    """Numbers, in the logarithm where they span orders of magnitude; of words each has a column."""
+    """Numbers, as logarithms where they span orders of magnitude; words in a column each."""
     try:
         numbers = np.array([float(v) for v in values])
     except ValueError:
@@ -28,12 +28,8 @@ def importance(settings: Mapping[str, Sequence[str]], results: Sequence[float]) 
     """The share of each setting that varies, all together 1, largest first; nothing where there are
     too few trials, or all are alike.
 
-    The forest's mean prediction over the trials is asked for with the setting put to each of its
-    values; the standard deviation of these means is what the setting moves by itself.
-
-    Args:
-        settings: values by key, one for each trial.
-        results: of each trial.
+    Importance of a setting: the standard deviation, over its values, of the forest's mean
+    prediction for all trials with the setting at that value.
     """
     columns = {k: encoded(v) for k, v in settings.items() if len(set(v)) > 1}
     target = np.asarray(results, np.float64)

@@ -1,5 +1,5 @@
-"""The page itself: one HTML file that holds its style, its script, plotly and all pictures, and
-asks nothing of any network.
+"""Lay out a page: one HTML file that holds its style, its script, plotly and all pictures, and
+needs no network.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,37 +10,26 @@ from plotly.offline import get_plotlyjs
 
 from ssl_xcit import __version__
 
-from ..views.markup import all_printable, asset, esc, script_json
+from ..viz.markup import all_printable, asset, esc, script_json
 
 FIGURES = ("curves", "numbers", "entropy", "parallel", "decides", "over")  # drawn by plotly
 
 
 @dataclass
 class Part:
-    """A section of the page.
+    """A section of the page."""
 
-    Args:
-        ident: of its element, and in links.
-        title: its heading.
-        html: what it shows; empty where it could not be made.
-        trouble: why; said in the page.
-        data: for the page's script, by name.
-        head: style that it needs.
-        script: that it needs.
-        seconds: that it took.
-    """
-
-    ident: str
-    title: str
-    html: str = ""
-    trouble: str = ""
-    data: dict[str, Any] = field(default_factory=dict)
-    head: str = ""
-    script: str = ""
-    seconds: float = 0.0
+    ident: str  # of its element, and in links
+    title: str  # its heading
+    html: str = ""  # its content; empty where it could not be made
+    trouble: str = ""  # why; the page says so
+    data: dict[str, Any] = field(default_factory=dict)  # for the page's script, by name
+    head: str = ""  # style that it needs
+    script: str = ""  # that it needs
+    seconds: float = 0.0  # that it took
 
     def body(self) -> str:
-        """The section."""
+        """HTML of the section."""
         if self.trouble:
             inner = f'<p class="trouble">This part is missing: {esc(self.trouble)}</p>'
         else:
@@ -48,16 +37,8 @@ class Part:
         return f'<section id="{esc(self.ident)}"><h2>{esc(self.title)}</h2>{inner}</section>'
 
 
-def page(title: str, subtitle: str, head: str, parts: Sequence[Part], when: str) -> str:
-    """All of it.
-
-    Args:
-        title: the run's name, or those of several.
-        subtitle: above it.
-        head: HTML below it.
-        parts: in order.
-        when: it was made.
-    """
+def report_page(title: str, subtitle: str, head: str, parts: Sequence[Part], when: str) -> str:
+    """HTML of the whole page."""
     data: dict[str, Any] = {}
     for part in parts:
         data |= part.data

@@ -1,6 +1,5 @@
-"""The record of images that could not be used: one line each in `bad_samples.jsonl`."""
+"""Log images that cannot be used: one line each in `bad_samples.jsonl`."""
 
-import fcntl
 import json
 import logging
 import os
@@ -10,14 +9,15 @@ from pathlib import Path
 
 from ssl_xcit.data.multicrop import Replaced
 from ssl_xcit.errors import RunFailed
+from ssl_xcit.utils.locks import exclusive
 
 log = logging.getLogger(__name__)
 FILE = "bad_samples.jsonl"
 
 
 class BadSamples:
-    """Writes each bad image once, whichever rank or part of a run meets it, and stops a run that
-    has too many.
+    """Logs each bad image once, whichever rank or part of a run meets it, and stops a run that has
+    too many.
 
     Args:
         path: the file; None: they are only counted.
@@ -34,20 +34,20 @@ class BadSamples:
     def __len__(self) -> int:
         return len(self.known)
 
-    def add(self, found: Iterable[Replaced]) -> None:
-        """Remember and write what is new.
+    def add(self, images: Iterable[Replaced]) -> None:
+        """Remember and write those that are new.
 
         Raises:
             RunFailed: more than `max_fraction` of all images are bad, those that were listed before
                 included: a run that goes on decides as one that was not stopped.
         """
-        met = {r.place: r for r in found}
+        met = {r.place: r for r in images}
         new = {place: r for place, r in met.items() if place not in self.known}
         if new and not self.known:
             first = next(iter(new.values()))
             log.warning(
-                "bad image: %s (%s); its neighbour stands in for it. This and others are listed "
-                "in %s", first.name, first.reason, self.path or FILE,
+                "bad image: %s (%s); it is skipped, and a neighbour takes its place. This and "
+                "others are listed in %s", first.name, first.reason, self.path or FILE,
             )  # fmt: skip
         self.known |= new
         if new and self.path is not None:
@@ -56,7 +56,7 @@ class BadSamples:
             raise RunFailed(self.verdict())
 
     def verdict(self) -> str:
-        """What is wrong with the data, the worst first."""
+        """Say what is wrong with the data, the most frequent first."""
         share = 100.0 * len(self.known) / self.num_images
         reasons = Counter(kind_of(r.reason) for r in self.known.values())
         folders = Counter(os.path.dirname(r.name) for r in self.known.values())
@@ -66,14 +66,14 @@ class BadSamples:
         return (
             f"{len(self.known):,} of {self.num_images:,} images are bad ({share:.1f} %, "
             f"data.max_bad_fraction allows {100.0 * self.max_fraction:g} %): {kinds}; {worst}; such"
-            f" as {examples}. All are listed in {self.path or FILE}; ssl-xcit check looks at every "
-            "image beforehand"
+            f" as {examples}. All are listed in {self.path or FILE}; ssl-xcit check finds all "
+            "bad images beforehand"
         )
 
 
 def kind_of(reason: str) -> str:
-    """A reason without its numbers and names, to be counted by."""
-    known = {
+    """Return a reason without its numbers and names, to count by."""
+    kinds = {
         "empty": "empty files",
         "truncated": "truncated",
         "end of": "truncated",
@@ -84,27 +84,26 @@ def kind_of(reason: str) -> str:
         "permission": "unreadable files",
         "channels": "other channels",
     }
-    return next((kind for mark, kind in known.items() if mark in reason.lower()), "corrupt")
+    return next((kind for mark, kind in kinds.items() if mark in reason.lower()), "corrupt")
 
 
 def read(path: Path) -> list[Replaced]:
-    """What is listed already; a line cut short is passed over."""
-    found = []
+    """Read what is listed already; a line cut short is skipped."""
+    rows = []
     if path.is_file():
         for line in path.read_text().splitlines():
             try:
                 row = json.loads(line)
-                found.append(Replaced(int(row["place"]), str(row["name"]), str(row["reason"])))
+                rows.append(Replaced(int(row["place"]), str(row["name"]), str(row["reason"])))
             except (ValueError, KeyError, TypeError):
                 continue
-    return found
+    return rows
 
 
 def append(path: Path, rows: Iterable[Replaced]) -> dict[int, Replaced]:
-    """Add what is not listed yet, and return what was; ranks take turns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Add rows that are not listed yet, and return those that were; ranks take turns."""
+    lock = exclusive(path.with_name(f".{path.name}.lock"), str(path), wait=True)
+    with lock, path.open("a+") as file:
         listed = {r.place: r for r in read(path)}
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             file.write("\n")  # behind a line that was cut short

@@ -1,4 +1,4 @@
-"""What is worth keeping between runs: the built-in photographs, indices of folders and shards."""
+"""Arrays in cache files: listings of folders and shards, indices of images."""
 
 import os
 import tempfile
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def load_arrays(file: Path) -> dict[str, np.ndarray] | None:
-    """Arrays by name; None when there is no such file, or it is damaged. No pickles."""
+    """Load arrays by name, without pickles; None: no such file, or it is damaged."""
     try:
         with np.load(file, allow_pickle=False) as content:
             return dict(content)
@@ -17,7 +17,7 @@ def load_arrays(file: Path) -> dict[str, np.ndarray] | None:
 
 
 def save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Whole or not at all; a cache that cannot be written is done without."""
+    """Write the file whole or not at all; an error of the disk is ignored."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)

@@ -1,4 +1,4 @@
-"""Bytes to pixels, safely; what a bad image is.
+"""Decode bytes to pixels safely; a file that cannot be used is a `BadImage`.
 
 Pillow decodes 8 bits (torchvision's PNG decoder ends the process on a corrupt file); more bits come
 from OpenCV and tifffile, for Pillow keeps the upper eight. A reader returns `Samples`: the numbers
@@ -18,6 +18,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ MAX_BYTES = 256 * 2**20  # of a file; no image below the limit of pixels is larg
 NPY = b"\x93NUMPY"
 Stored = UInt8[np.ndarray, "rows columns channels"]
 RGB = Preprocess()
-EXIF_ORIENTATION = ORIENTATION = 0x0112
+ORIENTATION = 274  # tags of EXIF and TIFF
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLES_PER_PIXEL, PLANAR = 258, 262, 277, 284
 DESCRIPTION, EXTRA_SAMPLES, SAMPLE_FORMAT = 270, 338, 339
 COLOURS = {"grey": 1, "rgb": 3, "cmyk": 4}  # number of samples
@@ -52,63 +53,56 @@ class BadImage(Exception):
     """This file cannot be used as an image; the message says why."""
 
 
-class Deep(NamedTuple):
-    """Of an image of more than 8 bits: its largest value, and the largest its file can hold."""
+class DeepRange(NamedTuple):
+    """Range of an image of more than 8 bits: its largest value, and the largest of its type."""
 
     largest: int
     top: int
 
 
-def dark_images(found: Sequence[Deep], preprocess: Preprocess) -> str | None:
-    """A sentence for images of more than 8 bits none of which comes near the top of its type, such
-    as 12 bits of a camera in 16: they look nearly black. None where nothing is wrong.
+def dark_images(ranges: Sequence[DeepRange], preprocess: Preprocess) -> str | None:
+    """Return a warning if no image of more than 8 bits comes near the top of its type, such as 12
+    bits of a camera in 16: they look nearly black. None: nothing is wrong.
     """
-    if not found or preprocess.value_range is not None:
+    if not ranges or preprocess.value_range is not None:
         return None
-    largest, top = (max(values) for values in zip(*found, strict=True))
+    largest, top = (max(values) for values in zip(*ranges, strict=True))
     if largest >= top // 2:
         return None
     likely = max(255, 2 ** largest.bit_length() - 1)
     return (
-        f"no value of {len(found):,} images of more than 8 bits is above {likely} of {top}: they "
+        f"no value of {len(ranges):,} images of more than 8 bits is above {likely} of {top}: they "
         f"become nearly black unless preprocess.value_range=[0,{likely}] is set"
     )
 
 
+@dataclass(eq=False)
 class Picture:
-    """An image whose header has been read. A JPEG's pixels are decoded when they are asked for,
-    then at 1/2, 1/4 or 1/8 where that is enough.
+    """An image whose header has been read. A JPEG's pixels are decoded when they are needed, then
+    at 1/2, 1/4 or 1/8 where that is enough.
 
     Args:
         height: in pixels, upright.
         width: likewise.
-        decode: pixels that are at most so many times smaller than the image.
+        decode: returns pixels that are at most so many times smaller than the image.
         kind: format and mode as the file has them, `JPEG RGB`.
-        deep: of an image of whole numbers of more than 8 bits.
+        deep: range of an image of whole numbers of more than 8 bits.
     """
 
-    def __init__(
-        self,
-        height: int,
-        width: int,
-        decode: Callable[[float], Pixels],
-        kind: str,
-        deep: Deep | None = None,
-    ):
-        self.height = height
-        self.width = width
-        self.kind = kind
-        self.deep = deep
-        self._decode = decode
+    height: int
+    width: int
+    decode: Callable[[float], Pixels]
+    kind: str
+    deep: DeepRange | None = None
 
     def pixels(self, shrink: float = 1.0) -> Pixels:
-        """(H, W, channels), at most `shrink` (from 1) times smaller than the image on each side.
+        """Return (H, W, channels), at most `shrink` (from 1) times smaller than the image a side.
 
         Raises:
             BadImage: truncated or corrupt.
         """
         with as_bad_image():
-            return self._decode(shrink)
+            return self.decode(shrink)
 
 
 class Samples(NamedTuple):
@@ -116,11 +110,11 @@ class Samples(NamedTuple):
 
     Args:
         values: (H, W, S).
-        top: the value of full intensity, of whole numbers: 2 ** bits - 1.
-        colours: the first samples: grey, rgb or cmyk; None: the file does not say.
+        top: the value of full intensity; of whole numbers 2 ** bits - 1.
+        colours: kind of the first samples, grey, rgb or cmyk; None: the file does not say.
         zero_is_white: of grey.
-        alpha: of the sample behind the colours: straight, or premultiplied with the colours; None:
-            further samples are no transparency.
+        alpha: kind of the sample behind the colours, straight or premultiplied with the colours;
+            None: further samples are no transparency.
         orientation: 1 to 8 as in EXIF.
     """
 
@@ -132,25 +126,25 @@ class Samples(NamedTuple):
     orientation: int = 1
 
 
-def decoded(pixels: Pixels, kind: str, deep: Deep | None = None) -> Picture:
-    """A picture whose pixels are there."""
+def decoded(pixels: Pixels, kind: str, deep: DeepRange | None = None) -> Picture:
+    """Return a picture of pixels."""
     height, width, _ = pixels.shape
     return Picture(height, width, lambda _: pixels, kind, deep)
 
 
 def picture_of(samples: Samples, preprocess: Preprocess, kind: str) -> Picture:
-    """Samples decoded now."""
+    """Return a picture of samples, decoded now."""
     pixels = to_pixels(samples, preprocess)
     deep = None
     if samples.values.dtype.kind == "u" and samples.top > 255 and samples.values.size:
         count = COLOURS.get(samples.colours or "", samples.values.shape[-1])
-        deep = Deep(int(samples.values[..., :count].max()), samples.top)
+        deep = DeepRange(int(samples.values[..., :count].max()), samples.top)
     return decoded(pixels, kind, deep)
 
 
 @contextmanager
 def as_bad_image() -> Iterator[None]:
-    """Whatever a decoder raises is a BadImage: OSError, SyntaxError, ValueError, struct.error, ...
+    """Turn whatever a decoder raises into a BadImage: OSError, SyntaxError, struct.error, ...
 
     Warnings are silenced: the limits are ours.
     """
@@ -168,7 +162,7 @@ def as_bad_image() -> Iterator[None]:
 
 
 def open_picture(content: bytes | np.ndarray, preprocess: Preprocess = RGB) -> Picture:
-    """An encoded image, or pixels as they are stored; upright, with the wanted channels.
+    """Open an encoded image, or pixels as they are stored; upright, with the wanted channels.
 
     EXIF and TIFF orientation are applied. For three channels grey is repeated, for one colours are
     weighed (ITU-R 601); CMYK and palettes are converted, transparency composited on
@@ -215,7 +209,7 @@ def open_picture(content: bytes | np.ndarray, preprocess: Preprocess = RGB) -> P
 
 
 def top_of(image: Image.Image, content: bytes) -> int:
-    """The largest value that the samples of an open file can have by its header."""
+    """Return the largest value that the samples of an open file can have by its header."""
     bits = 8
     if image.format == "PNG":
         bits = content[24]
@@ -223,8 +217,8 @@ def top_of(image: Image.Image, content: bytes) -> int:
         bits = tag(image, BITS_PER_SAMPLE)
     elif image.format == "PPM":
         header = re.sub(rb"#[^\r\n]*", b"", content[:1024])
-        if found := re.match(rb"P[2356]\s+\d+\s+\d+\s+(\d+)\s", header):
-            return max(255, int(found[1]))  # Pillow scales what is less
+        if match := re.match(rb"P[2356]\s+\d+\s+\d+\s+(\d+)\s", header):
+            return max(255, int(match[1]))  # Pillow scales what is less
     elif image.format == "JPEG2000":
         start = content.find(b"\xff\x4f\xff\x51")  # the code stream's size marker
         if 0 <= start < len(content) - 42:
@@ -237,12 +231,12 @@ def top_of(image: Image.Image, content: bytes) -> int:
 
 
 def decode(content: bytes | np.ndarray, preprocess: Preprocess = RGB) -> Pixels:
-    """All pixels of `open_picture`; raises as it does."""
+    """Return all pixels of `open_picture`; raises as it does."""
     return open_picture(content, preprocess).pixels()
 
 
 def read_file(path: str | Path) -> bytes:
-    """A file's content.
+    """Read a file.
 
     Raises:
         BadImage: it cannot be read, is a pipe or a device, or larger than MAX_BYTES.
@@ -261,17 +255,17 @@ def read_file(path: str | Path) -> bytes:
 
 
 def read_image(path: str | Path, preprocess: Preprocess = RGB) -> Pixels:
-    """`decode` of a file; raises BadImage."""
+    """Decode a file; raises BadImage."""
     return decode(read_file(path), preprocess)
 
 
 def too_large(preprocess: Preprocess, size: str = "") -> BadImage:
-    """The refusal of a decompression bomb."""
+    """Return the error of a decompression bomb."""
     return BadImage(f"by its header more than {preprocess.max_pixels:,} pixels{size}")
 
 
 def check_size(width: int, height: int, preprocess: Preprocess) -> None:
-    """Refuse what is too large, or nothing."""
+    """Refuse images that are too large, or have no pixels."""
     if width * height > preprocess.max_pixels:
         raise too_large(preprocess, f": {width} x {height}")
     if min(width, height) < 1:
@@ -279,7 +273,7 @@ def check_size(width: int, height: int, preprocess: Preprocess) -> None:
 
 
 def open_pillow(image: Image.Image, top: int, preprocess: Preprocess) -> Picture:
-    """Of an open file; a JPEG waits, anything else is decoded now."""
+    """Return the picture of an open file; all but a JPEG is decoded now."""
     kind = f"{image.format} {image.mode}"
     if image.format in ("JPEG", "MPO"):
         orientation = orientation_of(image)
@@ -292,7 +286,7 @@ def open_pillow(image: Image.Image, top: int, preprocess: Preprocess) -> Picture
             image.load()
             return upright(to_array(image, preprocess), orientation)
 
-        return Picture(height, width, once(decode_jpeg), kind)
+        return Picture(height, width, decoded_once(decode_jpeg), kind)
     # Pillow turns a TIFF upright as it loads it, and inverts only 8 bits where zero is white
     zero_is_white = image.format == "TIFF" and tag(image, PHOTOMETRIC, 1) == 0
     no_alpha = image.format == "TIFF" and EXTRA_SAMPLES not in getattr(image, "tag_v2", {})
@@ -309,13 +303,13 @@ def open_pillow(image: Image.Image, top: int, preprocess: Preprocess) -> Picture
 
 
 def orientation_of(image: Image.Image) -> int:
-    """1 to 8, by EXIF (or XMP)."""
-    found = image.getexif().get(EXIF_ORIENTATION, 1)
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+    """Return 1 to 8, by EXIF (or XMP)."""
+    orientation = image.getexif().get(ORIENTATION, 1)
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def upright(pixels: Stored, orientation: int) -> Pixels:
-    """Pixels that are stored in one of EXIF's eight orientations, turned as they are to be seen."""
+    """Turn pixels that are stored in one of EXIF's eight orientations."""
     if orientation > 4:  # rows of the file are columns of the image
         pixels = pixels.swapaxes(0, 1)
     rows, columns = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}.get(
@@ -324,20 +318,20 @@ def upright(pixels: Stored, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels[::rows, ::columns])
 
 
-def once(decode: Callable[[float], Pixels]) -> Callable[[float], Pixels]:
-    """Pillow's draft changes the image, so the first answer stands for all."""
-    found: list[Pixels] = []
+def decoded_once(decode: Callable[[float], Pixels]) -> Callable[[float], Pixels]:
+    """Return a function that decodes at its first call: Pillow's draft changes the image."""
+    cached: list[Pixels] = []
 
     def decode_once(shrink: float) -> Pixels:
-        if not found:
-            found.append(decode(shrink))
-        return found[0]
+        if not cached:
+            cached.append(decode(shrink))
+        return cached[0]
 
     return decode_once
 
 
 def to_array(image: Image.Image, preprocess: Preprocess) -> Pixels:
-    """A loaded Pillow image of 8 bits, of any mode, as (H, W, channels) in 0..255."""
+    """Convert a loaded Pillow image of 8 bits, of any mode, to (H, W, channels) in 0..255."""
     channels = preprocess.channels
     if channels not in (1, 3):
         if len(image.getbands()) == channels and image.mode not in ("PA", "La"):
@@ -350,23 +344,23 @@ def to_array(image: Image.Image, preprocess: Preprocess) -> Pixels:
     rows = max(1, STRIP // image.width)  # in strips: the copies of a large image stay small
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-        pixels[top : top + rows] = np.asarray(flat(strip, preprocess, wanted)).reshape(
+        pixels[top : top + rows] = np.asarray(without_alpha(strip, preprocess, wanted)).reshape(
             -1, image.width, channels
         )
     return pixels
 
 
-def flat(image: Image.Image, preprocess: Preprocess, mode: str) -> Image.Image:
-    """Without transparency, in the mode."""
+def without_alpha(image: Image.Image, preprocess: Preprocess, mode: str) -> Image.Image:
+    """Composite transparency on the background, and convert to the mode."""
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        image = Image.new("RGB", rgba.size, preprocess.background)
+        image = Image.new("RGB", rgba.size, tuple(preprocess.background))
         image.paste(rgba, mask=rgba.getchannel("A"))
     return image if image.mode == mode else image.convert(mode)
 
 
 def tag(image: Image.Image, number: int, default: int = 1) -> int:
-    """A number of a TIFF's header, of several the first."""
+    """Return a number of a TIFF's header, of several the first."""
     tags: Any = getattr(image, "tag_v2", {})
     value = tags.get(number, default)
     return int(value[0] if isinstance(value, tuple) else value)
@@ -391,13 +385,13 @@ def channels_apart(image: Image.Image) -> bool:
     """Whether a TIFF says that it has channels, which a microscope stores as a page each."""
     tags: Any = getattr(image, "tag_v2", {})
     words = str(tags.get(DESCRIPTION, ""))[:10_000]
-    found = re.search(r"^channels=(\d+)|<Pixels[^>]*SizeC=\"(\d+)\"", words, re.MULTILINE)
-    return found is not None and int(found[1] or found[2]) > 1
+    match = re.search(r"^channels=(\d+)|<Pixels[^>]*SizeC=\"(\d+)\"", words, re.MULTILINE)
+    return match is not None and int(match[1] or match[2]) > 1
 
 
 def read_deep(image: Image.Image, content: bytes, top: int) -> Samples | None:
-    """More than 8 bits of a file that Pillow has opened and, loading it, finds whole: OpenCV reads
-    all of them; None where it cannot.
+    """Read more than 8 bits of a file by OpenCV, after Pillow has loaded it and so shown that it is
+    complete; None: OpenCV cannot.
     """
     image.load()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -420,7 +414,7 @@ def read_deep(image: Image.Image, content: bytes, top: int) -> Samples | None:
 
 
 def open_array(array: np.ndarray, preprocess: Preprocess, kind: str) -> Picture:
-    """(H, W), (H, W, channels) or, with exactly the wanted channels, (channels, H, W)."""
+    """Open (H, W), (H, W, channels) or, with exactly the wanted channels, (channels, H, W)."""
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3:
@@ -432,16 +426,22 @@ def open_array(array: np.ndarray, preprocess: Preprocess, kind: str) -> Picture:
     return picture_of(Samples(array, 2**bits - 1), preprocess, kind)
 
 
-def open_npy(content: bytes, preprocess: Preprocess) -> Picture:
-    """A numpy file of (H, W), (H, W, channels) or (channels, H, W)."""
-    stream = io.BytesIO(content)
+def npy_header(stream: Any) -> tuple[tuple[int, ...], np.dtype]:
+    """Read shape and type of a `.npy` file; what follows in the stream are its values."""
     version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+    else:
         raise BadImage(f"numpy format {version}")
-    read = np.lib.format.read_array_header_1_0 if version[0] == 1 else (
-        np.lib.format.read_array_header_2_0
-    )  # fmt: skip
-    shape, _, dtype = read(stream)
+    return tuple(shape), dtype
+
+
+def open_npy(content: bytes, preprocess: Preprocess) -> Picture:
+    """Open a numpy file of (H, W), (H, W, channels) or (channels, H, W)."""
+    stream = io.BytesIO(content)
+    shape, dtype = npy_header(stream)
     if len(shape) == 4 and dtype.kind in "uif":
         raise BadImage(f"{shape[0]} images in one array: data.file=FILE.npy takes them")
     if not 2 <= len(shape) <= 3 or dtype.kind not in "uifb":
@@ -454,7 +454,7 @@ def open_npy(content: bytes, preprocess: Preprocess) -> Picture:
 
 
 def open_tiff(content: bytes, preprocess: Preprocess) -> Picture:
-    """What Pillow does not read whole: any number of channels, 8 to 32 bits, floating point."""
+    """Open what Pillow does not read whole: any channels, 8 to 32 bits, floating point."""
     import tifffile  # only here: it takes a tenth of a second to import
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong, BadImage says
@@ -498,7 +498,7 @@ def open_tiff(content: bytes, preprocess: Preprocess) -> Picture:
 
 
 def tiff_samples(page: Any, array: np.ndarray) -> Samples:
-    """What the tags of a TIFF's page say of its (H, W, S) array.
+    """Return the (H, W, S) array of a TIFF's page with what the page's tags say of it.
 
     Raises:
         BadImage: colours that need more than these tags.
@@ -511,10 +511,8 @@ def tiff_samples(page: Any, array: np.ndarray) -> Samples:
     turn = turn if 1 <= turn <= 8 else 1
     top = 1 if array.dtype.kind == "f" else 2 ** int(page.bitspersample) - 1
     if photometric == 3 and count == 1 and page.colormap is not None:
-        colours_of = (
-            (page.colormap >> 8).astype(np.uint8).T
-        )  # which no range of values is meant for
-        return Samples(colours_of[array[..., 0]], 255, "rgb", orientation=turn)
+        palette = (page.colormap >> 8).astype(np.uint8).T  # no range of values is meant for it
+        return Samples(palette[array[..., 0]], 255, "rgb", orientation=turn)
     if photometric not in (0, 1, 2, 5):
         raise BadImage(f"a TIFF of colours {getattr(page.photometric, 'name', photometric)}")
     colours = {2: "rgb", 5: "cmyk"}.get(photometric, "grey")
@@ -527,7 +525,7 @@ def tiff_samples(page: Any, array: np.ndarray) -> Samples:
 
 
 def to_pixels(samples: Samples, preprocess: Preprocess) -> Pixels:
-    """Samples as (H, W, channels) in 0..255, upright: the one place that decides what they become.
+    """Convert samples to (H, W, channels) in 0..255, upright: the only place that decides how.
 
     Colours are scaled from `preprocess.value_range`, transparency always from the whole range.
 
@@ -566,13 +564,15 @@ def to_pixels(samples: Samples, preprocess: Preprocess) -> Pixels:
                 shown = np.concatenate((shown, clear), axis=-1)
             image = Image.fromarray(shown[..., 0] if mode == "L" else shown, mode)
             wanted = "L" if channels == 1 else "RGB"
-            shown = np.asarray(flat(image, preprocess, wanted)).reshape(-1, width, channels)
+            shown = np.asarray(without_alpha(image, preprocess, wanted)).reshape(
+                -1, width, channels
+            )
         pixels[top : top + rows] = shown
     return upright(pixels, samples.orientation)
 
 
 def value_range(dtype: np.dtype, top: int, preprocess: Preprocess) -> tuple[float, float]:
-    """The values that become 0 and 255.
+    """Return the values that become 0 and 255.
 
     Raises:
         BadImage: nobody has said what values of this type mean.
@@ -584,14 +584,15 @@ def value_range(dtype: np.dtype, top: int, preprocess: Preprocess) -> tuple[floa
     if dtype == np.uint8:
         return 0, top
     if preprocess.value_range is not None:
-        return preprocess.value_range
+        low, high = preprocess.value_range
+        return low, high
     if dtype != np.uint16:
         raise BadImage(f"pixels of type {dtype}: set preprocess.value_range=[low,high]")
     return 0, top
 
 
 def scaled(array: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values `low` to `high` as 0..255, rounded to the nearest."""
+    """Scale values `low` to `high` to 0..255, rounded to the nearest."""
     if array.dtype == np.uint8 and (low, high) == (0, 255):
         return array
     values = array.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Images in folders: any tree, or one folder a class. A large tree is listed once."""
+"""Images in folders: any tree, or one folder a class; the listing of a large tree is cached."""
 
 import hashlib
 import logging
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -14,87 +15,96 @@ from ssl_xcit.data.cache import load_arrays, save_arrays
 from ssl_xcit.data.formats import (
     EXTENSIONS,
     HEAD,
-    LeftOut,
-    looked_at,
+    SkippedFiles,
+    readable_by_head,
     readable_formats,
-    told_by_ending,
+    remedy_by_ending,
 )
 from ssl_xcit.data.labels import named_classes
-from ssl_xcit.data.names import Names
-from ssl_xcit.data.sources import Files, LabelledPair, Source, held_out
+from ssl_xcit.data.sources import (
+    Files,
+    LabelledPair,
+    Place,
+    Places,
+    Seed,
+    Source,
+    TestFraction,
+    held_out,
+)
+from ssl_xcit.data.string_array import StringArray
 from ssl_xcit.errors import MissingPath, UserError
-from ssl_xcit.files import default_cache
+from ssl_xcit.utils.files import default_cache
+from ssl_xcit.utils.validation import PLACE, Count
 
 log = logging.getLogger(__name__)
-FORMAT = 2  # of a kept listing
-WORTH_KEEPING = 10_000  # entries from which on the listing is kept
+FORMAT = 2  # of a cached listing
+WORTH_KEEPING = 10_000  # entries from which on a listing is cached
 SETTLED = 2_000_000_000  # nanoseconds after which a folder's time tells of every change
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "validation", "valid")  # the first that is there is used
-OWN = (  # what is in folders that are not looked into: runs, pictures, virtual environments
+OWN = (  # files that mark folders to skip: runs, pictures, virtual environments
     {b"run.json", b"config.yaml", b"images.npz"}, {b"run.json", b"config.yaml", b"checkpoints"},
     {b"visualize.json", b"index.html"}, {b"pyvenv.cfg"},
 )  # fmt: skip
-said: set[str] = set()  # what this process has told, once
+said: set[str] = set()  # warnings that this process has logged
 
 
-def folder(root: str | Sequence[str] | None, labels: bool = False, out: object = None) -> Files:
-    """All images below one folder or several, in any tree.
+def folder(
+    root: Places,
+    labels: Annotated[bool, PLACE] = False,
+    out: Annotated[object, PLACE] = None,
+) -> Files:
+    """Return all images below one folder or several, in any tree.
 
     Args:
         root: one folder or several.
         labels: the first folder below `root` is the class.
-        out: a folder of results, which is not looked into; anything else means nothing.
+        out: a folder of results, which is skipped; anything but text has no effect.
 
     Raises:
         MissingPath: a folder that is missing or has no image.
         UserError: labels of several roots, or see `class_folders`.
     """
-    roots = [root] if isinstance(root, str | Path | int) else list(root or [])
-    if not roots or None in roots:
+    roots = [root] if isinstance(root, str | int | float) else list(root or [])
+    if not roots:
         raise MissingPath(f"root={root}: name at least one folder of images")
     if labels:
         if len(roots) > 1:
             raise UserError(f"root={roots}: labels need one root, with one folder a class")
         return class_folders(str(roots[0]))
-    homes = [str(Path(str(each)).expanduser()) for each in roots]
-    found = [image_files(home, out) for home in homes]
-    for home, names in zip(homes, found, strict=True):
-        say_split(Path(home), names)
+    homes = [str(Path(str(root)).expanduser()) for root in roots]
+    names = [image_files(home, out) for home in homes]
+    for home, inside in zip(homes, names, strict=True):
+        if split := split_of(Path(home), inside):
+            parts = " and ".join(p.name for p in split)
+            say_once(
+                f"{home} holds {parts}, and all of their images are used; root={split[0]} takes "
+                "the training images alone"
+            )
     if len(homes) == 1:
-        return Files(found[0], homes[0])
-    paths = Names.of(
-        os.path.join(h, n) for h, names in zip(homes, found, strict=True) for n in names
+        return Files(names[0], homes[0])
+    paths = (
+        os.path.join(home, n) for home, inside in zip(homes, names, strict=True) for n in inside
     )
-    return Files(paths, homes=homes)
-
-
-def say_split(root: Path, files: Names) -> None:
-    """Say once that training on all of a folder includes its test images."""
-    if split := split_of(root, files):
-        names = " and ".join(p.name for p in split)
-        say_once(
-            f"{root} holds {names}, and all of their images are used; root={split[0]} takes the "
-            "training images alone"
-        )
+    return Files(StringArray.of(paths), homes=homes)
 
 
 def say_once(sentence: str) -> None:
-    """A warning, once in a process."""
+    """Log a warning once in a process."""
     if sentence not in said:
         said.add(sentence)
         log.warning("%s", sentence)
 
 
-def image_files(root: str | Path, out: object = None) -> Names:
-    """Every image file below a folder, relative to it and sorted.
+def image_files(root: str | Path, out: object = None) -> StringArray:
+    """Return the paths of all image files below a folder, relative to it and sorted.
 
-    An image is told by the ending of its name, and without a known one by its first bytes. Hidden
-    files and folders, run folders, caches, virtual environments and `out` are not looked into. What
-    is left out is said once.
+    Images are told by the ending of their name, and without a known one by their first bytes.
+    Hidden files and folders, run folders, caches, virtual environments and `out` are skipped. A
+    warning counts what was left out.
 
-    A listing of many files is kept in the cache folder with the time of change of every folder,
-    and made again when one differs.
+    A listing of many files is cached with the time of change of every folder, and made again when
+    one differs.
 
     Raises:
         MissingPath: no such folder, or no image in it.
@@ -113,45 +123,48 @@ def image_files(root: str | Path, out: object = None) -> Names:
     parts = [b"%d" % FORMAT, formats, os.fsencode(real), *sorted(skipped)]
     key = hashlib.sha256(b"\0".join(parts))
     file = default_cache() / "folders" / f"{key.hexdigest()[:16]}.npz"
-    kept = load_arrays(file)
-    if kept is not None and is_current(kept, os.fsencode(real)):
-        if left_out := kept["left_out"].tobytes().decode("utf-8", "surrogateescape"):
+    cached = load_arrays(file)
+    if cached is not None and is_current(cached, os.fsencode(real)):
+        if left_out := cached["left_out"].tobytes().decode("utf-8", "surrogateescape"):
             say_once(f"{root}: left out: {left_out}")
-        return Names(kept["names"], kept["ends"])
-    found, left_out, folders, settled = scan(real, skipped)
-    names = Names.of(found)
-    if not found:
+        return StringArray(cached["names"], cached["ends"])
+    paths, left_out, folders, settled = scan(real, skipped)
+    names = StringArray.of(paths)
+    if not paths:
         others = f"left out: {left_out}" if left_out else "no files"
         raise MissingPath(f"root={root}: no images in it or below ({others})")
     if left_out:
         say_once(f"{root}: left out: {left_out}")
-    if settled and len(found) + len(folders) >= WORTH_KEEPING:
-        paths = Names.of(folders)
+    if settled and len(paths) + len(folders) >= WORTH_KEEPING:
+        inside = StringArray.of(folders)
         times = np.fromiter(folders.values(), np.int64, len(folders))
-        arrays = {"names": names.content, "ends": names.ends, "folders": paths.content}
-        arrays |= {"folder_ends": paths.ends, "times": times, "scanned": np.array(time.time_ns())}
-        arrays |= {"left_out": Names.of([left_out]).content}
+        arrays = {"names": names.content, "ends": names.ends, "folders": inside.content}
+        arrays |= {"folder_ends": inside.ends, "times": times, "scanned": np.array(time.time_ns())}
+        arrays |= {"left_out": StringArray.of([left_out]).content}
         save_arrays(file, arrays)
     return names
 
 
 def excluded(real: str, out: object) -> set[bytes]:
-    """Absolute folders below `real` that hold results or caches."""
-    wanted = [os.path.realpath(default_cache())]
+    """Return absolute folders below `real` that hold results or caches."""
+    outputs = [os.path.realpath(default_cache())]
     if isinstance(out, str):
-        wanted.append(os.path.realpath(Path(out).expanduser()))
-    return {os.fsencode(p) for p in wanted if p.startswith(os.path.join(real, ""))}
+        outputs.append(os.path.realpath(Path(out).expanduser()))
+    return {os.fsencode(p) for p in outputs if p.startswith(os.path.join(real, ""))}
 
 
 def scan(real: str, skipped: set[bytes]) -> tuple[list[bytes], str, dict[bytes, int], bool]:
-    """(image files, what was left out, time of change of each folder in ns, whether no file had to
-    be judged that is empty or cannot be read, as one that is being copied), relative paths.
+    """List a tree.
 
-    Links to folders are followed, into each folder once; what cannot be looked at is left out, and
-    said.
+    Links to folders are followed, into each folder once; a warning names what cannot be opened.
+
+    Returns:
+        Relative paths of the image files, a sentence about the files that were left out, the time
+        of change of each folder in ns, and whether no file without a known ending was empty or
+        closed, as one that is being copied.
     """
-    found: list[bytes] = []
-    left_out, own = LeftOut(), []
+    images: list[bytes] = []
+    skipped_files, own = SkippedFiles(), []
     folders: dict[bytes, int] = {}
     seen, closed, settled = set(), [], True
     waiting, shown = [b""], time.monotonic()
@@ -185,38 +198,38 @@ def scan(real: str, skipped: set[bytes]) -> tuple[list[bytes], str, dict[bytes, 
             if is_folder:
                 below.append(name)
             elif entry.name.lower().endswith(EXTENSIONS):
-                found.append(name)
+                images.append(name)
             else:
-                is_image, remedy = False, told_by_ending(entry.name)
+                is_image, remedy = False, remedy_by_ending(entry.name)
                 if remedy is None:
                     head = head_of(entry.path)
                     settled = settled and bool(head)
-                    is_image, remedy = looked_at(head)
+                    is_image, remedy = readable_by_head(head)
                 if is_image:
-                    found.append(name)
+                    images.append(name)
                 else:
-                    left_out.add(entry.name, remedy)
+                    skipped_files.add(entry.name, remedy)
         waiting += sorted(below, reverse=True)
         if sys.stderr.isatty() and time.monotonic() - shown > 0.5:
             shown = time.monotonic()
-            print(f"\rlisting {len(found):,} images\033[K", end="", file=sys.stderr)
+            print(f"\rlisting {len(images):,} images\033[K", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     if closed:
         first = os.fsdecode(os.path.join(home, closed[0]))
-        log.warning("%d folders or links cannot be looked into, such as %s", len(closed), first)
-    sentence = left_out.sentence()
+        log.warning("%d folders or links cannot be opened, such as %s", len(closed), first)
+    sentence = skipped_files.sentence()
     if own:
         first = os.fsdecode(own[0])
         runs = (
             f"{len(own):,} folder{'s' * (len(own) > 1)} of runs, results or caches, such as {first}"
         )
         sentence = f"{sentence}, {runs}" if sentence else runs
-    return sorted(found), sentence, folders, settled
+    return sorted(images), sentence, folders, settled
 
 
 def head_of(path: bytes) -> bytes | None:
-    """The first bytes of a file; None where it cannot be read, or is a pipe or a device."""
+    """Return the first bytes of a file; None: it cannot be read, or is a pipe or a device."""
     try:
         if not os.path.isfile(path):
             return None
@@ -226,11 +239,11 @@ def head_of(path: bytes) -> bytes | None:
         return None
 
 
-def is_current(kept: dict[str, np.ndarray], home: bytes) -> bool:
+def is_current(cached: dict[str, np.ndarray], home: bytes) -> bool:
     """Whether no folder has changed since it was listed."""
     try:
-        folders, times = Names(kept["folders"], kept["folder_ends"]), kept["times"]
-        if int(kept["scanned"]) - int(times.max()) < SETTLED:
+        folders, times = StringArray(cached["folders"], cached["folder_ends"]), cached["times"]
+        if int(cached["scanned"]) - int(times.max()) < SETTLED:
             return False  # a change within the clock's grain would not show
         return all(
             os.stat(os.path.join(home, os.fsencode(name))).st_mtime_ns == t
@@ -240,9 +253,9 @@ def is_current(kept: dict[str, np.ndarray], home: bytes) -> bool:
         return False
 
 
-def split_of(root: Path, files: Names) -> list[Path]:
-    """Training folder, then test folders, where a folder holds these instead of classes; else
-    empty. Beside others they are a split where they hold folders themselves, and not images.
+def split_of(root: Path, files: StringArray) -> list[Path]:
+    """Return the training folder, then test folders, if a folder holds these instead of classes,
+    else nothing. Beside other folders they are a split only if they hold folders themselves.
 
     Args:
         root: the folder.
@@ -266,7 +279,7 @@ def split_of(root: Path, files: Names) -> list[Path]:
 
 
 def class_folders(root: str | Path, class_names: Sequence[str] | None = None) -> Files:
-    """Images whose class is the first folder below `root`.
+    """Return images whose class is the first folder below `root`.
 
     Args:
         root: holds one folder a class.
@@ -303,29 +316,26 @@ def class_folders(root: str | Path, class_names: Sequence[str] | None = None) ->
 
 
 def labelled_folders(
-    root: str | None,
-    test_root: str | None = None,
-    test_fraction: float = 0.2,
-    resize: int = 256,
-    size: int = 224,
-    seed: int = 0,
+    root: Place,
+    test_root: Place = None,
+    test_fraction: TestFraction = 0.2,
+    resize: Count = 256,
+    size: Count = 224,
+    seed: Seed = 0,
 ) -> LabelledPair | None:
-    """Labelled images in class folders; without `root` there are none, and evaluation is off.
+    """Return labelled images in class folders; None without `root`: evaluation is off.
 
     Args:
-        root: one folder a class; or a training and a test folder (`TRAIN_NAMES`, `TEST_NAMES`) that
-            hold these.
-        test_root: the same classes, other images; without it a share of `root` is held out.
-        test_fraction: that share.
-        resize: short side in pixels.
-        size: side of the central square.
-        seed: of the choice.
+        root: holds one folder a class; or a training and a test folder (`TRAIN_NAMES`,
+            `TEST_NAMES`) that hold these.
+        test_root: other images of the same classes; None: a share of `root` is held out.
+        test_fraction, resize, size, seed: see `held_out`.
     """
     if root is None:
         if test_root is not None:
             raise UserError("eval_data.test_root is given without eval_data.root; give both")
         return None
-    home = Path(root).expanduser()
+    home = Path(str(root)).expanduser()
     if test_root is None and (split := split_of(home, image_files(home))):
         root, test_root = map(str, split[:2])
         unused = "".join(f"; {p.name} is not used" for p in split[2:])
@@ -333,7 +343,7 @@ def labelled_folders(
             f"eval_data.root={home}: {split[0].name} has the training images and {split[1].name} "
             f"the test images{unused}; eval_data.root and eval_data.test_root name others"
         )
-    train: Source = class_folders(root)
-    test = None if test_root is None else class_folders(test_root, train.class_names)
+    train: Source = class_folders(str(root))
+    test = None if test_root is None else class_folders(str(test_root), train.class_names)
     name = f"{root} ({len(train.class_names)} class folders)"
     return held_out(train, test, name, test_fraction, resize, size, seed)

@@ -1,5 +1,5 @@
-"""Which files are images: by the ending of their name, else by their first bytes; and what would
-read those that are not.
+"""Tell images by the ending of a file's name, else by its first bytes, and name what would read
+other files.
 """
 
 import os
@@ -24,8 +24,8 @@ ENDINGS = {
     "NPY": ".npy",
 }
 EXTENSIONS = tuple(" ".join(ENDINGS.values()).encode().split())
-# Endings that say what a file is: some begin like a TIFF and hold only a thumbnail as one.
-TOLD = {
+# Endings of files that are not read: some begin like a TIFF and hold only a thumbnail as one.
+UNREADABLE = {
     "camera raw, to be developed to TIFF or JPEG first": (
         ".3fr .arw .cr2 .cr3 .dng .nef .nrw .orf .pef .raf .rw2 .sr2 .srf .srw"
     ),
@@ -41,7 +41,7 @@ TOLD = {
         ".xls .xlsx .xml .yaml .yml"
     ),
 }
-REMEDIES = {ending: words for words, endings in TOLD.items() for ending in endings.split()}
+REMEDIES = {ending: words for words, endings in UNREADABLE.items() for ending in endings.split()}
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 HEIC_REMEDY = "pillow-heif: pip install 'ssl-xcit[heic]'"
 JXL_REMEDY = "no reader here: convert them to PNG first (djxl)"
@@ -49,9 +49,7 @@ JXL_REMEDY = "no reader here: convert them to PNG first (djxl)"
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """Pillow's names of those that this Pillow was built with, and HEIF where pillow-heif is
-    installed.
-    """
+    """Return Pillow's names of the formats that it was built with, and HEIF with pillow-heif."""
     Image.init()
     with suppress(ImportError):
         import pillow_heif
@@ -61,7 +59,7 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def image_format(head: bytes) -> str | None:
-    """The format that a file's first `HEAD` bytes tell; None for no image that is known."""
+    """Return the format by a file's first `HEAD` bytes; None: not a known image."""
     if head.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -90,7 +88,7 @@ def image_format(head: bytes) -> str | None:
     return None
 
 
-class LeftOut:
+class SkippedFiles:
     """Counts files that are not read, by ending and by what would read them."""
 
     def __init__(self) -> None:
@@ -104,8 +102,8 @@ class LeftOut:
         self.counts[ending, remedy] += 1
 
     def sentence(self) -> str:
-        """`40 .HEIC files (they need ...), 3 .txt files`: the most first, of equals what could be
-        images.
+        """Return `40 .HEIC files (they need ...), 3 .txt files`: the most frequent first, and of
+        equals those that may be images.
         """
         parts = []
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], not item[0][1], item[0]))
@@ -117,19 +115,21 @@ class LeftOut:
         return shown + (f" and {len(parts) - 8} more kinds" if len(parts) > 8 else "")
 
 
-def looked_at(head: bytes | None) -> tuple[bool, str]:
-    """Whether a file without an image's ending is an image by its first bytes (None: it cannot be
-    read), and otherwise what would read it.
+def readable_by_head(head: bytes | None) -> tuple[bool, str]:
+    """Return whether a file is a readable image by its first bytes (None: it cannot be opened), and
+    otherwise what would read it.
     """
-    found = None if head is None else image_format(head)
-    if found == "HEIF":
+    kind = None if head is None else image_format(head)
+    if kind == "HEIF":
         readable = "HEIF" in readable_formats()
         return readable, "" if readable else f"they need {HEIC_REMEDY}"
-    if found == "JXL":
+    if kind == "JXL":
         return False, JXL_REMEDY
-    return found in readable_formats(), ""
+    return kind in readable_formats(), ""
 
 
-def told_by_ending(name: bytes) -> str | None:
-    """What is known of a file by its ending alone, so that it need not be opened; None: nothing."""
+def remedy_by_ending(name: bytes) -> str | None:
+    """Return what would read a file (`""`: nothing, it is no image) by its ending alone, so that it
+    need not be opened; None: the ending does not tell.
+    """
     return REMEDIES.get(os.path.splitext(os.fsdecode(name).lower())[1])

@@ -1,6 +1,6 @@
-"""The fast multi-crop: the same distribution as the reference in a fifth of the time.
+"""The fast multi-crop: the reference's distribution in a fifth of the time.
 
-Where it differs from `TorchvisionMultiCrop`:
+Differs from `TorchvisionMultiCrop`:
 
 - All numbers are drawn first, so a JPEG is decoded at 1/2, 1/4 or 1/8 when no crop needs more.
 - Crops are resized straight from the source by torch's bicubic antialiased filter on uint8, which
@@ -55,7 +55,7 @@ class FusedMultiCrop(Recipe):
     """
 
     def check(self, channels: int) -> str | None:
-        """Photometry that needs RGB is dropped otherwise."""
+        """Return a warning if photometry that needs RGB is left out; None: it is RGB."""
         if channels == 3:
             return None
         return (
@@ -64,7 +64,7 @@ class FusedMultiCrop(Recipe):
         )
 
     def __call__(self, picture: Picture, seed: int) -> tuple[Large, Small]:
-        """(2, global, global, C) and (L, local, local, C) crops, the same for the same seed."""
+        """Return (2, global, global, C) and (L, local, local, C) crops, the same for a seed."""
         views = self.draw(picture.height, picture.width, seed)
         sizes = [self.global_size] * 2 + [self.local_size] * self.num_local
         shrink = (views.boxes[:, 2:].min(axis=1) / sizes).min()
@@ -78,9 +78,9 @@ class FusedMultiCrop(Recipe):
         return np.stack(crops[:2]), np.stack(crops[2:]) if self.num_local else empty
 
     def draw(self, height: int, width: int, seed: int) -> Views:
-        """The numbers of all crops of an image of this size."""
+        """Draw the numbers of all crops of an image of this size."""
         num_views = 2 + self.num_local
-        which = np.minimum(np.arange(num_views), 2)
+        kinds = np.minimum(np.arange(num_views), 2)  # global 1, global 2, local
         generator = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
         shares, aspects = generator.random((2, num_views, ATTEMPTS))
         top, left, flip, jitter, grey, blur, radius, solarise = generator.random((8, num_views))
@@ -95,8 +95,8 @@ class FusedMultiCrop(Recipe):
             order=order.argsort(axis=1),
             factors=(2.0 * factors - 1.0) * np.array(self.jitter) + [1.0, 1.0, 1.0, 0.0],
             grey=grey < self.grey_prob,
-            blur=(low + (high - low) * radius) * (blur < np.array(self.blur_prob)[which]),
-            solarise=solarise < np.array(self.solarise_prob)[which],
+            blur=(low + (high - low) * radius) * (blur < np.array(self.blur_prob)[kinds]),
+            solarise=solarise < np.array(self.solarise_prob)[kinds],
         )
 
 
@@ -108,9 +108,9 @@ def draw_boxes(
     aspects: Float64[np.ndarray, "V T"],
     places: Float64[np.ndarray, "2 V"],
 ) -> Int64[np.ndarray, "V 4"]:
-    """(top, left, height, width) of each crop from numbers in [0, 1): a share of the area uniform
-    in `scales`, an aspect log-uniform in 3/4 to 4/3, the first of T attempts that fits, at a
-    uniform place; where none fits the largest central box of the nearest allowed aspect.
+    """Return (top, left, height, width) of each crop from numbers in [0, 1): a share of the area
+    uniform in `scales`, an aspect log-uniform in 3/4 to 4/3, the first of T attempts that fits, at
+    a uniform place; if none fits, the largest central box of the nearest allowed aspect.
     """
     low, high = scales[:, :1], scales[:, 1:]
     area = height * width * (low + (high - low) * shares)
@@ -135,21 +135,21 @@ def draw_boxes(
 
 
 def rescaled(
-    boxes: Int64[np.ndarray, "V 4"], drawn: tuple[int, int], at_hand: Sequence[int]
+    boxes: Int64[np.ndarray, "V 4"], drawn: tuple[int, int], decoded: Sequence[int]
 ) -> Int64[np.ndarray, "V 4"]:
-    """(top, left, bottom, right) in the pixels at hand, for boxes (top, left, height, width) drawn
-    in an image of another size; at least one pixel each.
+    """Return (top, left, bottom, right) in decoded pixels, for boxes (top, left, height, width)
+    drawn in an image of another size; at least one pixel each.
     """
     starts, ends = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    if tuple(drawn) != tuple(at_hand):
-        scale, limit = np.array(at_hand) / np.array(drawn), np.array(at_hand)
+    if tuple(drawn) != tuple(decoded):
+        scale, limit = np.array(decoded) / np.array(drawn), np.array(decoded)
         starts = np.minimum(np.rint(starts * scale).astype(np.int64), limit - 1)
         ends = np.clip(np.rint(ends * scale).astype(np.int64), starts + 1, limit)
     return np.concatenate((starts, ends), axis=1)
 
 
 def cut(pixels: Pixels, box: Sequence[int], size: int) -> UInt8[np.ndarray, "size size channels"]:
-    """The box (top, left, bottom, right), resized as Pillow's bicubic filter does it."""
+    """Cut a box (top, left, bottom, right), resized as Pillow's bicubic filter does it."""
     top, left, bottom, right = box
     source = np.array(pixels[top:bottom, left:right])  # channels-last in one piece is faster
     resized = torch.nn.functional.interpolate(
@@ -162,7 +162,7 @@ def cut(pixels: Pixels, box: Sequence[int], size: int) -> UInt8[np.ndarray, "siz
 
 
 def recolour(crops: Sequence[Crop], views: Views) -> list[Crop]:
-    """Jitter and grey: one matrix for RGB, one table for other channels."""
+    """Apply jitter and grey: one matrix for RGB, one table for other channels."""
     if crops[0].shape[-1] == 3:
         means = np.array([cv2.mean(crop)[:3] for crop in crops])
         matrices = colour_matrices(views, means)
@@ -181,7 +181,7 @@ def recolour(crops: Sequence[Crop], views: Views) -> list[Crop]:
 def colour_matrices(
     views: Views, means: Float64[np.ndarray, "V 3"]
 ) -> Float64[np.ndarray, "V 3 4"]:
-    """RGB to RGB as x -> A x + b of each view, values in 0..255.
+    """Return A and b of RGB to RGB, x -> A x + b, of each view, values in 0..255.
 
     Brightness: f x. Contrast: f x + (1 - f) grey(mean). Saturation: f x + (1 - f) grey(x). Hue:
     a turn by f about (1, 1, 1). In the drawn order, then grey.
@@ -196,9 +196,7 @@ def colour_matrices(
     steps[SATURATION] += (1.0 - factors[SATURATION]) * LUMA  # LUMA is every row
     steps[HUE] = hue_matrices(views.factors[:, HUE])
     steps = steps[views.order.T, np.arange(V)]  # in the drawn order
-    fade = np.where(
-        views.order == CONTRAST, 1.0 - views.factors[:, CONTRAST, None], 0.0
-    ).T  # (4, V)
+    fade = np.where(views.order == CONTRAST, 1.0 - views.factors[:, CONTRAST, None], 0.0).T  # 4 V
     state = np.zeros((V, 3, 5))  # A, b and the mean colour so far
     state[:, :, :3], state[:, :, 4] = np.eye(3), means
     for step, share in zip(steps, fade, strict=True):
@@ -211,7 +209,7 @@ def colour_matrices(
 
 
 def hue_matrices(turns: Float64[np.ndarray, " V"]) -> Float64[np.ndarray, "V 3 3"]:
-    """Rotations about the grey axis, red towards green (Rodrigues' formula)."""
+    """Return rotations about the grey axis, red towards green (Rodrigues' formula)."""
     angle = 2.0 * np.pi * turns
     cos, sin = np.cos(angle), np.sin(angle) / np.sqrt(3.0)
     rows = np.array([[cos, -sin, sin], [sin, cos, -sin], [-sin, sin, cos]])  # (3, 3, V)
@@ -219,7 +217,7 @@ def hue_matrices(turns: Float64[np.ndarray, " V"]) -> Float64[np.ndarray, "V 3 3
 
 
 def brightness_contrast(views: Views, i: int, crop: Pixels) -> UInt8[np.ndarray, " 256"]:
-    """Both as a table of 256 values; contrast is about the mean of all channels."""
+    """Return both as a table of 256 values; contrast is about the mean of all channels."""
     scale, shift = 1.0, 0.0
     for step in views.order[i]:
         f = views.factors[i, step]

@@ -1,6 +1,6 @@
-"""Which images a data set holds, wherever it lies: names relative to its folder and sizes, and of
-what is one large file its content. With the seed this decides the order of a run, so a run keeps it
-and compares it at every start.
+"""Identify the images of a data set, wherever it lies: by names relative to its folder and sizes,
+and of one large file by its content. With the seed they decide the order of a run, which records
+and compares them at every start.
 """
 
 import hashlib
@@ -16,20 +16,20 @@ import numpy as np
 from jaxtyping import Int64
 
 from ssl_xcit.data.cache import load_arrays
-from ssl_xcit.data.names import Names
 from ssl_xcit.data.sets import Arrays, HuggingFace
 from ssl_xcit.data.shards import TarShards
 from ssl_xcit.data.sources import Files, LabelledPair, Source, Subset
-from ssl_xcit.files import default_cache, replacing
-from ssl_xcit.terminal import track
+from ssl_xcit.data.string_array import StringArray
+from ssl_xcit.utils.files import default_cache, replacing
+from ssl_xcit.utils.terminal import track
 
 BLOCK = 65_536  # bytes read at each of `BLOCKS` places of a tar
 BLOCKS = 8
 SAMPLED = 64  # files of which the beginning counts
-UNKNOWN = -1  # size of what has none, or is not there
-THREADS = 32  # that ask a file system which is far away:
-PROBED, SLOW = 1000, 2e-4  # its first so many files take longer than so many seconds each
-NAMED = 3  # examples in a sentence
+UNKNOWN = -1  # size of a file that is not there
+THREADS = 32  # for a remote file system, whose
+PROBED, SLOW = 1000, 2e-4  # first so many files take longer than so many seconds each
+EXAMPLES = 3  # in a sentence
 
 
 class DataIndex(NamedTuple):
@@ -38,18 +38,17 @@ class DataIndex(NamedTuple):
     Args:
         names: relative to its folder; of arrays none.
         sizes: in bytes.
-        content: a hash of what names and sizes do not tell: pixels of an array, samples of tars,
-            labels.
+        content: a hash of pixels of an array, of samples of tars, of labels.
         num_images: how many there are.
     """
 
-    names: Names
+    names: StringArray
     sizes: Int64[np.ndarray, " N"]
     content: str
     num_images: int
 
     def digest(self) -> str:
-        """SHA-256, the same for the same images."""
+        """Return a SHA-256, the same for the same images."""
         digest = hashlib.sha256(f"{self.num_images} {self.content}\0".encode())
         for array in (self.names.content, self.names.ends, self.sizes):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -57,7 +56,7 @@ class DataIndex(NamedTuple):
 
 
 def index_of(source: Source, labelled: bool = False) -> DataIndex:
-    """The images of a source; of a part of one those of the whole.
+    """Identify the images of a source; of a subset those of the whole source.
 
     Args:
         source: the images.
@@ -69,19 +68,19 @@ def index_of(source: Source, labelled: bool = False) -> DataIndex:
     if isinstance(source, Files):
         paths = [source.name(i) for i in range(len(source))]
         whole = not source.root or os.path.isabs(source.paths[0])
-        names = Names.of(relative(source, paths)) if whole else source.paths
+        names = StringArray.of(relative(source, paths)) if whole else source.paths
         sizes, content = sizes_of(paths), some_content(source)
     elif isinstance(source, TarShards):
         keys = [source.name(i) for i in range(len(source))]
         home = os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in source.files])
-        names = Names.of(os.path.relpath(key, home) for key in keys)
+        names = StringArray.of(os.path.relpath(key, home) for key in keys)
         sizes, content = source.lengths, sampled(source.files)
     elif isinstance(source, Arrays):
-        names, sizes, content = Names.of([]), nothing, pixels_digest(source.images)
+        names, sizes, content = StringArray.of([]), nothing, pixels_digest(source.images)
     elif isinstance(source, HuggingFace):
-        names, sizes, content = Names.of([]), nothing, source.fingerprint
+        names, sizes, content = StringArray.of([]), nothing, source.fingerprint
     else:  # of another package
-        names = Names.of(source.name(i) for i in range(len(source)))
+        names = StringArray.of(source.name(i) for i in range(len(source)))
         sizes, content = nothing, ""
     if labelled and source.labels is not None:
         labels = np.ascontiguousarray(source.labels)
@@ -91,7 +90,7 @@ def index_of(source: Source, labelled: bool = False) -> DataIndex:
 
 
 def relative(source: Files, paths: Sequence[str]) -> list[str]:
-    """Whole paths as they lie below the folders that the source was made from."""
+    """Return absolute paths relative to the folders that the source was made from."""
     if source.homes:
         inside = []
         for path in paths:
@@ -105,8 +104,8 @@ def relative(source: Files, paths: Sequence[str]) -> list[str]:
 
 
 def some_content(source: Files) -> str:
-    """A hash of the beginning of a few files, spread over all: those of two cameras may have the
-    same names and sizes.
+    """Hash the beginning of a few files, spread over all: those of two cameras may have the same
+    names and sizes.
     """
     digest = hashlib.sha256()
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED).astype(int)).tolist():
@@ -119,12 +118,12 @@ def some_content(source: Files) -> str:
 
 
 def without_waiting(path: str, flags: int) -> int:
-    """Open a file, and a pipe without waiting for its other end."""
+    """Open a file, or a pipe without waiting for its other end."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def sizes_of(paths: Sequence[str]) -> Int64[np.ndarray, " N"]:
-    """In bytes; `UNKNOWN` of what is not there."""
+    """Return sizes in bytes; `UNKNOWN` of files that are not there."""
 
     def size(path: str) -> int:
         try:
@@ -135,14 +134,14 @@ def sizes_of(paths: Sequence[str]) -> Int64[np.ndarray, " N"]:
     began = time.perf_counter()
     first = [size(path) for path in paths[:PROBED]]
     rest = paths[PROBED:]
-    if time.perf_counter() - began < SLOW * len(first):  # on this machine threads only wait
+    if time.perf_counter() - began < SLOW * len(first):  # on a local disk threads do not help
         return np.array([*first, *map(size, rest)], np.int64)
     with ThreadPoolExecutor(THREADS) as pool:
         return np.array([*first, *pool.map(size, rest)], np.int64)
 
 
 def sampled(files: Sequence[str]) -> str:
-    """A hash of each tar's size and of a few blocks of it."""
+    """Hash each tar's size and a few blocks of it."""
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as stream:
@@ -154,9 +153,7 @@ def sampled(files: Sequence[str]) -> str:
 
 
 def pixels_digest(images: np.ndarray) -> str:
-    """SHA-256 of an array; of a file's it is kept in the cache folder while the file's times stay
-    the same.
-    """
+    """Return the SHA-256 of an array; of a file it is cached while its times stay the same."""
     memo = None
     if isinstance(images, np.memmap):
         status = os.stat(str(images.filename))
@@ -180,17 +177,17 @@ def pixels_digest(images: np.ndarray) -> str:
 
 
 def indices_of(source: Source, pair: LabelledPair | None) -> dict[str, DataIndex]:
-    """Of all images of a run, by the setting that names them."""
-    found = {"data": index_of(source)}
+    """Identify all images of a run, by the setting that names them."""
+    indices = {"data": index_of(source)}
     if pair is not None:
-        found["eval_data"] = index_of(pair.train, labelled=True)
+        indices["eval_data"] = index_of(pair.train, labelled=True)
         if not (isinstance(pair.test, Subset) or pair.test is pair.train):
-            found["eval_data.test"] = index_of(pair.test, labelled=True)
-    return found
+            indices["eval_data.test"] = index_of(pair.test, labelled=True)
+    return indices
 
 
 def save_indices(indices: Mapping[str, DataIndex], file: Path) -> None:
-    """All of them in one file."""
+    """Write all indices to one file."""
     arrays: dict[str, np.ndarray] = {}
     for key, index in indices.items():
         arrays |= {
@@ -205,12 +202,12 @@ def save_indices(indices: Mapping[str, DataIndex], file: Path) -> None:
 
 
 def load_indices(file: Path) -> dict[str, DataIndex]:
-    """What `save_indices` wrote; empty where it cannot be read."""
+    """Load what `save_indices` wrote; empty if it cannot be read."""
     arrays = load_arrays(file) or {}
     try:
         return {
             key: DataIndex(
-                Names(arrays[f"{key}:names"], arrays[f"{key}:ends"]),
+                StringArray(arrays[f"{key}:names"], arrays[f"{key}:ends"]),
                 arrays[f"{key}:sizes"],
                 str(arrays[f"{key}:content"]),
                 int(arrays[f"{key}:count"]),
@@ -222,7 +219,7 @@ def load_indices(file: Path) -> dict[str, DataIndex]:
 
 
 def difference(before: DataIndex, now: DataIndex) -> str:
-    """What has changed, in words with examples; empty where nothing has."""
+    """Say what has changed, with examples; empty if nothing has."""
     if before.digest() == now.digest():
         return ""
     old = dict(zip(before.names, before.sizes.tolist(), strict=False))
@@ -233,7 +230,7 @@ def difference(before: DataIndex, now: DataIndex) -> str:
         "of another size": [name for name in new if name in old and new[name] != old[name]],
     }
     parts = [
-        f"{len(names):,} {kind} (such as {', '.join(names[:NAMED])})"
+        f"{len(names):,} {kind} (such as {', '.join(names[:EXAMPLES])})"
         for kind, names in kinds.items()
         if names
     ]

@@ -1,4 +1,4 @@
-"""Labels of images: class ids from names, ids, several labels an image, or numbers to be predicted.
+"""Labels of images: class ids (from names, too), several labels an image, or numbers to predict.
 
 Class names from folders, lists, tables, shards and arrays pass through `normalised`, so that two
 spellings that look alike are one class.
@@ -18,18 +18,17 @@ from ssl_xcit.errors import MissingPath, UserError
 
 Labels = Int64[np.ndarray, " N"]
 AnyLabels = Shaped[np.ndarray, "N *K"]  # of any kind, see `label_kind`
-KINDS = ("classes", "numbers")  # what a user can call labels whose type leaves it open
 MAX_NAMES = 1_000_000
 log = logging.getLogger(__name__)
 
 
 def normalised(name: str) -> str:
-    """A class name in Unicode's composed form (NFC), without white space at its ends."""
+    """Return a class name in Unicode's composed form (NFC), without white space at its ends."""
     return unicodedata.normalize("NFC", name).strip().strip("\ufeff\u200b").strip()
 
 
 def natural(name: str) -> tuple[int, int, str]:
-    """Sorts numbers by value, then words."""
+    """Return a key that sorts numbers by value, then words."""
     return (0, int(name), "") if name.isascii() and name.isdecimal() else (1, 0, name)
 
 
@@ -38,48 +37,49 @@ def named_classes(
     known: Sequence[str] = (),
     key: Callable[[str], Any] | None = natural,
 ) -> tuple[Labels, list[str]]:
-    """(class ids, class names) of images by the name of their class.
+    """Return (class ids, class names) of images by the name of their class.
 
     Args:
-        names: one an image, normalised here.
+        names: of the class of each image; normalised here.
         known: class names whose ids another set has fixed; others get the ids after.
-        key: to sort new names by; None: as they are.
+        key: to sort new names by; None: as text.
     """
     spellings: dict[str, str] = {name: normalised(name) for name in set(names)}
     classes = list(known)
     new = set(spellings.values()) - set(classes)
     classes += sorted(new, key=key) if key else sorted(new)
     ids = {name: i for i, name in enumerate(classes)}
-    say_alike(spellings, new)
+    log_similar_names(spellings, new)
     return np.array([ids[spellings[name]] for name in names], np.int64), classes
 
 
-def say_alike(spellings: dict[str, str], names: set[str]) -> None:
-    """Say which spellings were taken for one class, and which classes may be meant to be one."""
+def log_similar_names(spellings: dict[str, str], names: set[str]) -> None:
+    """Log which spellings were taken for one class, and which classes differ by capitals only."""
     merged, cases = defaultdict(set), defaultdict(set)
     for spelling, name in spellings.items():
         merged[name].add(spelling)
     for name in names:
         cases[name.casefold()].add(name)
-    for found, what in (
+    for groups, verdict in (
         (merged, "are one class"),
         (cases, "are two classes: only capitals differ"),
     ):
-        alike = [sorted(each) for each in found.values() if len(each) > 1]
-        if alike:
-            more = f" (and {len(alike) - 1} more)" if len(alike) > 1 else ""
-            log.warning("the labels %s %s%s", " and ".join(map(ascii, alike[0][:2])), what, more)
+        similar = [sorted(group) for group in groups.values() if len(group) > 1]
+        if similar:
+            more = f" (and {len(similar) - 1} more)" if len(similar) > 1 else ""
+            pair = " and ".join(map(ascii, similar[0][:2]))
+            log.warning("the labels %s %s%s", pair, verdict, more)
 
 
 def numbered(labels: np.ndarray) -> list[str]:
-    """Names of classes that have none; none for ids that are no small numbers."""
+    """Return class ids as names of classes without any; empty where ids are no small numbers."""
     if label_kind(labels) != "classes" or not len(labels) or labels.max() >= MAX_NAMES:
         return []
     return [str(i) for i in range(int(labels.max()) + 1)]
 
 
 def label_kind(labels: np.ndarray | None) -> str:
-    """`classes` (N,) whole numbers, `several` (N, K) of 0 and 1, or `numbers` (N,) or (N, D)."""
+    """Return `classes` for (N,) whole numbers, `several` for (N, K) of 0 and 1, else `numbers`."""
     if labels is None or (labels.ndim == 1 and labels.dtype.kind in "ui"):
         return "classes"
     return "several" if labels.ndim == 2 and labels.dtype.kind in "uib" else "numbers"
@@ -92,13 +92,13 @@ def labels_from(
     kind: str | None = None,
     known: Sequence[str] = (),
 ) -> tuple[AnyLabels, list[str]]:
-    """(labels, class names) from an array or a column of a table.
+    """Return (labels, class names) from an array or a column of a table.
 
     Args:
         values: (N,) or (N, 1) class ids, names or numbers; (N, K) of 0 and 1 where an image may
             have several labels; (N, D) numbers of floating point.
         count: N.
-        where: what a message calls them, `data.labels=FILE`.
+        where: what messages call them, `data.labels=FILE`.
         kind: `classes` or `numbers`, where the type leaves it open; None: by the type.
         known: class names whose ids another set has fixed.
 
@@ -106,8 +106,6 @@ def labels_from(
         UserError: another number of images, values that mean nothing, or whole numbers stored as
             floating point without `kind`.
     """
-    if kind not in (None, *KINDS):
-        raise UserError(f"label_kind={kind}: classes or numbers; null: by the type of the labels")
     values = np.asarray(values)
     if values.dtype.kind == "O" and all(isinstance(v, str) for v in values.reshape(-1)):
         values = values.astype(str)
@@ -149,11 +147,11 @@ def labels_from(
 
 
 def load_npy(file: str, key: str) -> np.ndarray:
-    """A memory map of a `.npy` file; no pickles.
+    """Map a `.npy` file into memory; no pickles.
 
     Raises:
         MissingPath: no such file.
-        UserError: it is none, or holds Python objects.
+        UserError: it is no such file, or holds Python objects.
     """
     path = Path(file).expanduser()
     if not path.is_file():

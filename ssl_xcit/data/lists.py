@@ -4,15 +4,24 @@ import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from ssl_xcit.data.folders import say_once
 from ssl_xcit.data.labels import labels_from, load_npy
-from ssl_xcit.data.names import Names
-from ssl_xcit.data.sources import Files, LabelledPair, held_out
+from ssl_xcit.data.sources import (
+    Files,
+    LabelKind,
+    LabelledPair,
+    Place,
+    Seed,
+    TestFraction,
+    held_out,
+)
+from ssl_xcit.data.string_array import StringArray
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.utils.validation import PLACE, Count
 
 # Headings of published lists, without capitals, spaces and underscores
 IMAGE_COLUMNS = (
@@ -20,6 +29,10 @@ IMAGE_COLUMNS = (
     "imgpath", "images",
 )  # fmt: skip
 LABEL_COLUMNS = ("label", "class", "target", "category", "classname", "labelname", "y", "labels")
+
+
+Column = Annotated[str | None, PLACE]
+Switch = Annotated[bool, PLACE]
 
 
 class Table(NamedTuple):
@@ -30,35 +43,35 @@ class Table(NamedTuple):
 
 
 def path_list(
-    file: str | None,
-    root: str | None = None,
+    file: Place,
+    root: Place = None,
     class_names: Sequence[str] | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    backslashes: bool = False,
-    label_kind: str | None = None,
+    image_column: Column = None,
+    label_column: Column = None,
+    backslashes: Switch = False,
+    label_kind: LabelKind = None,
     labelled: bool = False,
 ) -> Files | None:
-    """The images that a file lists.
+    """Return the images that a file lists.
 
     Args:
         file: `.parquet`, `.csv`, `.tsv`, or text with one path a line, after a tab perhaps its
             label (a word or a number). None: no images.
         root: what the paths are relative to; None: the file's folder.
-        class_names: ids by name, when another list has fixed them.
-        image_column: heading of the paths; None: known by its name (`IMAGE_COLUMNS`).
-        label_column: heading of the labels; None: known by its name (`LABEL_COLUMNS`), if any is.
+        class_names: ids by name, if another list has fixed them.
+        image_column: heading of the paths; None: one of `IMAGE_COLUMNS`.
+        label_column: heading of the labels; None: one of `LABEL_COLUMNS`, if there is one.
         backslashes: separate folders, as on Windows.
-        label_kind: `classes` or `numbers`, where labels leave it open.
-        labelled: labels are needed; else those that mean nothing are left out, which is said.
+        label_kind: `classes` or `numbers`, where the labels' type leaves it open.
+        labelled: labels are needed; else invalid ones are left out, with a warning.
 
     Raises:
         MissingPath: no such file, or it lists nothing, or nothing that is there.
-        UserError: it cannot be read as a list, or its labels mean nothing.
+        UserError: it cannot be read as a list, or its labels are invalid.
     """
     if file is None:
         return None
-    path = Path(file).expanduser()
+    path = Path(str(file)).expanduser()
     if not path.is_file():
         raise MissingPath(f"data.file={file}: no such file")
     columns = (image_column, label_column)
@@ -68,18 +81,16 @@ def path_list(
         raise MissingPath(f"data.file={file}: it lists no paths")
     if backslashes:
         paths = [name.replace("\\", "/") for name in paths]
-    home = str(Path(root).expanduser() if root else path.absolute().parent)
+    home = str(Path(str(root)).expanduser() if root else path.absolute().parent)
     values = table.labels
-    if not any_there(paths, home):
+    if not any_exists(paths, home):
         split = [name.rpartition(" ")[::2] for name in paths]  # `n01440764/1.JPEG 0`
-        if values is not None or not any_there([name for name, _ in split], home):
-            raise nothing_there(file, paths, home)
-        paths, values = (
-            [name for name, _ in split],
-            as_numbers(np.array([word for _, word in split])),
-        )
+        if values is not None or not any_exists([name for name, _ in split], home):
+            raise none_exists(file, paths, home)
+        paths = [name for name, _ in split]
+        values = as_numbers(np.array([word for _, word in split]))
     if values is None:
-        return Files(Names.of(paths), home)
+        return Files(StringArray.of(paths), home)
     try:
         labels, names = labels_from(
             values, len(paths), f"data.file={file}", label_kind, class_names or ()
@@ -88,19 +99,19 @@ def path_list(
         if labelled:
             raise
         say_once(f"labels are left out: {error}")
-        return Files(Names.of(paths), home)
-    return Files(Names.of(paths), home, labels, names)
+        return Files(StringArray.of(paths), home)
+    return Files(StringArray.of(paths), home, labels, names)
 
 
-def any_there(paths: Sequence[str], home: str) -> bool:
-    """Whether any of a few of the listed paths is a file."""
-    tried = [paths[0], *paths[:: max(1, len(paths) // 16)]]
-    return any(os.path.isfile(os.path.join(home, name)) for name in tried)
+def any_exists(paths: Sequence[str], home: str) -> bool:
+    """Whether any of a sample of the listed paths is a file."""
+    sample = [paths[0], *paths[:: max(1, len(paths) // 16)]]
+    return any(os.path.isfile(os.path.join(home, name)) for name in sample)
 
 
-def nothing_there(file: str, paths: Sequence[str], home: str) -> MissingPath:
-    """The refusal of a list of files that are not there; says what to set."""
-    if any_there([name.replace("\\", "/") for name in paths], home):
+def none_exists(file: Place, paths: Sequence[str], home: str) -> MissingPath:
+    """Return the error of a list of files that are not there; says what to set."""
+    if any_exists([name.replace("\\", "/") for name in paths], home):
         return MissingPath(
             f"data.file={file}: its paths separate folders by backslashes, such as {paths[0]}: set "
             "data.backslashes=true (eval_data.backslashes=true)"
@@ -112,9 +123,9 @@ def nothing_there(file: str, paths: Sequence[str], home: str) -> MissingPath:
 
 
 def read_text(path: Path, image_column: str | None, label_column: str | None) -> Table:
-    """Paths, and labels if there are any, of a text file: `.csv` is separated by commas, semicolons
-    or tabs, others by tabs; with quotes as in CSV where it is one, and a header where its first
-    line has known headings.
+    """Read paths, and labels if there are any, of a text file: `.csv` is separated by commas,
+    semicolons or tabs, others by tabs; with quotes as in CSV where it is one, and a header where
+    its first line has known headings.
 
     Raises:
         UserError: no text, lines of different lengths, or no such column.
@@ -136,9 +147,9 @@ def read_text(path: Path, image_column: str | None, label_column: str | None) ->
     if not rows:
         return Table([], None)
     first = [plain(cell) for cell in rows[0]]
-    asked = [plain(c) for c in (image_column, label_column) if c is not None]
+    named = [plain(c) for c in (image_column, label_column) if c is not None]
     usual = IMAGE_COLUMNS if len(first) == 1 else (*IMAGE_COLUMNS, *LABEL_COLUMNS)
-    has_header = any(c in first for c in asked) or any(c in usual for c in first)
+    has_header = any(c in first for c in named) or any(c in usual for c in first)
     header, body = (rows[0], rows[1:]) if has_header else ([], rows)
     widths = {len(row) for row in rows}
     if len(widths) > 1 or (not header and not widths <= {1, 2}):
@@ -147,7 +158,7 @@ def read_text(path: Path, image_column: str | None, label_column: str | None) ->
             "label on each, or a header that names a column path"
         )
     if not header:
-        if asked:
+        if named:
             raise UserError(no_column(path, image_column or label_column or "", rows[0]))
         labels = np.array([row[1] for row in body]) if widths == {2} else None
         return Table([row[0] for row in body], as_numbers(labels))
@@ -157,10 +168,10 @@ def read_text(path: Path, image_column: str | None, label_column: str | None) ->
 
 
 def split_rows(lines: Sequence[str], path: Path) -> list[list[str]]:
-    """Cells of each line.
+    """Split each line into cells.
 
     Raises:
-        UserError: quotes that do not close.
+        UserError: quotes are not closed.
     """
     if path.suffix.lower() not in (".csv", ".tsv"):
         return [line.split("\t") for line in lines]
@@ -174,41 +185,41 @@ def split_rows(lines: Sequence[str], path: Path) -> list[list[str]]:
 
 
 def plain(heading: str) -> str:
-    """A heading without what differs between people."""
+    """Return a heading without capitals, spaces, hyphens and underscores."""
     return heading.strip().lower().replace("_", "").replace(" ", "").replace("-", "")
 
 
 def chosen_columns(
     path: Path, header: Sequence[str], image: str | None, label: str | None
 ) -> tuple[int, int | None]:
-    """Places of the paths and of the labels (None: there are none).
+    """Return the columns of the paths and of the labels (None: there are none).
 
     Raises:
         UserError: no such column.
     """
-    places: list[int | None] = []
-    known = [plain(heading) for heading in header]
-    for asked, usual in ((image, IMAGE_COLUMNS), (label, LABEL_COLUMNS)):
-        wanted = usual if asked is None else (plain(asked),)
-        found = [known.index(name) for name in wanted if name in known]
-        if asked is not None and not found:
-            raise UserError(no_column(path, asked, header))
-        places.append(found[0] if found else None)
-    if places[0] is None:
+    chosen: list[int | None] = []
+    headings = [plain(heading) for heading in header]
+    for name, usual in ((image, IMAGE_COLUMNS), (label, LABEL_COLUMNS)):
+        wanted = usual if name is None else (plain(name),)
+        matches = [headings.index(heading) for heading in wanted if heading in headings]
+        if name is not None and not matches:
+            raise UserError(no_column(path, name, header))
+        chosen.append(matches[0] if matches else None)
+    if chosen[0] is None:
         raise UserError(
             f"data.file={path}: columns {', '.join(header)}; `path` is needed, or name it with "
             "data.image_column=..."
         )
-    return places[0], places[1]
+    return chosen[0], chosen[1]
 
 
-def no_column(path: Path, asked: str, header: Sequence[str]) -> str:
-    """The refusal of a column that is not there."""
-    return f"data.file={path}: no column {asked}; there are {', '.join(header)}"
+def no_column(path: Path, name: str, header: Sequence[str]) -> str:
+    """Return the message about a column that is not there."""
+    return f"data.file={path}: no column {name}; there are {', '.join(header)}"
 
 
 def as_numbers(labels: np.ndarray | None) -> np.ndarray | None:
-    """Text labels as floating point where every one is written so, and not all are whole (`3`)."""
+    """Parse text labels as floating point if all are numbers, and not all are whole (`3`)."""
     if labels is None or not len(labels) or all(label.strip().isdecimal() for label in labels):
         return labels
     try:
@@ -218,7 +229,7 @@ def as_numbers(labels: np.ndarray | None) -> np.ndarray | None:
 
 
 def read_parquet(path: Path, image_column: str | None, label_column: str | None) -> Table:
-    """Columns of paths and, if there is one, of labels; by the same names as in text."""
+    """Read the columns of paths and, if there is one, of labels; by the same names as in text."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_schema, read_table
@@ -245,21 +256,21 @@ def read_parquet(path: Path, image_column: str | None, label_column: str | None)
 
 
 def labelled_lists(
-    file: str | None,
-    test_file: str | None = None,
-    root: str | None = None,
-    labels: str | None = None,
-    test_labels: str | None = None,
-    test_fraction: float = 0.2,
-    resize: int = 256,
-    size: int = 224,
-    seed: int = 0,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    backslashes: bool = False,
-    label_kind: str | None = None,
+    file: Place,
+    test_file: Place = None,
+    root: Place = None,
+    labels: Place = None,
+    test_labels: Place = None,
+    test_fraction: TestFraction = 0.2,
+    resize: Count = 256,
+    size: Count = 224,
+    seed: Seed = 0,
+    image_column: Column = None,
+    label_column: Column = None,
+    backslashes: Switch = False,
+    label_kind: LabelKind = None,
 ) -> LabelledPair | None:
-    """`path_list` of labelled images, and of others to be tested on (None: a share is held out).
+    """Return `path_list` of labelled images, and of others to test on (None: a share is held out).
 
     Args:
         file: the list.
@@ -268,14 +279,8 @@ def labelled_lists(
         labels: a `.npy` file of the listed images' labels, see `labels.labels_from`; None: the
             list's own.
         test_labels: likewise of `test_file`.
-        test_fraction: share held out where there are no other images.
-        resize: short side in pixels.
-        size: side of the central square.
-        seed: of the choice.
-        image_column: see `path_list`, as all that follow.
-        label_column: likewise.
-        backslashes: likewise.
-        label_kind: likewise.
+        test_fraction, resize, size, seed: see `held_out`.
+        image_column, label_column, backslashes, label_kind: see `path_list`.
 
     Raises:
         UserError: labels for the one list and not for the other.
@@ -288,7 +293,7 @@ def labelled_lists(
     known: Sequence[str] = ()
     for source, given in ((train, labels), (test, test_labels)):
         if source is not None and given is not None:
-            values = load_npy(given, "eval_data.labels")
+            values = load_npy(str(given), "eval_data.labels")
             source.labels, known = labels_from(
                 values, len(source), f"eval_data.labels={given}", label_kind, known
             )

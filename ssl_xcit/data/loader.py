@@ -1,4 +1,4 @@
-"""Loader processes that may die or hang: batches by number, made again from where it happened."""
+"""Resilient data loading: a loader whose worker dies or hangs is restarted at the next batch."""
 
 import contextlib
 import logging
@@ -17,6 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.queues import Queue
@@ -29,14 +30,14 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from ssl_xcit.cores import usable_cores
 from ssl_xcit.errors import RunFailed
+from ssl_xcit.utils.hardware import usable_cores
 
 log = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
-POLL = 1.0  # seconds between two looks at the workers while nothing comes
-MAX_RESTARTS, AMONG = 3, 100  # so many within so many batches end the run
-LAST_WORDS = 1024  # bytes of a worker's about the error that ends it
+POLL = 1.0  # seconds between two checks of the workers while no batch comes
+MAX_RESTARTS, AMONG = 3, 100  # so many restarts within so many batches end the run
+MAX_MESSAGE = 1024  # bytes of a worker's message about the error that ends it
 NO_MEMORY = "out of memory? Lower num_workers or batch_size"
 NO_SHARED_MEMORY = "shared memory is full: enlarge /dev/shm, or lower num_workers or batch_size"
 HINTS = {
@@ -47,14 +48,20 @@ HINTS = {
 
 
 class Cause(NamedTuple):
-    """What an error's words mean, what to do, and whether it may be over in a moment."""
+    """A cause of accidents.
 
-    words: str
+    Args:
+        pattern: matches the error's message.
+        remedy: what to do.
+        passes: whether it may be over in a moment.
+    """
+
+    pattern: str
     remedy: str
     passes: bool
 
 
-CAUSES = (  # the first whose words are there counts
+CAUSES = (  # the first whose pattern matches counts
     Cause(
         "AF_UNIX|pymp-|listener-|temporary directory",
         "loader processes send tensors through sockets: set TMPDIR to a short path that can be "
@@ -83,39 +90,29 @@ CAUSES = (  # the first whose words are there counts
 
 
 def default_workers(devices: int = 1) -> int:
-    """One a core that this process may use and shares with so many devices, less one for training,
-    at most 12.
+    """Return the number of loader processes of each of so many devices: one a core that they share,
+    less one for training, at most 12.
     """
     return min(12, max(0, usable_cores() // max(devices, 1) - 1))
 
 
 def start_worker(worker_id: int) -> None:
-    """One thread each; Ctrl-C is for the process that started them."""
-    one_thread()
-    ignore_interrupt()
-
-
-def ignore_interrupt() -> None:
-    """Ctrl-C reaches every process of the terminal; those that load must outlive it until the step
-    is saved.
+    """Use one thread, and ignore Ctrl-C, which reaches every process of the terminal: workers must
+    outlive it until the step is saved.
     """
+    cv2.setNumThreads(1)  # torch uses one in workers by itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def one_thread() -> None:
-    """OpenCV's own threads would fight those of the training; torch's are one in workers."""
-    cv2.setNumThreads(1)
-
-
 class Worker(ForkProcess):
-    """A loader process; what ends it is no traceback but a line for the process that started it."""
+    """A loader process; an error that ends it becomes a line for the process that started it."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.note = mmap.mmap(-1, LAST_WORDS)  # shared
+        self.message = mmap.mmap(-1, MAX_MESSAGE)  # shared
 
     def run(self) -> None:
-        """Load until nothing more is wanted."""
+        """Load until the loader is closed."""
         # the thread that hands out shared memory calls this hook
         sys.excepthook = lambda kind, error, where: self.end(error)
         try:
@@ -124,20 +121,20 @@ class Worker(ForkProcess):
             self.end(error)
 
     def end(self, error: BaseException) -> None:
-        """At once, in whichever thread."""
+        """End the process at once, in whichever thread."""
         try:
-            words = one_line(error).encode(errors="replace")[:LAST_WORDS]
-            self.note[: len(words)] = words
-        finally:  # without words where there is no memory for them
+            message = one_line(error).encode(errors="replace")[:MAX_MESSAGE]
+            self.message[: len(message)] = message
+        finally:  # without a message if there is no memory for it
             os._exit(1)
 
-    def last_words(self) -> str:
-        """What it has said about its end; empty: nothing."""
-        return self.note[:].rstrip(b"\0").decode(errors="replace")
+    def last_message(self) -> str:
+        """Return the error that ended it; empty: it was none of Python's."""
+        return self.message[:].rstrip(b"\0").decode(errors="replace")
 
 
-class Results(Queue):
-    """A batch that cannot be sent would never come, and nobody would know: it ends the worker."""
+class BatchQueue(Queue):
+    """A queue that ends its worker when a batch cannot be sent, for nobody would notice."""
 
     @staticmethod
     def _on_queue_feeder_error(error: Exception, batch: object) -> None:
@@ -146,51 +143,52 @@ class Results(Queue):
             process.end(error)
 
 
-class Workers(ForkContext):
-    """How a loader starts its processes; keeps them."""
+class WorkerContext(ForkContext):
+    """The multiprocessing context of a loader; keeps its processes."""
 
     def __init__(self) -> None:
         self.made: list[Worker] = []
 
     def Process(self, *args: Any, **kwargs: Any) -> Worker:  # type: ignore[override]
-        """One that is not started yet."""
+        """Make one that is not started yet."""
         self.made.append(Worker(*args, **kwargs))
         return self.made[-1]
 
-    def Queue(self, maxsize: int = 0) -> Results:
-        """For what they are asked and what they answer."""
-        return Results(maxsize, ctx=self)
+    def Queue(self, maxsize: int = 0) -> BatchQueue:
+        """Make a queue of indices or batches."""
+        return BatchQueue(maxsize, ctx=self)
 
     def started(self) -> list[Worker]:
-        """Those that are, or were, running."""
+        """Return processes that are, or were, running."""
         return [worker for worker in self.made if worker.pid is not None]
 
 
 class Accident(Exception):
-    """No more batches come from these workers, through no fault of the program.
+    """The workers of a loader failed, through no fault of the program.
 
     Args:
-        trouble: what has happened and what to do, in one line.
-        passes: whether making the loader again may help.
+        message: what has happened and what to do, in one line.
+        passes: whether restarting the loader may help.
     """
 
-    def __init__(self, trouble: str, passes: bool = True):
-        super().__init__(trouble)
+    def __init__(self, message: str, passes: bool = True):
+        super().__init__(message)
         self.passes = passes
 
 
 class NoWorkers(RunFailed):
-    """This machine or its limits let no loader process work: no image is to blame."""
+    """No loader process can work on this machine or within its limits: no image is to blame."""
 
 
-class Restarting(Generic[Batch]):
-    """Batches `start` to `num_batches` of a loader that is made again when a worker dies, or when
-    nothing comes for `timeout` seconds.
+@dataclass(eq=False)
+class ResilientLoader(Generic[Batch]):
+    """Batches `start` to `num_batches` of a loader that is restarted when a worker dies, or when no
+    batch comes for `timeout` seconds.
 
-    Since batch n is a function of n, what comes is the same as without the accident.
+    Since batch n is a function of n, the batches are those of a loader without accidents.
 
     Args:
-        make: the loader of the batches from a number on.
+        make: returns the loader of the batches from a number on.
         num_batches: in all.
         start: first batch.
         timeout: seconds.
@@ -198,44 +196,42 @@ class Restarting(Generic[Batch]):
     Attributes:
         waited: seconds that the caller has spent waiting so far.
         done: number of the next batch.
-        while_waiting: called every second while nothing comes, and after an accident; may raise.
+        while_waiting: called every second while no batch comes, and after an accident; may raise.
     """
 
-    def __init__(
-        self,
-        make: Callable[[int], DataLoader],
-        num_batches: int,
-        start: int = 0,
-        timeout: float = 300.0,
-    ):
-        self.make = make
-        self.num_batches = num_batches
-        self.start = start
-        self.timeout = timeout
+    make: Callable[[int], DataLoader]
+    num_batches: int
+    start: int = 0
+    timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        """Begin at the first batch."""
         self.waited = 0.0
-        self.done = start
+        self.done = self.start
         self.while_waiting: Callable[[], None] = lambda: None
         self.restarts: deque[int] = deque(maxlen=MAX_RESTARTS)
 
     def __len__(self) -> int:
-        """Of all batches, the first included: Lightning compares it with the steps of the run."""
+        """Return the number of all batches, also before `start`: Lightning compares it with the
+        steps of the run.
+        """
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches in order.
+        """Yield batches in order.
 
         Raises:
-            RunFailed: the third accident within a hundred batches, or one that will not pass.
+            RunFailed: the third accident within a hundred batches, or one that does not pass.
         """
         self.done = self.start
         self.restarts.clear()
         while self.done < self.num_batches:
-            fetched = None
+            prefetch = None
             try:
-                fetched = Fetched(self.make(self.done))
+                prefetch = PrefetchThread(self.make(self.done))
                 while self.done < self.num_batches:
                     began = time.perf_counter()
-                    batch = fetched.next(self.timeout, self.while_waiting)
+                    batch = prefetch.next(self.timeout, self.while_waiting)
                     self.waited += time.perf_counter() - began
                     self.done += 1
                     yield batch
@@ -243,25 +239,25 @@ class Restarting(Generic[Batch]):
                 self.while_waiting()
                 self.restart(accident)
             finally:
-                if fetched is not None:
-                    fetched.close()
+                if prefetch is not None:
+                    prefetch.close()
 
-    def restart(self, trouble: Accident) -> None:
-        """Say it, and give up when it will not pass or happens too often."""
-        if not trouble.passes:
-            raise NoWorkers(str(trouble)) from trouble
+    def restart(self, accident: Accident) -> None:
+        """Log it, and give up when it does not pass or happens too often."""
+        if not accident.passes:
+            raise NoWorkers(str(accident)) from accident
         self.restarts.append(self.done)
         if len(self.restarts) == MAX_RESTARTS and self.done - self.restarts[0] < AMONG:
             raise RunFailed(
-                f"{trouble}; that was the {MAX_RESTARTS}rd time within {AMONG} batches, at batch "
+                f"{accident}; that was the {MAX_RESTARTS}rd time within {AMONG} batches, at batch "
                 f"{self.done}"
             )
-        log.warning("%s; started again at batch %s, nothing is lost", trouble, self.done)
+        log.warning("%s; started again at batch %s, nothing is lost", accident, self.done)
 
 
-class Fetched:
-    """A loader's batches, taken by a thread of their own: a worker that dies in the middle of a
-    message leaves whoever reads it waiting for ever, and that must not be the training.
+class PrefetchThread:
+    """A thread that takes a loader's batches: a worker that dies in the middle of a message leaves
+    its reader waiting for ever, and that must not be the training.
     """
 
     def __init__(self, loader: DataLoader):
@@ -269,22 +265,22 @@ class Fetched:
         self.closed = threading.Event()
         self.ready: queue.Queue[tuple[Any, Exception | None]] = queue.Queue(maxsize=1)
         if loader.num_workers == 0:
-            one_thread()
+            cv2.setNumThreads(1)  # OpenCV's threads would fight those of the training
             self.batches = iter(loader)
             return
         context = loader.multiprocessing_context
-        assert isinstance(context, Workers)
+        assert isinstance(context, WorkerContext)
         use_socket_folder()
         try:
             self.batches = iter(loader)
             threading.Thread(target=self.fetch, daemon=True).start()
         except (OSError, RuntimeError, MemoryError) as error:
-            trouble = start_trouble(error, context.started())
+            failure = start_failure(error, context.started())
             for worker in context.started():
                 worker.kill()
             for frame, _ in traceback.walk_tb(error.__traceback__):
                 abandon(frame.f_locals.get("self"))
-            raise trouble from error
+            raise failure from error
         finally:
             if threading.current_thread() is threading.main_thread():
                 # torch's handler raises wherever the main thread is, in the middle of a step
@@ -292,7 +288,7 @@ class Fetched:
         self.workers = context.started()
 
     def fetch(self) -> None:
-        """Until the loader ends, fails, or nobody asks any more."""
+        """Fetch until the loader ends, fails, or is closed."""
         while not self.closed.is_set():
             try:
                 item: tuple[Any, Exception | None] = next(self.batches), None
@@ -306,10 +302,10 @@ class Fetched:
                 return
 
     def next(self, timeout: float, while_waiting: Callable[[], None]) -> Any:
-        """The next batch.
+        """Return the next batch.
 
         Raises:
-            Accident: what happened to the workers.
+            Accident: the workers failed.
         """
         if not self.workers:
             return next(self.batches)
@@ -326,49 +322,50 @@ class Fetched:
                 wait([w.sentinel for w in self.workers], timeout=1.0)
             dead = [w for w in self.workers if not w.is_alive()]
             if dead:
-                raise obituary(dead)
+                raise worker_failure(dead)
             if error is not None:
-                raise batch_trouble(error) from error
+                raise batch_failure(error) from error
             if time.monotonic() >= deadline:
                 raise Accident(
-                    f"nothing came from {len(self.workers)} loader processes within {timeout:g} s "
+                    f"no batch came from {len(self.workers)} loader processes within {timeout:g} s "
                     "(worker_timeout): a file system that hangs?"
                 )
 
     def close(self) -> None:
-        """End the processes; one that hangs would outlive a polite request."""
+        """Kill the processes; one that hangs would ignore SIGTERM."""
         self.closed.set()
         for worker in self.workers:
             worker.kill()
         abandon(self.batches)
 
 
-def obituary(dead: Sequence[Worker]) -> Accident:
-    """Which workers ended, how, and what it may mean."""
-    ended: dict[str, list[str]] = {}
+def worker_failure(dead: Sequence[Worker]) -> Accident:
+    """Say which workers ended, how, and what to do."""
+    pids_by_reason: dict[str, list[str]] = {}
     passes = True
     for worker in dead:
         worker.join(1.0)
         code = worker.exitcode
-        if words := worker.last_words():
-            cause = cause_of(words)
+        if reason := worker.last_message():
+            cause = cause_of(reason)
             hint = cause and cause.remedy
             passes = passes and (cause is None or cause.passes)
         else:
-            words = f"exit code {code}"
+            reason = f"exit code {code}"
             if code is not None and code < 0:
-                words = signal.Signals(-code).name
+                reason = signal.Signals(-code).name
             hint = HINTS.get(code) if code is not None else None
-        ended.setdefault(f"{words}: {hint}" if hint else words, []).append(str(worker.pid))
-    causes = [
-        f"loader process{'es' * (len(pids) > 1)} {', '.join(pids)} ended ({how})"
-        for how, pids in ended.items()
+        reason = f"{reason}: {hint}" if hint else reason
+        pids_by_reason.setdefault(reason, []).append(str(worker.pid))
+    sentences = [
+        f"loader process{'es' * (len(pids) > 1)} {', '.join(pids)} ended ({reason})"
+        for reason, pids in pids_by_reason.items()
     ]
-    return Accident(", ".join(causes), passes)
+    return Accident(", ".join(sentences), passes)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's type and words; of one that torch has brought from a worker, those of there."""
+    """Return an error's type and message; of one that torch has brought from a worker, its own."""
     lines = str(error).strip().splitlines() or [""]
     if from_worker(error):
         return lines[-1]
@@ -376,46 +373,47 @@ def one_line(error: BaseException) -> str:
 
 
 def from_worker(error: BaseException) -> bool:
-    """Whether torch has brought it from a worker, with the traceback of there in its words."""
+    """Whether torch has brought it from a worker, whose traceback is in its message."""
     return str(error).startswith("Caught ") and "in DataLoader worker process" in str(error)
 
 
-def cause_of(words: str) -> Cause | None:
-    """What an error's words mean, if that is known."""
-    return next((cause for cause in CAUSES if re.search(cause.words, words, re.IGNORECASE)), None)
+def cause_of(message: str) -> Cause | None:
+    """Return the known cause of an error's message."""
+    causes = (cause for cause in CAUSES if re.search(cause.pattern, message, re.IGNORECASE))
+    return next(causes, None)
 
 
-def batch_trouble(error: Exception) -> Exception:
-    """What came in place of a batch: an accident, or an error of the program as it is."""
-    words = one_line(error)
-    if cause := cause_of(words):
-        return Accident(f"a batch could not be loaded ({words}): {cause.remedy}", cause.passes)
+def batch_failure(error: Exception) -> Exception:
+    """Return what came in place of a batch: an accident, or an error of the program as it is."""
+    message = one_line(error)
+    if cause := cause_of(message):
+        return Accident(f"a batch could not be loaded ({message}): {cause.remedy}", cause.passes)
     if isinstance(error, OSError | EOFError) and not from_worker(error):
-        return Accident(f"the connection to a loader process broke ({words})")
+        return Accident(f"the connection to a loader process broke ({message})")
     return error
 
 
-def start_trouble(error: Exception, started: Sequence[Worker]) -> Exception:
-    """Why workers could not be started, or an error of the program as it is."""
+def start_failure(error: Exception, started: Sequence[Worker]) -> Exception:
+    """Return why workers could not be started, or an error of the program as it is."""
     if dead := [worker for worker in started if not worker.is_alive()]:
-        return obituary(dead)
-    words = one_line(error)
-    if cause := cause_of(words):
+        return worker_failure(dead)
+    message = one_line(error)
+    if cause := cause_of(message):
         remedy = cause.remedy
     elif isinstance(error, OSError):
         remedy = "/dev/shm must be there, be writable and have room; num_workers=0 does without"
     else:
         return error
-    return Accident(f"loader processes cannot be started ({words}): {remedy}", passes=False)
+    return Accident(f"loader processes cannot be started ({message}): {remedy}", passes=False)
 
 
 def abandon(iterator: object) -> None:
     """Keep torch's iterator, whose workers are killed, from closing itself when it is collected:
-    half made it would print a traceback, as in a worker forked meanwhile, and it waits for its
-    thread for ever where that waits for a dead worker's message.
+    incomplete it would print a traceback, as in a worker forked meanwhile, and it waits for its
+    thread for ever if that waits for a dead worker's message.
     """
     if isinstance(iterator, _MultiProcessingDataLoaderIter):
-        state = vars(iterator)  # half made, it may lack some of these
+        state = vars(iterator)  # incomplete, it may lack some of these
         state["_shutdown"] = True
         if state.get("_worker_pids_set"):
             _remove_worker_pids(id(iterator))
@@ -425,9 +423,8 @@ def abandon(iterator: object) -> None:
 
 
 def use_socket_folder() -> None:
-    """Tensors come from workers through sockets, in a folder of multiprocessing's below TMPDIR, and
-    a socket's path has at most 107 bytes. Where that folder holds none, or is gone, another is used
-    until exit.
+    """Choose the folder of the sockets through which workers send tensors: multiprocessing's below
+    TMPDIR, or until exit another if that is gone or its path too long (107 bytes at most).
 
     Raises:
         Accident: there is none.
@@ -452,13 +449,13 @@ def use_socket_folder() -> None:
 
 
 def holds_sockets(folder: str | None) -> bool:
-    """Whether one can be made there, with a name as long as multiprocessing's."""
+    """Whether a socket can be made there, with a name as long as multiprocessing's."""
     if folder is None:
         return False
     path = os.path.join(folder, "listener-12345678")
     try:
-        with socket.socket(socket.AF_UNIX) as one:
-            one.bind(path)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
         os.unlink(path)
     except OSError:
         return False
@@ -466,45 +463,40 @@ def holds_sockets(folder: str | None) -> bool:
 
 
 def loader_options(num_workers: int) -> dict[str, Any]:
-    """What all loaders share."""
+    """Return the options that all loaders share."""
     return {
         "num_workers": num_workers,
         "worker_init_fn": start_worker,
-        "multiprocessing_context": Workers() if num_workers else None,
+        "multiprocessing_context": WorkerContext() if num_workers else None,
     }
 
 
-class Looks(Dataset[Any]):
-    """What a function finds in each of so many images."""
+@dataclass(eq=False)
+class Results(Dataset[Any]):
+    """The results of a function of a number."""
 
-    def __init__(self, look: Callable[[int], Any], count: int):
-        self.look = look
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
+    function: Callable[[int], Any]
 
     def __getitem__(self, index: int) -> Any:
-        return self.look(index)
+        return self.function(index)
 
 
-def look_at_all(
-    look: Callable[[int], Any],
+def parallel_map(
+    function: Callable[[int], Any],
     count: int,
     num_workers: int | None,
     start: int = 0,
     timeout: float = 300.0,
     chunk: int = 16,
-) -> Restarting[list[Any]]:
-    """`look(i)` for every i, in parallel and in order, in lists of `chunk`, from list number
-    `start` on.
+) -> ResilientLoader[list[Any]]:
+    """Return `function(i)` for every i, in parallel and in order, in lists of `chunk`, from list
+    number `start` on.
     """
-    dataset = Looks(look, count)
     workers = usable_cores() if num_workers is None else num_workers
 
     def make(first: int) -> DataLoader:
         return DataLoader(
-            dataset,
+            Results(function),
             chunk,
             sampler=range(first * chunk, count),
             collate_fn=list,
@@ -512,4 +504,4 @@ def look_at_all(
             **loader_options(workers),
         )
 
-    return Restarting(make, -(-count // chunk), start, timeout)
+    return ResilientLoader(make, -(-count // chunk), start, timeout)

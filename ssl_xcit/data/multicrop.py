@@ -9,10 +9,11 @@ is the reference: Pillow and torchvision, in the published order.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le, Len, Predicate
 from jaxtyping import UInt8
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
@@ -20,9 +21,38 @@ from torchvision.transforms import v2
 
 from ssl_xcit.data.decode import Picture
 from ssl_xcit.errors import UserError
+from ssl_xcit.utils.validation import Count, Positive, Share, Words
 
 Large = UInt8[np.ndarray, "G size size channels"]
 Small = UInt8[np.ndarray, "L small small channels"]
+
+
+def ascending(values: Sequence[float]) -> bool:
+    """Whether the first of two numbers is not above the second."""
+    return values[0] <= values[1]
+
+
+def hue_in_half_turns(jitter: Sequence[float]) -> bool:
+    """Whether hue turns by at most half a circle."""
+    return jitter[3] <= 0.5
+
+
+Scale = Annotated[
+    Sequence[Annotated[float, Gt(0), Le(1)]],
+    Len(2, 2),
+    Predicate(ascending),
+    Words("[low,high] with 0 < low <= high <= 1"),
+]
+Radius = Annotated[
+    Sequence[Positive], Len(2, 2), Predicate(ascending), Words("[low,high] with 0 < low <= high")
+]
+Jitter = Annotated[
+    Sequence[Share],
+    Len(4, 4),
+    Predicate(hue_in_half_turns),
+    Words("4 numbers: three of 0 to 1, and hue of 0 to 0.5"),
+]
+Probabilities = Annotated[Sequence[Share], Len(3, 3), Words("3 probabilities, 0 to 1")]
 
 
 class Replaced(NamedTuple):
@@ -49,7 +79,7 @@ class MultiCrop(Protocol):
     global_size: int
 
     def check(self, channels: int) -> str | None:
-        """What is different for images of so many channels, to be said once; None: nothing.
+        """Return a warning about images of so many channels; None: there is none.
 
         Raises:
             UserError: such images cannot be augmented.
@@ -57,7 +87,7 @@ class MultiCrop(Protocol):
         ...
 
     def __call__(self, picture: Picture, seed: int) -> tuple[Large, Small]:
-        """Crops of the picture, the same for the same seed; raises BadImage."""
+        """Return crops of the picture, the same for the same seed; raises BadImage."""
         ...
 
 
@@ -84,59 +114,22 @@ class Recipe:
         solarise_prob: as `blur_prob`, for solarisation.
     """
 
-    global_size: int = 224
-    local_size: int = 96
-    num_local: int = 8
-    global_scale: Sequence[float] = (0.4, 1.0)
-    local_scale: Sequence[float] = (0.05, 0.4)
-    jitter: Sequence[float] = (0.4, 0.4, 0.2, 0.1)
-    jitter_prob: float = 0.8
-    grey_prob: float = 0.2
-    blur_prob: Sequence[float] = (1.0, 0.1, 0.5)
-    blur_radius: Sequence[float] = (0.1, 2.0)
-    solarise_prob: Sequence[float] = (0.0, 0.2, 0.0)
-
-    def __post_init__(self) -> None:
-        """Check what Hydra does not.
-
-        Raises:
-            UserError: a range or a length is wrong.
-        """
-        for name in ("global_scale", "local_scale"):
-            low, high = self.numbers(name, 2)
-            if not 0.0 < low <= high <= 1.0:
-                raise UserError(f"augment.{name}={[low, high]}: 0 < low <= high <= 1")
-        jitter = self.numbers("jitter", 4)
-        if min(jitter) < 0.0 or max(jitter[:3]) > 1.0 or jitter[3] > 0.5:
-            raise UserError(f"augment.jitter={jitter}: three of 0 to 1, and hue of 0 to 0.5")
-        radius = self.numbers("blur_radius", 2)
-        if not 0.0 < radius[0] <= radius[1]:
-            raise UserError(f"augment.blur_radius={radius}: 0 < low <= high")
-        chances = {name: self.numbers(name, 3) for name in ("blur_prob", "solarise_prob")}
-        chances |= {name: [getattr(self, name)] for name in ("jitter_prob", "grey_prob")}
-        for name, values in chances.items():
-            if not all(isinstance(v, int | float) and 0.0 <= v <= 1.0 for v in values):
-                raise UserError(f"augment.{name}={values}: probabilities, 0 to 1")
-        sizes = (self.global_size, self.local_size, self.num_local)
-        if not all(type(s) is int for s in sizes) or min(sizes[:2]) < 1 or sizes[2] < 0:
-            raise UserError(
-                f"augment.global_size={sizes[0]}, local_size={sizes[1]}, num_local={sizes[2]}: "
-                "sizes start at 1 pixel, num_local at 0"
-            )
-
-    def numbers(self, name: str, count: int) -> list[float]:
-        """A setting that is so many numbers."""
-        values = getattr(self, name)
-        if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
-            raise UserError(f"augment.{name}={values}: {count} numbers")
-        if not all(isinstance(v, int | float) for v in values):
-            raise UserError(f"augment.{name}={list(values)}: {count} numbers")
-        return [float(v) for v in values]
+    global_size: Count = 224
+    local_size: Count = 96
+    num_local: Annotated[int, Ge(0)] = 8
+    global_scale: Scale = (0.4, 1.0)
+    local_scale: Scale = (0.05, 0.4)
+    jitter: Jitter = (0.4, 0.4, 0.2, 0.1)
+    jitter_prob: Share = 0.8
+    grey_prob: Share = 0.2
+    blur_prob: Probabilities = (1.0, 0.1, 0.5)
+    blur_radius: Radius = (0.1, 2.0)
+    solarise_prob: Probabilities = (0.0, 0.2, 0.0)
 
 
 @contextmanager
 def torch_seed(seed: int) -> Iterator[None]:
-    """torch's CPU generator at `seed` inside, as it was outside."""
+    """Seed torch's CPU generator inside, and restore its state behind."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -156,19 +149,19 @@ class RandomBlur(nn.Module):
         self.radius = radius
 
     def forward(self, image: Image.Image) -> Image.Image:
-        """Blurred or as it is."""
+        """Blur the image, or return it as it is."""
         if torch.rand(()) >= self.p:
             return image
         radius = torch.empty(()).uniform_(*self.radius).item()
         return image.filter(ImageFilter.GaussianBlur(radius))
 
 
+@dataclass
 class TorchvisionMultiCrop(Recipe):
     """The recipe through Pillow and torchvision, bicubic: the reference."""
 
     def __post_init__(self) -> None:
         """Build the transforms."""
-        super().__post_init__()
 
         def view(size: int, scale: Sequence[float], which: int) -> v2.Transform:
             return v2.Compose(
@@ -197,7 +190,7 @@ class TorchvisionMultiCrop(Recipe):
         return None
 
     def __call__(self, picture: Picture, seed: int) -> tuple[Large, Small]:
-        """(2, global, global, 3) and (L, local, local, 3) crops, the same for the same seed."""
+        """Return (2, global, global, 3) and (L, local, local, 3) crops, the same for a seed."""
         image = Image.fromarray(picture.pixels())
         with torch_seed(seed):
             large = [np.asarray(view(image)) for view in self.global_views]

@@ -1,4 +1,4 @@
-"""Which sample comes when, and with which random numbers: pure functions of (seed, pass, position).
+"""The order of samples and their random numbers: pure functions of (seed, pass, position).
 
 Position g of the run is place g mod N of pass g // N over N images. The place decides the image (a
 permutation keyed by the pass) and the seed of its crops, so the only state of the data is an
@@ -17,14 +17,12 @@ import numpy as np
 from jaxtyping import Int64
 from torch.utils.data import Sampler
 
-_ORDER, _CROPS, _STEP, _WINDOW, _INSTEAD = range(5)  # what the random bits are for
+_ORDER, _CROPS, _STEP, _WINDOW, _FALLBACK = range(5)  # purposes of random bits
 NEIGHBOURS = 4  # tried in place of a bad image before any other
 
 
 def _bits(seed: int, purpose: int, *place: int) -> np.random.Philox:
-    """A generator keyed by the seed and the purpose, its counter at a place (up to three
-    integers).
-    """
+    """Return a generator keyed by seed and purpose, its counter at up to three integers."""
     counter = np.zeros(4, dtype=np.uint64)
     counter[1 : 1 + len(place)] = place  # the lowest word counts the draws
     return np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=counter)
@@ -32,7 +30,7 @@ def _bits(seed: int, purpose: int, *place: int) -> np.random.Philox:
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, pass_index: int, num_images: int) -> Int64[np.ndarray, " N"]:
-    """The order of pass `pass_index`: every image once."""
+    """Return the order of pass `pass_index`: every image once."""
     order = np.random.Generator(_bits(seed, _ORDER, pass_index)).permutation(num_images)
     order.setflags(write=False)  # it is cached
     return order
@@ -42,7 +40,7 @@ def permutation(seed: int, pass_index: int, num_images: int) -> Int64[np.ndarray
 def window_permutation(
     seed: int, pass_index: int, window: int, size: int
 ) -> Int64[np.ndarray, " W"]:
-    """The order inside a window of pass `pass_index`."""
+    """Return the order inside a window of pass `pass_index`."""
     return np.random.Generator(_bits(seed, _WINDOW, pass_index, window)).permutation(size)
 
 
@@ -59,8 +57,8 @@ class Shards:
     window: int
 
     def image_at(self, seed: int, pass_index: int, place: int) -> int:
-        """Index of the image at a place of a pass: the shards in a permuted order laid end to end,
-        cut into windows, each permuted.
+        """Return the index of the image at a place of a pass: the shards in a permuted order laid
+        end to end, cut into windows, each permuted.
         """
         window, inside = divmod(place, self.window)
         first = window * self.window
@@ -75,7 +73,7 @@ class Shards:
 
 
 def image_at(seed: int, position: int, num_images: int, shards: Shards | None = None) -> int:
-    """Index of the image at a position of the run."""
+    """Return the index of the image at a position of the run."""
     pass_index, place = divmod(position, num_images)
     if shards is not None:
         return shards.image_at(seed, pass_index, place)
@@ -83,26 +81,27 @@ def image_at(seed: int, position: int, num_images: int, shards: Shards | None = 
 
 
 def crop_seed(seed: int, position: int, num_images: int) -> int:
-    """Seed of the crops at a position, in [0, 2^63)."""
+    """Return the seed of the crops at a position, in [0, 2^63)."""
     bits = _bits(seed, _CROPS, position // num_images, position % num_images)
     return int(bits.random_raw()) >> 1
 
 
-def instead_of(seed: int, position: int, wanted: int, attempt: int, num_images: int) -> int:
-    """Index of the image to try in place of a bad one: its neighbours first, then any, for bad
-    images may lie together.
+def fallback_index(seed: int, position: int, wanted: int, attempt: int, num_images: int) -> int:
+    """Return the index of the image to try in place of a bad one: its neighbours first, then any,
+    for bad images may lie together.
     """
     if attempt < NEIGHBOURS:
         return (wanted + attempt) % num_images
-    bits = _bits(seed, _INSTEAD, position // num_images, position % num_images, attempt)
+    bits = _bits(seed, _FALLBACK, position // num_images, position % num_images, attempt)
     return int(bits.random_raw() % num_images)
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:
-    """Seed of stochastic depth at an optimizer step on a rank, in [0, 2^63)."""
+    """Return the seed of stochastic depth at a step on a rank, in [0, 2^63)."""
     return int(_bits(seed, _STEP, rank, step).random_raw()) >> 1
 
 
+@dataclass(eq=False)
 class Positions(Sampler[int]):
     """The positions of one rank from `start` to the end of the run, in batches of the global
     sequence.
@@ -118,23 +117,20 @@ class Positions(Sampler[int]):
         world_size: W.
     """
 
-    def __init__(
-        self, start_step: int, total_steps: int, batch_size: int, rank: int = 0, world_size: int = 1
-    ):
-        self.start_step = start_step
-        self.total_steps = total_steps
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
+    start_step: int
+    total_steps: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
 
     def __len__(self) -> int:
-        """Of the whole run, not of what is left: Lightning compares it with the steps done since
-        the run began.
+        """Return the length of the whole run, not of what is left: Lightning compares it with the
+        steps since the run began.
         """
         return self.total_steps * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        """Positions in the order they are trained on."""
+        """Yield positions in the order they are trained on."""
         for step in range(self.start_step, self.total_steps):
             first = (step * self.world_size + self.rank) * self.batch_size
             yield from range(first, first + self.batch_size)

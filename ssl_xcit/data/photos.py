@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
@@ -20,33 +21,23 @@ from ssl_xcit.data.folders import class_folders, folder
 from ssl_xcit.data.preprocess import Pixels
 from ssl_xcit.data.sources import Files, LabelledPair
 from ssl_xcit.errors import MissingPath
-from ssl_xcit.files import default_cache
+from ssl_xcit.utils.files import default_cache
+from ssl_xcit.utils.validation import PLACE, Words
 
-SKIMAGE = [
-    "astronaut.png",
-    "brick.png",
-    "camera.png",
-    "cell.png",
-    "chelsea.png",
-    "coffee.png",
-    "coins.png",
-    "grass.png",
-    "gravel.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "moon.png",
-    "motorcycle_left.png",
-    "retina.jpg",
-    "rocket.jpg",
-]
-SKLEARN = ["china.jpg", "flower.jpg"]
+SKIMAGE = (
+    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png",
+    "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
+    "motorcycle_left.png", "retina.jpg", "rocket.jpg",
+)  # fmt: skip
+SKLEARN = ("china.jpg", "flower.jpg")
 SIZE, BLOCK, STRIDE = 64, 128, 32
 FOLDER = f"photos-{SIZE}-{BLOCK}-{STRIDE}"
 MAX_BLOCKS = 16  # of one photograph, evenly spaced: the largest would make up a third of the set
+CacheFolder = Annotated[str | Path | None, PLACE, Words("a folder or null")]
 
 
 def photographs() -> Iterator[tuple[str, Path]]:
-    """Name and file of each; none is imported or downloaded."""
+    """Yield name and file of each; none is imported or downloaded."""
     for package, inside, files in (
         ("skimage", "data", SKIMAGE),
         ("sklearn", "datasets/images", SKLEARN),
@@ -61,7 +52,7 @@ def photographs() -> Iterator[tuple[str, Path]]:
 
 
 def windows(image: Pixels) -> Iterator[tuple[bool, int, int, Pixels]]:
-    """(for testing, top, left, (64, 64, 3) window) of a photograph."""
+    """Yield (for testing, top, left, (64, 64, 3) window) of a photograph."""
     rows, columns = image.shape[0] // BLOCK, image.shape[1] // BLOCK
     blocks = [(r, c) for r in range(rows) for c in range(columns)]
     if len(blocks) > MAX_BLOCKS:
@@ -77,7 +68,7 @@ def windows(image: Pixels) -> Iterator[tuple[bool, int, int, Pixels]]:
 
 
 def cut_photos(cache: str | Path | None = None) -> Path:
-    """PNG files in `CACHE/photos-64-128-32/{train,test}/PHOTOGRAPH/`, cut once.
+    """Cut PNG files into `CACHE/photos-64-128-32/{train,test}/PHOTOGRAPH/`, once.
 
     The folder appears whole or not at all.
     """
@@ -104,13 +95,13 @@ def cut_photos(cache: str | Path | None = None) -> Path:
     return target
 
 
-def photos(cache: str | Path | None = None) -> Files:
-    """The training windows, without labels."""
+def photos(cache: CacheFolder = None) -> Files:
+    """Return the training windows, without labels."""
     return folder(str(cut_photos(cache) / "train"))
 
 
-def labelled_photos(cache: str | Path | None = None) -> LabelledPair:
-    """Training and test windows with the photograph as class."""
+def labelled_photos(cache: CacheFolder = None) -> LabelledPair:
+    """Return training and test windows with the photograph as class."""
     root = cut_photos(cache)
     train = class_folders(root / "train")
     test = class_folders(root / "test", train.class_names)

@@ -5,17 +5,19 @@ It belongs to the weights: a checkpoint carries it, and evaluation reads images 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le, Len, Predicate
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.utils.validation import PLACE, Checker, Count, Positive, Text, Words
 
 MAX_PIXELS = 64_000_000  # a decompression bomb unpacks to hundreds of millions
 MAX_RESIZED = 16_000_000  # pixels of an image that evaluation resizes as a whole
@@ -27,6 +29,15 @@ STATISTICS = {
     1: ((0.449,), (0.226,)),
 }
 MAX_CHANNELS = 128
+Channels = Annotated[int, Ge(1), Le(MAX_CHANNELS)]
+Byte = Annotated[int, Ge(0), Le(255)]
+Background = Annotated[Sequence[Byte], Len(3, 3), Words("3 whole numbers of 0 to 255")]
+ValueRange = Annotated[
+    Sequence[float],
+    Len(2, 2),
+    Predicate(lambda values: values[0] < values[1]),
+    Words("[low,high] with low < high"),
+]
 
 
 @dataclass(frozen=True)
@@ -37,51 +48,43 @@ class Preprocess:
         channels: of the pixels, and the model's `in_chans`.
         mean: of each channel, of values in 0..1; None: the known ones of RGB and grey.
         std: standard deviation, likewise.
-        background: 0..255, what lies behind transparent pixels.
+        background: 0..255, the colour behind transparent pixels.
         value_range: what becomes 0 and 255 in images of more than 8 bits; None: the whole range of
             16 bits. Floating-point images need it.
         max_pixels: images with more by their header are refused.
     """
 
-    channels: int = 3
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    background: tuple[int, int, int] = (255, 255, 255)
-    value_range: tuple[float, float] | None = None
-    max_pixels: int = MAX_PIXELS
+    channels: Channels = 3
+    mean: Sequence[float] | None = None
+    std: Sequence[Positive] | None = None
+    background: Background = (255, 255, 255)
+    value_range: ValueRange | None = None
+    max_pixels: Count = MAX_PIXELS
 
     def __post_init__(self) -> None:
         """Complete the statistics; lists become tuples.
 
         Raises:
-            UserError: a value of the wrong kind or out of its range.
+            UserError: statistics of another number of channels.
         """
-        if type(self.channels) is not int or not 1 <= self.channels <= MAX_CHANNELS:
-            raise UserError(f"preprocess.channels={self.channels}: 1 to {MAX_CHANNELS}")
-        if type(self.max_pixels) is not int or self.max_pixels < 1:
-            raise UserError(f"preprocess.max_pixels={self.max_pixels}: a whole number from 1")
-        known = STATISTICS.get(self.channels, (None, None))
-        numbers = {
-            "mean": (known[0] if self.mean is None else self.mean, self.channels),
-            "std": (known[1] if self.std is None else self.std, self.channels),
-            "background": (self.background, 3),
-            "value_range": (self.value_range, 2),
-        }
-        for name, (values, count) in numbers.items():
-            if values is None:
-                continue
-            if not is_numbers(values, count):
-                raise UserError(f"preprocess.{name}={values}: {count} numbers")
-            object.__setattr__(self, name, tuple(values))
-        if self.std is not None and min(self.std) <= 0.0:
-            raise UserError(f"preprocess.std={list(self.std)}: above 0")
-        if not all(type(v) is int and 0 <= v <= 255 for v in self.background):
-            raise UserError(f"preprocess.background={list(self.background)}: 3 of 0 to 255")
+        for name, known in zip(
+            ("mean", "std"), STATISTICS.get(self.channels, (None, None)), strict=True
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, known)
+        for name in ("mean", "std", "background", "value_range"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(values))
+                if name in ("mean", "std") and len(values) != self.channels:
+                    raise UserError(
+                        f"preprocess.{name}={list(values)} must be {self.channels} numbers, one a "
+                        "channel"
+                    )
         if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
-            raise UserError(f"preprocess.value_range={list(self.value_range)}: [low, high]")
+            raise UserError(f"preprocess.value_range={list(self.value_range)} must be [low,high]")
 
-    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation by channel.
+    def statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Return mean and standard deviation by channel.
 
         Raises:
             UserError: there are none.
@@ -94,106 +97,87 @@ class Preprocess:
         return self.mean, self.std
 
     def of_weights(self) -> dict[str, Any]:
-        """What a checkpoint keeps: plain data, all but the limit on sizes."""
-        kept = asdict(self)
-        del kept["max_pixels"]
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
-
-
-def is_numbers(values: Any, count: int) -> bool:
-    """A sequence of so many finite numbers."""
-    return (
-        isinstance(values, Sequence)
-        and not isinstance(values, str)
-        and len(values) == count
-        and all(type(v) in (int, float) and abs(v) < 1e30 for v in values)
-    )
+        """Return what a checkpoint keeps: plain data, all but the limit on sizes."""
+        settings = asdict(self)
+        del settings["max_pixels"]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 def preprocess(
-    channels: int = 3,
-    stats: str | None = None,
-    background: Sequence[int] = (255, 255, 255),
-    value_range: Sequence[float] | None = None,
-    max_pixels: int = MAX_PIXELS,
+    channels: Channels = 3,
+    stats: Annotated[Text | None, PLACE] = None,
+    background: Background = (255, 255, 255),
+    value_range: ValueRange | None = None,
+    max_pixels: Count = MAX_PIXELS,
 ) -> Preprocess:
-    """From settings; `stats` is a file that `ssl-xcit stats` wrote.
+    """Make it from settings; `stats` is a file that `ssl-xcit stats` wrote.
 
     Raises:
         MissingPath: no such file.
         UserError: the file is of other images (channels, range), or a value is wrong.
     """
-    given = Preprocess(
-        channels, background=as_tuple(background), value_range=as_tuple(value_range),
-        max_pixels=max_pixels,
-    )  # fmt: skip
+    settings = Preprocess(
+        channels, background=background, value_range=value_range, max_pixels=max_pixels
+    )
     if stats is None:
-        return given
-    path = Path(stats).expanduser()
+        return settings
+    path = Path(str(stats)).expanduser()
     try:
         content = json.loads(path.read_text())
-        found = {k: content[k] for k in ("channels", "mean", "std", "background", "value_range")}
+        kept = {k: content[k] for k in ("channels", "mean", "std", "background", "value_range")}
     except OSError as error:
         raise MissingPath(
             f"preprocess.stats={stats}: no such file; make it with ssl-xcit stats"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"preprocess.stats={stats}: not a file of ssl-xcit stats") from error
-    made = of_weights(found, max_pixels)
+    of_file = of_weights(kept, max_pixels)
     for name in ("channels", "background", "value_range"):
-        wanted, has = getattr(given, name), getattr(made, name)
-        if wanted != has:
+        now, then = getattr(settings, name), getattr(of_file, name)
+        if now != then:
             raise UserError(
-                f"preprocess.stats={stats} was made with {name}={has}, and this is "
-                f"preprocess.{name}={wanted}: give the same, or make it again with ssl-xcit stats"
+                f"preprocess.stats={stats} was made with {name}={then}, and this is "
+                f"preprocess.{name}={now}: give the same, or make it again with ssl-xcit stats"
             )
-    return made
+    return of_file
 
 
 def of_weights(content: Mapping[str, Any], max_pixels: int = MAX_PIXELS) -> Preprocess:
-    """What a checkpoint holds, checked; an empty mapping is ImageNet's.
+    """Make it from what a checkpoint holds, checked; an empty mapping is ImageNet's.
 
     Raises:
         UserError: not such data.
     """
-    names = {field.name for field in fields(Preprocess)} - {"max_pixels"}
-    unknown = set(content) - names
-    if unknown:
-        raise UserError(f"preprocessing in the weights: unknown {', '.join(sorted(unknown))}")
-    values = {k: as_tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-    return Preprocess(**values, max_pixels=max_pixels)
-
-
-def as_tuple(values: Any) -> Any:
-    """A sequence as a tuple, anything else (to be refused by name) as it is."""
-    return tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else values
+    if "max_pixels" in content:
+        raise UserError("preprocess.max_pixels is a setting of this machine, not of weights")
+    settings = {**content, "max_pixels": max_pixels}
+    checked: Preprocess = Checker({}).instance(Preprocess, settings, "preprocess")
+    return checked
 
 
 def normalise(
-    pixels: UInt8[Tensor, "*any channels h w"], how: Preprocess
+    pixels: UInt8[Tensor, "*any channels h w"], preprocess: Preprocess
 ) -> Float[Tensor, "*any channels h w"]:
-    """(x / 255 - mean) / std in float32; the memory's order is kept."""
+    """Return (x / 255 - mean) / std in float32; the memory's order is kept."""
     mean, std = (
         torch.tensor(values, device=pixels.device).mul_(255.0)[:, None, None]
-        for values in how.statistics()
+        for values in preprocess.statistics()
     )
     return (pixels.float() - mean).div_(std)
 
 
 def to_views(
-    crops: UInt8[Tensor, "B V h w channels"], how: Preprocess
+    crops: UInt8[Tensor, "B V h w channels"], preprocess: Preprocess
 ) -> Float[Tensor, "V B channels h w"]:
-    """Pixels 0..255 to normalised channels-last floats, views first; on whatever device they
-    are.
-    """
+    """Convert pixels 0..255 to normalised channels-last floats, views first, on their device."""
     views = crops.transpose(0, 1).contiguous().permute(0, 1, 4, 2, 3)
-    return normalise(views, how)
+    return normalise(views, preprocess)
 
 
 def resize_center_crop(
     image: Pixels, resize: int, size: int
 ) -> UInt8[np.ndarray, "size size channels"]:
-    """For evaluation: short side to `resize` (bicubic), then the central `size` x `size` pixels."""
+    """Resize the short side to `resize` (bicubic), then cut the central `size` x `size` pixels."""
     if image.shape[-1] == 3:
         return np.asarray(resized_center(Image.fromarray(image), resize, size))
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, -1, 0)]
@@ -201,7 +185,7 @@ def resize_center_crop(
 
 
 def resized_center(picture: Image.Image, resize: int, size: int) -> Image.Image:
-    """`resize_center_crop` of one RGB or grey picture, to the pixel as torchvision does it.
+    """Return `resize_center_crop` of one RGB or grey picture, to the pixel as torchvision does it.
 
     Of a long and thin picture, which would become larger than `MAX_RESIZED` pixels, only the part
     that is kept is enlarged.

@@ -1,20 +1,35 @@
-"""Images that lie in arrays, or in sets that other libraries read: torchvision, Hugging Face."""
+"""Images in arrays, and sets that other libraries read: torchvision, Hugging Face."""
 
 import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from ssl_xcit.data.decode import BadImage
+from ssl_xcit.data.decode import BadImage, npy_header
 from ssl_xcit.data.labels import AnyLabels, labels_from, load_npy, normalised
-from ssl_xcit.data.names import Names
 from ssl_xcit.data.order import Shards
 from ssl_xcit.data.preprocess import MAX_CHANNELS
-from ssl_xcit.data.sources import Files, LabelledPair, Source, held_out
+from ssl_xcit.data.sources import (
+    Files,
+    LabelKind,
+    LabelledPair,
+    Place,
+    Seed,
+    Source,
+    TestFraction,
+    held_out,
+)
+from ssl_xcit.data.string_array import StringArray
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.utils.validation import PLACE, Count, Text
+
+SetName = Literal["CIFAR10", "CIFAR100", "STL10", "ImageNet"]  # torchvision's classes
+SetRoot = Annotated[Text, PLACE]
+Download = Annotated[bool, PLACE]
+Member = Annotated[str | None, PLACE]  # of an .npz file
 
 
 class Arrays:
@@ -22,7 +37,7 @@ class Arrays:
 
     Args:
         images: uint8, or another number type with `preprocess.value_range`.
-        name: what a message calls the set.
+        name: what messages call the set.
         labels: class ids, or None.
         class_names: by class id.
     """
@@ -55,7 +70,7 @@ class Arrays:
         return len(self.images)
 
     def read(self, index: int) -> np.ndarray:
-        """The stored pixels, copied out of the map."""
+        """Copy the stored pixels out of the map."""
         return np.array(self.images[index])
 
     def name(self, index: int) -> str:
@@ -64,7 +79,7 @@ class Arrays:
 
 
 class HuggingFace:
-    """A data set of Hugging Face's `datasets` library, its encoded images undecoded."""
+    """A data set of Hugging Face's `datasets` library, whose images are not decoded by it."""
 
     shards: Shards | None = None
 
@@ -109,14 +124,14 @@ class HuggingFace:
 
 
 def arrays(
-    file: str | None,
-    labels: str | None = None,
-    member: str | None = None,
-    label_kind: str | None = None,
+    file: Place,
+    labels: Place = None,
+    member: Member = None,
+    label_kind: LabelKind = None,
     known: Sequence[str] = (),
 ) -> Arrays | None:
-    """Images (N, H, W) or (N, H, W, channels) in a `.npy` file, mapped into memory, or a member of
-    an `.npz` file.
+    """Return images (N, H, W) or (N, H, W, channels) of a `.npy` file, mapped into memory, or of a
+    member of an `.npz` file.
 
     Args:
         file: the file; None: no images.
@@ -132,6 +147,7 @@ def arrays(
     """
     if file is None:
         return None
+    file = str(file)
     members = npz_members(file)
     if members is None and member is not None:
         raise UserError(f"data.member={member}: {file} is no .npz file, so it has no members")
@@ -154,10 +170,10 @@ def arrays(
         )
     if labels is None:
         return Arrays(images, name)
-    if members is not None and not Path(labels).expanduser().is_file():
-        values = npz_member(file, members, labels)
+    if members is not None and not Path(str(labels)).expanduser().is_file():
+        values = npz_member(file, members, str(labels))
     else:
-        values = load_npy(labels, "data.labels")
+        values = load_npy(str(labels), "data.labels")
     known_labels, classes = labels_from(
         values, len(images), f"data.labels={labels}", label_kind, known
     )
@@ -165,7 +181,7 @@ def arrays(
 
 
 def npz_members(file: str) -> dict[str, str] | None:
-    """Shape and type of every array in an `.npz` file, by name; None where it is none.
+    """Return shape and type of every array in an `.npz` file, by name; None: it is another file.
 
     Raises:
         MissingPath: no such file.
@@ -178,29 +194,23 @@ def npz_members(file: str) -> dict[str, str] | None:
         if path.suffix == ".npz":
             raise UserError(f"data.file={file}: not an .npz file, or cut short; copy it again")
         return None
-    found = {}
+    members = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if name.endswith(".npy"):
                     with archive.open(name) as stream:
-                        version = np.lib.format.read_magic(stream)
-                        read = (
-                            np.lib.format.read_array_header_1_0
-                            if version == (1, 0)
-                            else np.lib.format.read_array_header_2_0
-                        )
-                        shape, _, dtype = read(stream)
-                    found[name.removesuffix(".npy")] = f"{tuple(shape)} {dtype}"
+                        shape, dtype = npy_header(stream)
+                    members[name.removesuffix(".npy")] = f"{shape} {dtype}"
     except Exception as error:  # zipfile and numpy raise half a dozen types
         raise UserError(f"data.file={file} cannot be read ({error}): copy it again") from error
-    if not found:
+    if not members:
         raise UserError(f"data.file={file}: an archive without arrays: unpack it")
-    return found
+    return members
 
 
 def npz_member(file: str, members: dict[str, str], name: str) -> np.ndarray:
-    """An array of an `.npz` file, in memory.
+    """Read an array of an `.npz` file into memory.
 
     Raises:
         UserError: no such member, or it cannot be read.
@@ -215,10 +225,10 @@ def npz_member(file: str, members: dict[str, str], name: str) -> np.ndarray:
 
 
 def only_images(file: str, members: dict[str, str]) -> str:
-    """The member that holds images.
+    """Return the member that holds images.
 
     Raises:
-        UserError: none or several can be; says what to type.
+        UserError: none or several may be images; says what to type.
     """
     likely = [name for name, kind in members.items() if kind.count(",") >= 2]
     if len(likely) == 1:
@@ -231,24 +241,24 @@ def only_images(file: str, members: dict[str, str]) -> str:
 
 
 def listed(members: dict[str, str]) -> str:
-    """Names with shapes and types."""
+    """Return names with shapes and types."""
     return ", ".join(f"{name} {kind}" for name, kind in members.items())
 
 
 def labelled_arrays(
-    file: str | None,
-    labels: str | None = None,
-    test_file: str | None = None,
-    test_labels: str | None = None,
-    test_fraction: float = 0.2,
-    resize: int = 256,
-    size: int = 224,
-    seed: int = 0,
-    member: str | None = None,
-    test_member: str | None = None,
-    label_kind: str | None = None,
+    file: Place,
+    labels: Place = None,
+    test_file: Place = None,
+    test_labels: Place = None,
+    test_fraction: TestFraction = 0.2,
+    resize: Count = 256,
+    size: Count = 224,
+    seed: Seed = 0,
+    member: Member = None,
+    test_member: Member = None,
+    label_kind: LabelKind = None,
 ) -> LabelledPair | None:
-    """`arrays` with labels, and others to be tested on: in `test_file`, or the `test_member` of
+    """Return `arrays` with labels, and others to test on: of `test_file`, or the `test_member` of
     `file` (None: a share is held out).
     """
     train = arrays(file, labels, member, label_kind)
@@ -260,14 +270,14 @@ def labelled_arrays(
 
 
 def huggingface(
-    root: str | None,
+    root: Place,
     split: str | None = None,
     image: str = "image",
     label: str | None = None,
-    label_kind: str | None = None,
+    label_kind: LabelKind = None,
     known: Sequence[str] = (),
 ) -> HuggingFace | None:
-    """A set that `Dataset.save_to_disk` wrote.
+    """Return a set that `Dataset.save_to_disk` wrote.
 
     Args:
         root: its folder; None: no images.
@@ -289,7 +299,7 @@ def huggingface(
         raise UserError(
             "data=huggingface needs the datasets library: pip install 'ssl-xcit[huggingface]'"
         ) from error
-    path = Path(root).expanduser()
+    path = Path(str(root)).expanduser()
     if not path.is_dir():
         raise MissingPath(f"data.root={root}: no such folder")
     try:
@@ -313,24 +323,24 @@ def huggingface(
         raise UserError(
             f"data.image={image}: a column of {loaded.features[image]}, not of images"
         ) from error
-    made = HuggingFace(undecoded, image, path.name, label, label_kind, known)
-    made.fingerprint = f"{getattr(loaded, '_fingerprint', '')} {image}"  # before the cast
-    return made
+    source = HuggingFace(undecoded, image, path.name, label, label_kind, known)
+    source.fingerprint = f"{getattr(loaded, '_fingerprint', '')} {image}"  # before the cast
+    return source
 
 
 def labelled_huggingface(
-    root: str | None,
+    root: Place,
     split: str | None = None,
     test_split: str | None = None,
     image: str = "image",
     label: str = "label",
-    test_fraction: float = 0.2,
-    resize: int = 256,
-    size: int = 224,
-    seed: int = 0,
-    label_kind: str | None = None,
+    test_fraction: TestFraction = 0.2,
+    resize: Count = 256,
+    size: Count = 224,
+    seed: Seed = 0,
+    label_kind: LabelKind = None,
 ) -> LabelledPair | None:
-    """`huggingface` with labels, and another split to be tested on (None: a share is held out)."""
+    """Return `huggingface` with labels, and a split to test on (None: a share is held out)."""
     if root is None and test_split is not None:
         raise UserError("eval_data.test_split is given without eval_data.root; give both")
     train = huggingface(root, split, image, label, label_kind)
@@ -341,13 +351,18 @@ def labelled_huggingface(
     return held_out(train, test, str(root), test_fraction, resize, size, seed)
 
 
-def torchvision_set(name: str, root: str, split: str, download: bool) -> Source:
-    """CIFAR10, CIFAR100, STL10 or ImageNet as torchvision lays them out.
+def torchvision_set(
+    name: SetName,
+    root: SetRoot,
+    split: Literal["train", "test", "unlabeled"],
+    download: Download,
+) -> Source:
+    """Return a set as torchvision reads it.
 
     Args:
         name: torchvision's class.
         root: where the files are, or are put.
-        split: train, test (ImageNet: val), or unlabeled (STL10).
+        split: the test split of ImageNet is its validation images; only STL10 has unlabeled ones.
         download: fetch what is missing.
 
     Raises:
@@ -356,33 +371,34 @@ def torchvision_set(name: str, root: str, split: str, download: bool) -> Source:
     from torchvision import datasets  # the other sources do without
 
     options: dict[str, object]
-    if name in ("CIFAR10", "CIFAR100"):
-        options = {"train": split == "train", "download": download}
+    if name == "ImageNet":
+        options = {"split": "val" if split == "test" else split}
     elif name == "STL10":
         options = {"split": split, "download": download}
-    elif name == "ImageNet":
-        options = {"split": "val" if split == "test" else split}
     else:
-        raise UserError(f"name={name}: one of CIFAR10, CIFAR100, STL10, ImageNet")
-    home = Path(root).expanduser().absolute()
-    made = [path for path in (home, *home.parents) if not path.exists()]
+        options = {"train": split == "train", "download": download}
+    home = Path(str(root)).expanduser().absolute()
+    missing = [path for path in (home, *home.parents) if not path.exists()]
     try:
         dataset = getattr(datasets, name)(root=str(home), **options)
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
-        if made:  # torchvision makes the folder before it looks for the network
-            shutil.rmtree(made[-1], ignore_errors=True)
+        if missing:  # torchvision makes the folder before it tries the network
+            shutil.rmtree(missing[-1], ignore_errors=True)
         if name == "ImageNet":
             fix = f"put ILSVRC2012_devkit_t12.tar.gz, _img_train.tar and _img_val.tar into {root}"
         elif download:
             fix = f"no network? Put torchvision's archive into {root}, or use data=photos"
         else:
-            fix = f"fetch it with data.download=true eval_data.download=true, or put it into {root}"
+            fix = (
+                "fetch it with data.download=true (eval_data alone: eval_data.download=true), or "
+                f"put it into {root}"
+            )
         raise MissingPath(f"{name} is not in {root} ({reason}): {fix}") from error
     names = [n if isinstance(n, str) else n[0] for n in dataset.classes]
     if name == "ImageNet":
         paths, targets = zip(*dataset.samples, strict=True)
-        return Files(Names.of(paths), "", np.asarray(targets, np.int64), names)
+        return Files(StringArray.of(paths), "", np.asarray(targets, np.int64), names)
     images = dataset.data if name != "STL10" else dataset.data.transpose(0, 2, 3, 1)
     title = f"{name} {split}"
     if split == "unlabeled":
@@ -392,8 +408,9 @@ def torchvision_set(name: str, root: str, split: str, download: bool) -> Source:
 
 
 def labelled_torchvision(
-    name: str, root: str, download: bool, resize: int, size: int
+    name: SetName, root: SetRoot, download: Download, resize: Count, size: Count
 ) -> LabelledPair:
-    """The train and test parts of a torchvision set; raises as `torchvision_set`."""
-    parts = [torchvision_set(name, root, part, download) for part in ("train", "test")]
-    return LabelledPair(parts[0], parts[1], name, resize, size)
+    """Return the train and test splits of a torchvision set; raises as `torchvision_set`."""
+    train = torchvision_set(name, root, "train", download)
+    test = torchvision_set(name, root, "test", download)
+    return LabelledPair(train, test, name, resize, size)

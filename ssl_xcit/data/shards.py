@@ -3,9 +3,9 @@
 A key ends at the first dot of a file's name, as in WebDataset, unless that would make one image of
 several (`scan.2023.01.jpg`): then it ends at the last.
 
-The tars are listed once, then images are read in place, any of them at any time. Nothing is ever
-extracted: only regular files are looked at, of a limited size, and no pickles. A listing is kept in
-the cache folder for as long as the tars' sizes and times stay the same.
+The tars are listed once, then images are read in place, in any order. Nothing is extracted: only
+regular files of a limited size are read, and no pickles. A listing stays in the cache folder for as
+long as the tars' sizes and times stay the same.
 """
 
 import glob
@@ -16,6 +16,7 @@ import sys
 import tarfile
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -27,28 +28,29 @@ from ssl_xcit.data.folders import say_once
 from ssl_xcit.data.formats import (
     EXTENSIONS,
     HEAD,
-    LeftOut,
-    looked_at,
+    SkippedFiles,
+    readable_by_head,
     readable_formats,
-    told_by_ending,
+    remedy_by_ending,
 )
-from ssl_xcit.data.labels import Labels, named_classes, numbered
-from ssl_xcit.data.names import Names
+from ssl_xcit.data.labels import AnyLabels, Labels, named_classes, numbered
 from ssl_xcit.data.order import Shards
-from ssl_xcit.data.sources import LabelledPair, held_out
+from ssl_xcit.data.sources import LabelledPair, Places, Seed, TestFraction, held_out
+from ssl_xcit.data.string_array import StringArray
 from ssl_xcit.errors import MissingPath, UserError
-from ssl_xcit.files import default_cache
-from ssl_xcit.terminal import track
+from ssl_xcit.utils.files import default_cache
+from ssl_xcit.utils.terminal import track
+from ssl_xcit.utils.validation import Count
 
 log = logging.getLogger(__name__)
 MAX_HEADER = 2**20  # bytes of one tar header with its extensions
 MAX_OPEN = 64  # tars open at once in a process
-FORMAT = 2  # of a kept listing
+FORMAT = 3  # of a cached listing
 MAX_LABEL = 200  # bytes of a .cls member
-MAX_TROUBLE = 5  # lines that are said about tars
+MAX_PROBLEMS = 5  # lines that are logged about tars
 LISTED = {
-    "keys", "key_ends", "offsets", "lengths", "labels", "label_ends", "counts", "trouble",
-    "trouble_ends", "left_out",
+    "keys", "key_ends", "offsets", "lengths", "labels", "label_ends", "counts", "problems",
+    "problem_ends", "left_out",
 }  # fmt: skip
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
@@ -60,8 +62,8 @@ class Listing(NamedTuple):
     offsets: list[int]
     sizes: list[int]
     labels: list[str]  # empty where there is none
-    trouble: list[str]  # what is wrong with it, for the log
-    left_out: LeftOut  # members that are neither images nor labels
+    problems: list[str]  # for the log
+    skipped: SkippedFiles  # members that are neither images nor labels
 
 
 class Member(NamedTuple):
@@ -84,39 +86,32 @@ class Member(NamedTuple):
         return folder + slash + (file.rpartition(".")[0] or file)
 
 
+@dataclass(eq=False)
 class TarShards:
     """Images in tars, in the order of the tars.
 
     Args:
         files: the tars.
-        sizes: images of each.
+        shards: images of each tar, and how many are mixed with each other.
         keys: of all images.
         offsets: in bytes, where each begins in its tar.
         lengths: of each in bytes.
-        window: images that are mixed with each other in a pass.
         labels: class ids, or None.
         class_names: by class id.
     """
 
-    def __init__(
-        self,
-        files: Sequence[str],
-        sizes: np.ndarray,
-        keys: Names,
-        offsets: np.ndarray,
-        lengths: np.ndarray,
-        window: int,
-        labels: Labels | None,
-        class_names: Sequence[str],
-    ):
-        self.files = list(files)
-        self.ends = sizes.cumsum()
-        self.keys = keys
-        self.offsets = offsets
-        self.lengths = lengths
-        self.shards: Shards | None = Shards(sizes, window)
-        self.labels = labels
-        self.class_names: Sequence[str] = tuple(class_names)
+    files: Sequence[str]
+    shards: Shards | None
+    keys: StringArray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    labels: AnyLabels | None
+    class_names: Sequence[str]
+
+    def __post_init__(self) -> None:
+        """Prepare to find and open tars."""
+        assert self.shards is not None
+        self.ends = self.shards.sizes.cumsum()
         self.open_files: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,7 +121,7 @@ class TarShards:
         return len(self.keys)
 
     def shard_of(self, index: int) -> int:
-        """Which tar an image lies in."""
+        """Return the number of the tar that an image lies in."""
         return int(np.searchsorted(self.ends, index, side="right"))
 
     def read(self, index: int) -> bytes:
@@ -141,7 +136,7 @@ class TarShards:
         return content
 
     def descriptor(self, shard: int) -> int:
-        """Of an open tar; the one that was not used for longest is closed when there are many."""
+        """Return an open tar; of many the least recently used is closed."""
         if shard not in self.open_files:
             if len(self.open_files) >= MAX_OPEN:
                 os.close(self.open_files.popitem(last=False)[1])
@@ -150,7 +145,7 @@ class TarShards:
         return self.open_files[shard]
 
     def name(self, index: int) -> str:
-        """`shard-000001.tar/KEY`."""
+        """Return `shard-000001.tar/KEY`."""
         return f"{self.files[self.shard_of(index)]}/{self.keys[index]}"
 
 
@@ -176,19 +171,17 @@ class Capped:
 
 
 def list_tar(path: str) -> Listing:
-    """Its images: regular members that are images by ending or first bytes and lie wholly inside.
-
-    What follows a damaged header is left out; that, and images left out for their names, is in the
-    listing's `trouble`.
+    """List the regular members of a tar that are images by ending or first bytes and lie wholly
+    inside. What follows a damaged header is left out, as the listing's `problems` say.
 
     Raises:
         UserError: compressed, or no tar.
     """
     images: dict[str, Member] = {}  # the last of one name, as when a tar is unpacked
     labels: dict[str, str] = {}
-    trouble: list[str] = []
-    left_out = LeftOut()
-    odd = twice = 0
+    problems: list[str] = []
+    skipped = SkippedFiles()
+    odd = repeated = 0
     with open(path, "rb") as file:
         kind = COMPRESSED.get(file.read(2))
         if kind is not None:
@@ -212,55 +205,57 @@ def list_tar(path: str) -> Listing:
                     if member.offset_data + member.size > end:
                         raise tarfile.ReadError("unexpected end of data")
                     name = os.path.normpath(member.name).lstrip("/")
-                    found = Member(name, member.offset_data, member.size)
+                    file_member = Member(name, member.offset_data, member.size)
                     encoded = os.fsencode(os.path.basename(name))
                     if encoded.startswith(b"."):  # as macOS puts beside every file
-                        left_out.add(encoded, "hidden")
+                        skipped.add(encoded, "hidden")
                     elif encoded.lower().endswith(b".cls") and member.size < MAX_LABEL:
-                        content = os.pread(file.fileno(), found.size, found.offset)
-                        labels[found.last] = content.decode("utf-8", "replace")
-                    elif is_image(file.fileno(), found, encoded, left_out):
-                        twice += name in images
+                        content = os.pread(file.fileno(), member.size, member.offset_data)
+                        labels[file_member.last] = content.decode("utf-8", "replace")
+                    elif is_image(file.fileno(), file_member, encoded, skipped):
+                        repeated += name in images
                         images.pop(name, None)
-                        images[name] = found
-                unread = after_the_end(file, tar.offset)
-                if unread:
-                    raise tarfile.ReadError(unread)
+                        images[name] = file_member
+                if problem := problem_at_end(file, tar.offset):
+                    raise tarfile.ReadError(problem)
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             if not images and end:
                 raise UserError(f"{path}: not a tar ({error})") from error
-            trouble.append(f"{path}: damaged after {len(images)} images, which are kept ({error})")
+            problems.append(f"{path}: damaged after {len(images)} images, which are kept ({error})")
     if odd:
-        trouble.append(f"{path}: {odd} members are links, devices or too large; left out")
-    if twice:
-        trouble.append(f"{path}: {twice} images are there twice under one name; the last is used")
-    keyed = by_key(path, list(images.values()), trouble)
+        problems.append(f"{path}: {odd} members are links, devices or too large; left out")
+    if repeated:
+        problems.append(
+            f"{path}: {repeated} images are there twice under one name; the last is used"
+        )
+    keyed = by_key(path, list(images.values()), problems)
     return Listing(
         list(keyed),
         [member.offset for member in keyed.values()],
         [member.size for member in keyed.values()],
         [labels.get(m.last, labels.get(m.first, "")).strip() for m in keyed.values()],
-        trouble,
-        left_out,
+        problems,
+        skipped,
     )
 
 
-def is_image(descriptor: int, member: Member, name: bytes, left_out: LeftOut) -> bool:
-    """By the ending of its name, or else its first bytes; what is none is counted."""
+def is_image(descriptor: int, member: Member, name: bytes, skipped: SkippedFiles) -> bool:
+    """Whether a member is an image by its ending, or else its first bytes; others are counted."""
     if name.lower().endswith(EXTENSIONS):
         return True
-    remedy = told_by_ending(name)
+    remedy = remedy_by_ending(name)
     if remedy is None:
-        found, remedy = looked_at(os.pread(descriptor, min(HEAD, member.size), member.offset))
-        if found:
+        head = os.pread(descriptor, min(HEAD, member.size), member.offset)
+        readable, remedy = readable_by_head(head)
+        if readable:
             return True
-    left_out.add(name, remedy)
+    skipped.add(name, remedy)
     return False
 
 
-def by_key(path: str, images: Sequence[Member], trouble: list[str]) -> dict[str, Member]:
-    """Images by key. Beside `KEY.jpg`, images such as `KEY.depth.png` belong to the same sample and
-    are left out, which is said.
+def by_key(path: str, images: Sequence[Member], problems: list[str]) -> dict[str, Member]:
+    """Return images by key. Beside `KEY.jpg`, images such as `KEY.depth.png` belong to the same
+    sample and are left out, which is added to `problems`.
     """
     groups: dict[str, list[Member]] = {}
     for member in images:
@@ -268,7 +263,9 @@ def by_key(path: str, images: Sequence[Member], trouble: list[str]) -> dict[str,
     several = [g for g in groups.values() if len(g) > 1]
     if several and not any(m.first == m.last for g in groups.values() for m in g):
         example = several[0][0]  # dots are parts of the names
-        trouble.append(f"{path}: keys end at the last dot, such as {example.last} ({example.name})")
+        problems.append(
+            f"{path}: keys end at the last dot, such as {example.last} ({example.name})"
+        )
         groups = {}
         for member in images:
             groups.setdefault(member.last, []).append(member)
@@ -276,15 +273,15 @@ def by_key(path: str, images: Sequence[Member], trouble: list[str]) -> dict[str,
     beside = [(m, chosen[key]) for key, g in groups.items() for m in g if m is not chosen[key]]
     if beside:
         other, kept = beside[0]
-        trouble.append(
+        problems.append(
             f"{path}: {len(beside)} images lie beside another of the same key and are left out, "
             f"such as {other.name} beside {kept.name}"
         )
     return chosen
 
 
-def after_the_end(file: BinaryIO, offset: int) -> str:
-    """What is wrong where tarfile stopped, which it does at a damaged header as at the end."""
+def problem_at_end(file: BinaryIO, offset: int) -> str:
+    """Say what is wrong where tarfile stopped, which it does at a damaged header as at the end."""
     file.seek(offset)
     rest = file.read(2**20)
     if len(rest) < tarfile.BLOCKSIZE:
@@ -292,29 +289,26 @@ def after_the_end(file: BinaryIO, offset: int) -> str:
     return "a damaged header" if rest.strip(b"\0") else ""
 
 
-def tar_files(root: str | Sequence[str]) -> list[str]:
-    """The tars that are meant: a folder's, a pattern's (`DIR/train-*.tar`), or those named.
+def tar_files(root: Places) -> list[str]:
+    """Return the tars of a folder, of a pattern (`DIR/train-*.tar`), or of several of these.
 
     Raises:
         MissingPath: there are none.
     """
-    roots = [root] if isinstance(root, str | Path | int) else list(root)
     files: list[str] = []
-    for each in map(str, roots):
-        path = str(Path(each).expanduser())
-        inside = os.path.join(glob.escape(path), "*.tar") if os.path.isdir(path) else path
-        named = [path] if os.path.isfile(path) else glob.glob(inside)
-        found = sorted(f for f in named if os.path.isfile(f))
-        if not found:
-            raise MissingPath(f"data.root={each}: no tar shards (*.tar) there")
-        files += found
+    for place in [root] if isinstance(root, str | int | float) else list(root or []):
+        path = str(Path(str(place)).expanduser())
+        pattern = os.path.join(glob.escape(path), "*.tar") if os.path.isdir(path) else path
+        paths = [path] if os.path.isfile(path) else glob.glob(pattern)
+        tars = sorted(filter(os.path.isfile, paths))
+        if not tars:
+            raise MissingPath(f"data.root={place}: no tar shards (*.tar) there")
+        files += tars
     return files
 
 
-def tar_shards(
-    root: str | Sequence[str] | None, window: int = 10_000, known: Sequence[str] = ()
-) -> TarShards | None:
-    """Images in tar shards; with labels if every image has a `.cls`: a class id, or a class name.
+def tar_shards(root: Places, window: Count = 10_000, known: Sequence[str] = ()) -> TarShards | None:
+    """Return images in tar shards; with labels if each has a `.cls`: a class id, or a class name.
 
     Args:
         root: a folder of tars, a pattern, or several of these; None: no images.
@@ -328,8 +322,6 @@ def tar_shards(
     """
     if root is None:
         return None
-    if type(window) is not int or window < 1:
-        raise UserError(f"data.window={window}: a whole number of images from 1")
     files = tar_files(root)
     listed = listing_of(files)
     left_out = listed["left_out"].tobytes().decode("utf-8", "surrogateescape")
@@ -339,23 +331,18 @@ def tar_shards(
         raise MissingPath(f"data.root={root}: no images in {len(files)} tars{others}")
     if left_out:
         say_once(f"data.root={root}: left out: {left_out}")
-    labels, names = shard_labels(Names(listed["labels"], listed["label_ends"]), str(root), known)
-    return TarShards(
-        files,
-        listed["counts"],
-        Names(listed["keys"], listed["key_ends"]),
-        listed["offsets"],
-        listed["lengths"],
-        window,
-        labels,
-        names,
+    labels, names = shard_labels(
+        StringArray(listed["labels"], listed["label_ends"]), str(root), known
     )
+    keys, shards = StringArray(listed["keys"], listed["key_ends"]), Shards(listed["counts"], window)
+    offsets, lengths = listed["offsets"], listed["lengths"]
+    return TarShards(files, shards, keys, offsets, lengths, labels, tuple(names))
 
 
 def shard_labels(
     texts: Sequence[str], root: str, known: Sequence[str]
 ) -> tuple[Labels | None, list[str]]:
-    """(class ids, class names) from the text of the `.cls` members; None unless all have one."""
+    """Return (class ids, class names) by the text of `.cls` members; None unless all have one."""
     words = list(texts)
     missing = words.count("")
     if missing:
@@ -369,63 +356,58 @@ def shard_labels(
 
 
 def listing_of(files: Sequence[str]) -> dict[str, np.ndarray]:
-    """Of all tars, from the cache folder when none has changed."""
+    """Return the listing of all tars, from the cache folder if none has changed."""
     stats = [(os.path.realpath(f), os.stat(f)) for f in files]
     state = repr(
         (FORMAT, readable_formats(), [(path, s.st_size, s.st_mtime_ns) for path, s in stats])
     )
     key = hashlib.sha256(os.fsencode(state)).hexdigest()[:16]
     file = default_cache() / "shards" / f"{key}.npz"
-    kept = load_arrays(file)
-    if kept is None or not set(kept) >= LISTED:
-        kept = list_all(files)
-        save_arrays(file, kept)
-    troubles = list(Names(kept["trouble"], kept["trouble_ends"]))
-    for trouble in troubles[:MAX_TROUBLE]:
-        log.warning("%s", trouble)
-    if len(troubles) > MAX_TROUBLE:
-        log.warning("%d more lines about %d tars", len(troubles) - MAX_TROUBLE, len(files))
-    return kept
+    listing = load_arrays(file)
+    if listing is None or not set(listing) >= LISTED:
+        listing = list_all(files)
+        save_arrays(file, listing)
+    problems = list(StringArray(listing["problems"], listing["problem_ends"]))
+    for problem in problems[:MAX_PROBLEMS]:
+        log.warning("%s", problem)
+    if len(problems) > MAX_PROBLEMS:
+        log.warning("%d more lines about %d tars", len(problems) - MAX_PROBLEMS, len(files))
+    return listing
 
 
 def list_all(files: Sequence[str]) -> dict[str, np.ndarray]:
-    """Every tar listed, as arrays."""
-    shown = sys.stdout.isatty() and len(files) > 1
-    each = [list_tar(f) for f in track(files, "listing shards", show=shown)]
-    keys = Names.of(key for listing in each for key in listing.keys)
-    labels = Names.of(label for listing in each for label in listing.labels)
-    trouble = Names.of(text for listing in each for text in listing.trouble)
-    left_out = LeftOut()
-    for listing in each:
-        left_out.counts.update(listing.left_out.counts)
+    """List every tar, as arrays."""
+    progress = sys.stdout.isatty() and len(files) > 1
+    listings = [list_tar(f) for f in track(files, "listing shards", show=progress)]
+    keys = StringArray.of(key for listing in listings for key in listing.keys)
+    labels = StringArray.of(label for listing in listings for label in listing.labels)
+    problems = StringArray.of(text for listing in listings for text in listing.problems)
+    skipped = SkippedFiles()
+    for listing in listings:
+        skipped.counts.update(listing.skipped.counts)
     return {
-        "trouble": trouble.content,
-        "trouble_ends": trouble.ends,
+        "problems": problems.content,
+        "problem_ends": problems.ends,
         "keys": keys.content,
         "key_ends": keys.ends,
         "labels": labels.content,
         "label_ends": labels.ends,
-        "offsets": joined(each, "offsets"),
-        "lengths": joined(each, "sizes"),
-        "counts": np.array([len(listing.keys) for listing in each], np.int64),
-        "left_out": Names.of([left_out.sentence()]).content,
+        "offsets": np.array([o for listing in listings for o in listing.offsets], np.int64),
+        "lengths": np.array([s for listing in listings for s in listing.sizes], np.int64),
+        "counts": np.array([len(listing.keys) for listing in listings], np.int64),
+        "left_out": StringArray.of([skipped.sentence()]).content,
     }
 
 
-def joined(each: Sequence[Listing], field: str) -> np.ndarray:
-    """One field of all listings."""
-    return np.concatenate([np.array(getattr(one, field), np.int64) for one in each])
-
-
 def labelled_shards(
-    root: str | Sequence[str] | None,
-    test_root: str | Sequence[str] | None = None,
-    test_fraction: float = 0.2,
-    resize: int = 256,
-    size: int = 224,
-    seed: int = 0,
+    root: Places,
+    test_root: Places = None,
+    test_fraction: TestFraction = 0.2,
+    resize: Count = 256,
+    size: Count = 224,
+    seed: Seed = 0,
 ) -> LabelledPair | None:
-    """`tar_shards` with labels, and others to be tested on (None: a share is held out)."""
+    """Return `tar_shards` with labels, and others to test on (None: a share is held out)."""
     train = tar_shards(root)
     test = tar_shards(test_root, known=train.class_names if train is not None else ())
     return held_out(train, test, str(root), test_fraction, resize, size, seed)

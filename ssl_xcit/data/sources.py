@@ -1,5 +1,4 @@
-"""Where images come from, behind one small protocol. Labels are there only when asked for by
-name.
+"""Where images come from, behind one small protocol; labels are read only where they are asked for.
 
 `folders.py` has trees of files, `lists.py` lists of paths, `shards.py` tar shards, `sets.py` arrays
 and sets that other libraries read.
@@ -9,18 +8,27 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from annotated_types import Ge, Lt
 from jaxtyping import Bool
 
 from ssl_xcit.data.decode import read_file
 from ssl_xcit.data.labels import AnyLabels, Labels, label_kind
-from ssl_xcit.data.names import Names
 from ssl_xcit.data.order import Shards
+from ssl_xcit.data.string_array import StringArray
 from ssl_xcit.errors import UserError
+from ssl_xcit.utils.validation import PLACE, Text
 
 Stored = bytes | np.ndarray  # an encoded image, or its pixels
+
+# Settings of sources. A place says where images lie or how a list is read, not which images.
+Place = Annotated[Text | None, PLACE]
+Places = Annotated[Text | Sequence[Text] | None, PLACE]
+LabelKind = Annotated[Literal["classes", "numbers"] | None, PLACE]
+TestFraction = Annotated[float, Ge(0), Lt(1)]
+Seed = Annotated[int, Ge(0)]
 
 
 @runtime_checkable
@@ -47,17 +55,15 @@ class Source(Protocol):
 
 
 def digest_of(stored: Stored) -> bytes:
-    """16 bytes that tell contents apart."""
+    """Return a hash of 16 bytes."""
     content = stored if isinstance(stored, bytes) else stored.tobytes()
     return blake2b(content, digest_size=16).digest()
 
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """Labelled images to learn the classes from, and others to be tested on.
-
-    They are looked at with the short side at `resize` pixels and the central `size` x `size` of
-    that.
+    """Labelled images to learn the classes from, and others to test on; resized to a short side of
+    `resize` pixels, of which the central `size` x `size` are used.
     """
 
     train: Source
@@ -71,11 +77,11 @@ class Files:
     """Image files by path.
 
     Args:
-        paths: the files, below `root`.
-        root: a folder, or empty where the paths are whole.
+        paths: of the files, relative to `root`.
+        root: a folder, or empty where the paths are absolute.
         labels: their class ids, or None.
         class_names: by class id.
-        homes: of whole paths, the folders that they lie below.
+        homes: the folders that absolute paths lie below.
     """
 
     shards: Shards | None = None
@@ -89,7 +95,7 @@ class Files:
         homes: Sequence[str] = (),
     ):
         self.homes = tuple(homes)
-        self.paths = paths if isinstance(paths, Names) else Names.of(paths)
+        self.paths = paths if isinstance(paths, StringArray) else StringArray.of(paths)
         self.root = root
         self.labels = labels
         self.class_names: Sequence[str] = tuple(class_names)
@@ -110,8 +116,8 @@ class Subset:
     """Some images of a source.
 
     Args:
-        source: the images.
-        indices: which, in the new order.
+        source: all images.
+        indices: of those that are used, in the new order.
     """
 
     shards: Shards | None = None
@@ -135,11 +141,7 @@ class Subset:
 
 
 def stratified(labels: Labels, fraction: float, seed: int) -> Bool[np.ndarray, " N"]:
-    """A mask that picks of each class the same share: at least one image where it has two, never
-    all.
-    """
-    if not 0.0 < fraction < 1.0:
-        raise UserError(f"fraction={fraction}: a share in (0, 1)")
+    """Choose the same share of each class, as a mask: at least one image of two, never all."""
     generator = np.random.Generator(np.random.Philox(seed))
     chosen = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
@@ -149,7 +151,7 @@ def stratified(labels: Labels, fraction: float, seed: int) -> Bool[np.ndarray, "
 
 
 def some_rows(count: int, fraction: float, seed: int) -> Bool[np.ndarray, " N"]:
-    """A mask with that share of the rows, at least one and not all."""
+    """Choose that share of the rows, as a mask: at least one, never all."""
     generator = np.random.Generator(np.random.Philox(seed))
     mask = np.zeros(count, bool)
     mask[generator.permutation(count)[: min(max(1, round(fraction * count)), count - 1)]] = True
@@ -165,12 +167,12 @@ def held_out(
     size: int = 224,
     seed: int = 0,
 ) -> LabelledPair | None:
-    """Labelled images of any kind; without `train` there are none, and evaluation is off.
+    """Return labelled images of any source; None without `train`: evaluation is off.
 
     Args:
-        train: to learn the classes from.
-        test: to be tested on; without it a share of each class of `train` is held out.
-        name: what a table calls them.
+        train: images to learn the classes from.
+        test: images to test on; None: a share of each class of `train` is held out.
+        name: what tables call the set.
         test_fraction: that share; 0: there is one set only, and each image is tested on the others.
         resize: short side in pixels.
         size: side of the central square.
@@ -197,4 +199,4 @@ def held_out(
 
 
 def no_labels() -> None:
-    """No labelled images: k-NN and linear probe are off."""
+    """Return no labelled images: k-NN and linear probe are off."""

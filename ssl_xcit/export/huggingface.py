@@ -1,7 +1,7 @@
-"""A folder for the Hugging Face hub: `AutoModel`, timm and ssl_xcit all load it.
+"""Export a folder for the Hugging Face hub, which `AutoModel`, timm and ssl_xcit load.
 
-Tensors have timm's names and `config.json` is of timm's wrapper in transformers, so that no code of
-ours has to be trusted; the header of the safetensors file is what ssl_xcit reads.
+Tensors have timm's names and `config.json` is of timm's wrapper in transformers, so nobody has to
+trust code of ours; ssl_xcit reads the metadata of the safetensors file.
 """
 
 import json
@@ -14,22 +14,20 @@ from typing import Any
 import torch
 
 from ssl_xcit.errors import RunFailed, UserError
-from ssl_xcit.export.exported import (
-    Made,
-    Weights,
-    beside,
-    compare,
-    needs,
-    numbers_of,
+from ssl_xcit.export.comparison import compare
+from ssl_xcit.export.description import Weights
+from ssl_xcit.export.output_files import (
+    Exported,
+    replacing_path,
+    require,
     save_tensors,
-    title,
     with_ending,
-)  # fmt: skip
-from ssl_xcit.export.weights_files import header, timm_arguments
-from ssl_xcit.models.names import to_timm_names
+)
+from ssl_xcit.export.safetensors_files import metadata, timm_arguments
+from ssl_xcit.models.timm_keys import to_timm_names
 from ssl_xcit.models.weights import load_backbone
-from ssl_xcit.table import format_value, shown_interval, title_of
-from ssl_xcit.terminal import literal, printable
+from ssl_xcit.utils.tables import format_value, shown_interval, title_of
+from ssl_xcit.utils.terminal import literal, printable
 
 CARD = """---
 library_name: transformers
@@ -78,57 +76,57 @@ model = ssl_xcit.load_backbone({folder})
 License: to be named by whoever publishes this.
 """
 FILES = ("config.json", "model.safetensors", "README.md")
+PRETRAINED = "pretrained"  # the row of results that is of the weights
 
 
-def huggingface(weights: Weights, out: Path, push: str | None = None, private: bool = True) -> Made:
-    """`NAME-huggingface/`: config, weights and model card; uploaded only when asked.
+def huggingface(
+    weights: Weights, out: Path, push: str | None = None, private: bool = True
+) -> Exported:
+    """Write `NAME-huggingface/` with config, weights and model card; upload it only on demand.
 
     Args:
-        weights: what to write.
-        out: where, without ending.
+        weights: to export.
+        out: path without ending.
         push: `USER/NAME` on the hub; the token is that of `hf auth login` or of HF_TOKEN.
-        private: whether a repository made by this is.
+        private: of a repository that is made.
 
     Raises:
         UserError: a library is missing, timm has no such stem, or the hub refuses.
     """
     if push is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", push):
-        raise UserError(f"push={push}: USER/NAME on the Hugging Face hub")
-    needs("transformers", "transformers", "timm")
+        raise UserError(f"push={push} must be USER/NAME of a repository on the Hugging Face hub")
+    require("transformers", "transformers", "timm")
     if push is not None:
-        needs("hub", "huggingface_hub")
+        require("hub", "huggingface_hub")
     name, arguments = timm_arguments(weights)
     path = with_ending(out, "-huggingface")
-    with beside(path, FILES) as part:
+    with replacing_path(path, FILES) as part:
         part.mkdir()
-        save_tensors(to_timm_names(weights.state()), part / "model.safetensors", header(weights))
-        write_json(part / "config.json", config(weights, name, arguments))
+        save_tensors(to_timm_names(weights.state()), part / "model.safetensors", metadata(weights))
+        (part / "config.json").write_text(
+            json.dumps(config(weights, name, arguments), indent=2) + "\n"
+        )
         (part / "README.md").write_text(card(weights, push or path.name, push))
         loaded = auto_model(part)
         checked = compare(weights, loaded)
         compare(weights, load_backbone(part))
-    made = Made(
+    exported = Exported(
         [path],
         f"loaded by transformers' AutoModel, and by ssl_xcit: {checked}",
         "from transformers import AutoModel\n"
         f'model = AutoModel.from_pretrained("{path}").eval()\n'
         "features = model(pixel_values=images).pooler_output",
     )
-    if weights.how.channels != 3:
-        made.notes.append("AutoImageProcessor reads RGB only; feed normalised tensors")
+    if weights.preprocess.channels != 3:
+        exported.notes.append("AutoImageProcessor reads RGB only; feed normalised tensors")
     if push is not None:
-        made.notes.append(f"pushed: {upload(path, push, private)}")
-    return made
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """In a folder that is being made."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+        exported.notes.append(f"pushed: {upload(path, push, private)}")
+    return exported
 
 
 def config(weights: Weights, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """As timm and transformers' wrapper of it read it."""
-    mean, std = weights.how.statistics()
+    """The configuration of timm, and of its wrapper in transformers."""
+    mean, std = weights.preprocess.statistics()
     chans = weights.architecture["in_chans"]
     more = {k: v for k, v in arguments.items() if k != "num_classes"}
     return {
@@ -155,13 +153,13 @@ def config(weights: Weights, name: str, arguments: Mapping[str, Any]) -> dict[st
 
 
 def crop_share(resize: int, size: int) -> float:
-    """What timm divides `size` by to have `resize`, rounded down."""
+    """size / resize, such that timm's floor(size / share) is `resize`."""
     share = size / resize
     return share if math.floor(size / share) == resize else math.nextafter(share, 0.0)
 
 
 def auto_model(folder: Path) -> Any:
-    """As a function of tensors."""
+    """A folder as a function of tensors, loaded by `AutoModel`."""
     from transformers import AutoModel
     from transformers.utils import logging
 
@@ -175,9 +173,11 @@ def auto_model(folder: Path) -> Any:
 
 
 def card(weights: Weights, name: str, pushed: str | None) -> str:
-    """The model card, with the run's numbers."""
+    """The model card with the numbers of these weights."""
     where = pushed or "FOLDER"
-    values, intervals = numbers_of(weights.about)
+    values, intervals = (
+        (weights.about.get(key) or {}).get(PRETRAINED, {}) for key in ("results", "intervals")
+    )
     rows = [
         f"| {literal(title_of(metric).strip())} | {format_value(metric, value)} | "
         f"{shown_interval(metric, intervals.get(metric))} |"
@@ -193,7 +193,7 @@ def card(weights: Weights, name: str, pushed: str | None) -> str:
     own = (v for k, v in weights.backbone.named_parameters() if not k.startswith("head."))
     return CARD.format(
         name=literal(name.rsplit("/", 1)[-1]),
-        model=title(weights),
+        model=weights.model,
         origin=", pretrained without labels by DINO (arXiv:2104.14294) with ssl_xcit" * of_run,
         parameters=sum(v.numel() for v in own) / 1e6,
         width=weights.backbone.embed_dim,
@@ -208,7 +208,7 @@ def card(weights: Weights, name: str, pushed: str | None) -> str:
 
 
 def recipe(about: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each thing that is known of how the weights came about."""
+    """Yield a line for each known fact about the training of the weights."""
     titles = {
         "model": "network", "which": "of teacher and student",
         "file": "weights", "sha256": "their SHA-256", "overrides": "settings beside the defaults",
@@ -219,8 +219,8 @@ def recipe(about: Mapping[str, Any]) -> Iterator[str]:
         if isinstance(value, Mapping):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
-            words_of = [str(v) for v in value]
-            value = " ".join(literal(v) if "`" in v else f"`{printable(v)}`" for v in words_of)
+            texts = map(str, value)
+            value = " ".join(literal(t) if "`" in t else f"`{printable(t)}`" for t in texts)
         elif isinstance(value, float):
             value = f"{value:.6g}"
         elif value is not None:
@@ -230,10 +230,10 @@ def recipe(about: Mapping[str, Any]) -> Iterator[str]:
 
 
 def upload(folder: Path, push: str, private: bool) -> str:
-    """To the hub; the address.
+    """Upload a folder to the hub, and return its address.
 
     Raises:
-        RunFailed: it is not there, or does not take it.
+        RunFailed: the hub cannot be reached, or refuses it.
     """
     from huggingface_hub import HfApi
 

@@ -1,8 +1,8 @@
-"""The network as a program that needs no code of ours: ONNX, torch.export's, and ONNX in int8.
+"""Export programs that run without our code: ONNX, torch.export's, and ONNX in int8.
 
-Images of any number, height and width, float32, normalised; class tokens `features` (B, C), and on
-demand `patches` (B, C, h, w). Exported programs hold the direct form of cross-covariance attention,
-which is right for any number of tokens.
+They take normalised float32 images of any number, height and width, and return class tokens
+`features` (B, C), and on demand `patches` (B, C, h, w). Exported programs hold the direct form of
+cross-covariance attention, which is right for any number of tokens.
 """
 
 import json
@@ -17,51 +17,48 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_xcit.export.exported import (
-    Made,
-    Run,
-    Weights,
-    beside,
-    compare,
-    difference,
-    needs,
+from ssl_xcit.export.comparison import KNN, Run, compare, compare_rounded, difference
+from ssl_xcit.export.description import Weights
+from ssl_xcit.export.output_files import (
+    Exported,
     remove,
-    tell,
+    replacing_path,
+    require,
     with_ending,
+    write_description,
 )
-from ssl_xcit.export.rounded import KNN, cost
 from ssl_xcit.models.xcit import XCiT
 
 OPSET = 20
 
 
 class Outputs(nn.Module):
-    """The backbone with outputs by choice."""
+    """The backbone, with or without patch features."""
 
     def __init__(self, backbone: XCiT, patches: bool):
         super().__init__()
         self.backbone, self.patches = backbone, patches
 
     def forward(self, images: Float[Tensor, "B in_chans H W"]) -> Any:
-        """Features, and the patches' where they are wanted."""
+        """Class tokens, and with `patches` the patch tokens too."""
         if not self.patches:
             return self.backbone(images)
         return tuple(self.backbone.forward_features(images))
 
 
-def outputs(patches: bool) -> tuple[str, ...]:
-    """Their names."""
+def output_names(patches: bool) -> tuple[str, ...]:
+    """Names of the outputs."""
     return ("features", "patches") if patches else ("features",)
 
 
 def traced(weights: Weights, patches: bool) -> torch.export.ExportedProgram:
-    """The backbone by torch.export for any batch, height and width; once for all formats, for it
-    takes the most time of them.
+    """The backbone traced by torch.export for any batch, height and width; for all formats once, as
+    tracing takes the most time.
     """
-    names = outputs(patches)
+    names = output_names(patches)
     if names not in weights.traced:
         any_size = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-        # of no special size: sides that are neither equal nor 1
+        # no special size: sides that are neither equal nor 1
         images = torch.zeros(2, weights.architecture["in_chans"], 48, 64)
         with quiet():
             weights.traced[names] = torch.export.export(
@@ -72,7 +69,7 @@ def traced(weights: Weights, patches: bool) -> torch.export.ExportedProgram:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters tell of their inner life."""
+    """Silence warnings and logs of the exporters."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -84,8 +81,8 @@ def quiet() -> Iterator[None]:
 
 
 def as_onnx(weights: Weights, patches: bool) -> Any:
-    """The model, which says of itself how images are fed; made once."""
-    names = ("images", *outputs(patches))
+    """The ONNX model, with the preprocessing in its metadata; converted once."""
+    names = ("images", *output_names(patches))
     if names not in weights.traced:
         with quiet():
             program = torch.onnx.export(
@@ -93,12 +90,12 @@ def as_onnx(weights: Weights, patches: bool) -> Any:
                 output_names=names[1:], opset_version=OPSET, verbose=False,
             )  # fmt: skip
         assert program is not None
-        weights.traced[names] = described(weights, program.model_proto)
+        weights.traced[names] = annotated(weights, program.model_proto)
     return weights.traced[names]
 
 
-def described(weights: Weights, model: Any) -> Any:
-    """Axes that may have any length have names, and the metadata what it takes to feed images."""
+def annotated(weights: Weights, model: Any) -> Any:
+    """Name the axes of any length, and add the preprocessing to the metadata."""
     import onnx
 
     names = {"images": ("batch", None, "height", "width"), "features": ("batch", None)}
@@ -107,7 +104,7 @@ def described(weights: Weights, model: Any) -> Any:
         for axis, name in zip(value.type.tensor_type.shape.dim, names[value.name], strict=True):
             if name is not None:
                 axis.dim_param = name
-    mean, std = weights.how.statistics()
+    mean, std = weights.preprocess.statistics()
     about = {
         "mean": list(mean), "std": list(std), "resize": weights.resize, "size": weights.size,
         "architecture": weights.architecture,
@@ -119,24 +116,24 @@ def described(weights: Weights, model: Any) -> Any:
     return model
 
 
-def session(path: Path, patches: bool = False) -> Run:
-    """onnxruntime on the CPU, as a function of tensors."""
+def onnx_function(path: Path, patches: bool = False) -> Run:
+    """A file as a function of tensors, run by onnxruntime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    made = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(images: Float[Tensor, "B in_chans H W"]) -> Any:
-        found = made.run(outputs(patches), {"images": images.numpy()})
-        return tuple(map(torch.from_numpy, found)) if patches else torch.from_numpy(found[0])
+        arrays = session.run(output_names(patches), {"images": images.numpy()})
+        return tuple(map(torch.from_numpy, arrays)) if patches else torch.from_numpy(arrays[0])
 
     return run
 
 
-def use_of(path: Path, patches: bool = False) -> str:
-    """Lines that run it."""
+def running(path: Path, patches: bool = False) -> str:
+    """Lines that run an ONNX file."""
     names = "features, patches" if patches else "(features,)"
     return (
         f'import onnxruntime\nsession = onnxruntime.InferenceSession("{path}")\n{names} = '
@@ -144,41 +141,41 @@ def use_of(path: Path, patches: bool = False) -> str:
     )
 
 
-def onnx(weights: Weights, out: Path, patches: bool = False) -> Made:
-    """`NAME.onnx`."""
-    needs("onnx", "onnx", "onnxscript", "onnxruntime")
+def onnx(weights: Weights, out: Path, patches: bool = False) -> Exported:
+    """Write `NAME.onnx`."""
+    require("onnx", "onnx", "onnxscript", "onnxruntime")
     import onnx
     import onnxruntime
 
     path = with_ending(out, ".onnx")
-    with beside(path) as part:
+    with replacing_path(path) as part:
         onnx.save(as_onnx(weights, patches), part)
-        checked = compare(weights, session(part, patches), patches=patches)
-    words = f"run by onnxruntime {onnxruntime.__version__}: {checked}"
+        checked = compare(weights, onnx_function(part, patches), patches=patches)
+    checked = f"run by onnxruntime {onnxruntime.__version__}: {checked}"
     notes = [f"opset {OPSET}; any batch, height and width"]
-    return Made([path], words, use_of(path, patches), notes)
+    return Exported([path], checked, running(path, patches), notes)
 
 
-def program(weights: Weights, out: Path, patches: bool = False) -> Made:
-    """`NAME.pt2`, by torch.export."""
+def program(weights: Weights, out: Path, patches: bool = False) -> Exported:
+    """Write `NAME.pt2` by torch.export."""
     path = with_ending(out, ".pt2")
-    with beside(path) as part, quiet():
-        made = traced(weights, patches)
-        torch.export.save(made, part)
+    with replacing_path(path) as part, quiet():
+        exported = traced(weights, patches)
+        torch.export.save(exported, part)
         checked = compare(weights, torch.export.load(part).module(), patches=patches)
     # a grid of one row or column would be a program of its own
-    least = max(int(bounds.lower) for bounds in made.range_constraints.values())
+    least = max(int(bounds.lower) for bounds in exported.range_constraints.values())
     load = f'import torch\nbackbone = torch.export.load("{path}").module()'
-    use = f"{load}\n{', '.join(outputs(patches))} = backbone(images)"
+    use = f"{load}\n{', '.join(output_names(patches))} = backbone(images)"
     notes = [f"any batch, height and width from {least} pixels"]
-    return Made([path], f"loaded back by torch {torch.__version__}: {checked}", use, notes)
+    return Exported([path], f"loaded back by torch {torch.__version__}: {checked}", use, notes)
 
 
-def int8(weights: Weights, out: Path, patches: bool = False, knn: KNN | None = None) -> Made:
-    """`NAME-int8.onnx`: weights of linear layers in 8 bits, their inputs quantised as they come;
-    convolutions and softmax stay float32. `NAME-int8.json` has what that costs.
+def int8(weights: Weights, out: Path, patches: bool = False, knn: KNN | None = None) -> Exported:
+    """Write `NAME-int8.onnx`: weights of linear layers in 8 bits, inputs quantised dynamically, the
+    rest in float32; `NAME-int8.json` has what the rounding costs.
     """
-    needs("onnx", "onnx", "onnxscript", "onnxruntime")
+    require("onnx", "onnx", "onnxscript", "onnxruntime")
     import onnx
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -187,7 +184,7 @@ def int8(weights: Weights, out: Path, patches: bool = False, knn: KNN | None = N
     path = with_ending(out, "-int8.onnx")
     whole, folded = (path.with_name(f".{path.name}.{word}.part") for word in ("whole", "folded"))
     try:
-        with beside(path) as part:
+        with replacing_path(path) as part:
             onnx.save(as_onnx(weights, patches), whole)
             with quiet():
                 # layer scale times weights becomes weights, which alone are quantised
@@ -196,14 +193,14 @@ def int8(weights: Weights, out: Path, patches: bool = False, knn: KNN | None = N
                     folded, part, weight_type=QuantType.QInt8, per_channel=True,
                     op_types_to_quantize=["MatMul", "Gemm"],
                 )  # fmt: skip
-            runs = session(whole), session(part)
+            runs = onnx_function(whole), onnx_function(part)
             num_bytes = whole.stat().st_size, part.stat().st_size
-            checked, notes, data = cost(weights, "int8", runs, num_bytes, knn)
-            if patches:  # that they are there, and finite
-                difference(weights, session(part, patches), patches)
+            rounding = compare_rounded(weights, "int8", runs, num_bytes, knn)
+            if patches:  # raises if they are missing or not finite
+                difference(weights, onnx_function(part, patches), patches)
     finally:
         remove(whole)
         remove(folded)
-    about = tell(weights, path.with_suffix(".json"), int8=data)
-    words = f"run by onnxruntime {onnxruntime.__version__}: {checked}"
-    return Made([path, about], words, use_of(path, patches), notes)
+    about = write_description(weights, path.with_suffix(".json"), int8=rounding.data)
+    checked = f"run by onnxruntime {onnxruntime.__version__}: {rounding.checked}"
+    return Exported([path, about], checked, running(path, patches), rounding.notes)

@@ -1,6 +1,6 @@
-"""Class attention (CaiT, arXiv:2103.17239) as XCiT has it, where only the class token asks.
+"""Class attention (CaiT, arXiv:2103.17239) as XCiT has it: the class token is the only query.
 
-Keys and values of the tokens are never made. With one query a head, q . (W_k n_m + b_k) is
+Keys and values of the tokens are never computed. With one query a head, q . (W_k n_m + b_k) is
 (W_k^T q) . n_m and a constant, which softmax does not see; and the values' mean W_v n_m + b_v under
 the attention is W_v times the mean of n_m, plus b_v. So the heads are H queries of width C that
 share the normed tokens n as keys and values: 2 M C H multiplications an image, not 2 M C^2.
@@ -15,7 +15,7 @@ from ssl_xcit.models.layers import LAYER_NORM_EPS, MLP, scaled
 
 
 class ClassAttention(nn.Module):
-    """The class token looks at all tokens; scale d^-0.5, d = C / H."""
+    """The class token attends to all tokens; scale d^-0.5, d = C / H."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -25,16 +25,14 @@ class ClassAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def queries(self, cls: Float[Tensor, "B C"]) -> Float[Tensor, "B H C"]:
-        """W_k^T q of each head: what is compared with the tokens themselves."""
+        """W_k^T q of each head, to be compared with the tokens themselves."""
         C = cls.shape[-1]
         q = linear(cls, self.qkv.weight[:C], self.qkv.bias[:C]).unflatten(-1, (self.num_heads, -1))
         keys = self.qkv.weight[C : 2 * C].unflatten(0, (self.num_heads, -1))  # (H, d, C)
         return torch.einsum("bhd,hdc->bhc", q, keys)
 
     def weights(self, x: Float[Tensor, "B M C"]) -> Float[Tensor, "B H M"]:
-        """Attention of the class token (the first of M = 1 + N) over all tokens; each row sums to
-        1.
-        """
+        """Attention of the class token (the first of M = 1 + N) over all tokens; rows sum to 1."""
         return (self.queries(x[:, 0]) @ x.mT * self.scale).softmax(dim=-1)
 
     def forward(
@@ -70,13 +68,13 @@ class ClassAttentionBlock(nn.Module):
     def normed(
         self, cls: Float[Tensor, "B 1 C"], patches: Float[Tensor, "B N C"]
     ) -> Float[Tensor, "B M C"]:
-        """What class attention looks at: M = 1 + N tokens, the class token first."""
+        """The M = 1 + N tokens that class attention attends to, the class token first."""
         return self.norm1(torch.cat((cls, patches), dim=1))
 
     def class_token(
         self, cls: Float[Tensor, "B 1 C"], normed: Float[Tensor, "B M C"]
     ) -> Float[Tensor, "B 1 C"]:
-        """The class token alone, which no patch token of this block changes."""
+        """The class token, which depends on no other output of this block."""
         cls = self.norm2(cls + self.attn(normed, self.gamma1))
         return cls + self.mlp(cls, self.gamma2)
 

@@ -1,5 +1,5 @@
-"""Files of `torch.save` that hold objects of other classes beside tensors: settings, schedulers,
-whole networks. They are read without importing or running anything of those classes.
+"""Read files of `torch.save` that hold objects of other classes beside tensors, such as settings,
+schedulers and whole networks, without importing or running anything of those classes.
 """
 
 import argparse
@@ -23,9 +23,7 @@ SAVE_WHOLE = (
 
 
 class Foreign(dict[Any, Any]):
-    """Stands for an object of a class that a file names, such as settings beside the weights: what
-    the object held, as a dictionary. Nothing of the class itself is imported or run.
-    """
+    """Stand-in for an object of a class that a file names: its attributes, as a dictionary."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key
 
@@ -38,23 +36,23 @@ class Foreign(dict[Any, Any]):
 
 
 class ForeignDict:
-    """Of a class of dictionaries; torch fills plain ones only."""
+    """Stand-in for a subclass of dict; torch fills plain ones only."""
 
     def __new__(cls, *_: object, **__: object) -> Any:
-        """A plain one."""
+        """A plain dictionary."""
         return OrderedDict()
 
 
 class ForeignPart:
-    """Of a class or a value inside of a class, which is asked for by `getattr`."""
+    """Stand-in for a class or value that is read from a class by `getattr`."""
 
     def __new__(cls, *_: object) -> Any:
-        """The class of all such."""
+        """The class of all stand-ins."""
         return Foreign
 
 
 class ForeignList(list[Any]):
-    """Of a class of lists."""
+    """Stand-in for a subclass of list."""
 
     def __init__(self, *_: object, **__: object):
         super().__init__()
@@ -82,8 +80,8 @@ def read_pickled(path: Path) -> Any:
 
 
 def stand_ins(path: Path, kinds: Mapping[str, type]) -> list[tuple[type, str]]:
-    """For each class in a file that `weights_only` does not know: one that only keeps values, and
-    the name that it stands for.
+    """A class that only keeps values for each class of a file that `weights_only` refuses, with the
+    name that it stands for.
 
     Raises:
         UserError: tensors are in parts, as FSDP's ShardedTensor.
@@ -97,5 +95,5 @@ def stand_ins(path: Path, kinds: Mapping[str, type]) -> list[tuple[type, str]]:
     names = [name for name in unknown(path) if name != known]
     if any(name.endswith(".ShardedTensor") for name in names):
         raise UserError(f"{path}: parts of tensors (ShardedTensor); {SAVE_WHOLE}")
-    found = [(type(name, (kinds.get(name, Foreign),), {}), name) for name in names]
-    return [*found, (Foreign, "a part of another")]
+    classes = [(type(name, (kinds.get(name, Foreign),), {}), name) for name in names]
+    return [*classes, (Foreign, "a part of another")]

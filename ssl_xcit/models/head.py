@@ -1,13 +1,16 @@
 """DINO's projection head (arXiv:2104.14294, section 3.1 and appendix C)."""
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import linear, normalize
 
-from ssl_xcit.errors import UserError
 from ssl_xcit.models.layers import init_linear_
+from ssl_xcit.utils.validation import Count
 
 
 class Prototypes(nn.Module):
@@ -24,8 +27,8 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(gain, requires_grad=trainable_gain)
 
     def forward(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any K"]:
-        """Logits, K prototypes: the product is divided by the norms, not the weights. Training has
-        them with the loss in one, see `objectives.dino.prototype_loss`.
+        """Logits of K prototypes: the product is divided by the norms, not the weights. Training
+        computes them together with the loss, see `objectives.dino.prototype_loss`.
         """
         norm = vector_norm(self.weight_v, dim=-1).clamp_min(1e-12)
         return linear(x, self.weight_v) * (self.weight_g[:, 0] / norm)
@@ -36,7 +39,7 @@ class DINOHead(nn.Module):
 
     Args:
         in_dim: width C of the backbone.
-        num_prototypes: K (paper: 65536; small data wants fewer).
+        num_prototypes: K (paper: 65536; small data wants fewer); of one the loss is always 0.
         hidden_dim: width of the two hidden layers.
         bottleneck_dim: width before the prototypes.
         norm_last_layer: keep the prototypes' gains at 1 (steadier; the XCiT recipe turns it off).
@@ -44,15 +47,13 @@ class DINOHead(nn.Module):
 
     def __init__(
         self,
-        in_dim: int,
-        num_prototypes: int = 65536,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
+        in_dim: Count,
+        num_prototypes: Annotated[int, Ge(2)] = 65536,
+        hidden_dim: Count = 2048,
+        bottleneck_dim: Count = 256,
         norm_last_layer: bool = True,
     ):
         super().__init__()
-        if num_prototypes < 2:
-            raise UserError(f"num_prototypes={num_prototypes}: at least 2, or the loss is always 0")
         self.mlp = nn.Sequential(
             nn.Linear(in_dim, hidden_dim),
             nn.GELU(),
@@ -64,7 +65,7 @@ class DINOHead(nn.Module):
         self.apply(init_linear_)
 
     def embed(self, x: Float[Tensor, "*any C"]) -> Float[Tensor, "*any D"]:
-        """The bottleneck, of length 1: what the prototypes are compared with."""
+        """The bottleneck, of length 1, to be compared with the prototypes."""
         return normalize(self.mlp(x), dim=-1)
 
     def forward(self, x: Float[Tensor, "*any C"]) -> Float[Tensor, "*any K"]:

@@ -1,4 +1,4 @@
-"""What both kinds of blocks are made of: MLP, stochastic depth, initial values."""
+"""Layers of both kinds of blocks: MLP, stochastic depth, recomputation, initial values."""
 
 import contextlib
 from collections.abc import Callable
@@ -15,14 +15,14 @@ LAYER_NORM_EPS = 1e-6
 
 
 def autocasting(device: torch.device) -> bool:
-    """Whether products on this device are rounded to 16 bits just now; never of shapes alone."""
+    """Whether autocast rounds products on this device to 16 bits; never on meta."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def scaled(layer: nn.Linear | nn.Conv2d, gain: Float[Tensor, " C"] | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer whose output is times `gain` by channel.
+    """Weight and bias of a layer with each output channel multiplied by `gain`.
 
-    So layer scale costs as much as there are weights, and not a pass over all tokens each way.
+    Layer scale then touches the weights only, and not all tokens in both passes.
     """
     assert layer.bias is not None
     if gain is None:
@@ -58,8 +58,8 @@ class DropPath(nn.Module):
     def by_sample(
         self, x: Float[Tensor, "B N C"], branch: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "B N C"]:
-        """The same for a branch in which samples do not meet: on a CPU it is not computed for those
-        that drop it. Not when all do, or its parameters would have no gradient.
+        """x + factor * branch(x), for a branch that treats samples separately: on a CPU it is not
+        computed for those that drop it, unless all do, or its parameters would have no gradient.
         """
         factor = self.draw(x)
         if factor is None:
@@ -84,7 +84,7 @@ class MLP(nn.Module):
     def forward(
         self, x: Float[Tensor, "*any C"], gain: Float[Tensor, " C"] | None = None
     ) -> Float[Tensor, "*any C"]:
-        """Each token by itself; the output is times `gain`."""
+        """Apply the MLP to each token and multiply the result by `gain`."""
         return linear(self.act(self.fc1(x)), *scaled(self.fc2, gain))
 
     def of_norm(
@@ -102,10 +102,9 @@ class MLP(nn.Module):
 class NormMLP(torch.autograd.Function):
     """LayerNorm, linear, GELU, linear, `ROWS` tokens at a time, for CPUs.
 
-    Of what is as long as the tokens only x and the hidden layer before its GELU are kept; the norm
-    and the GELU are computed again in the backward pass, inside the cache. As fast as the four
-    layers one after another (`benchmarks/layers.py`), and keeps 4 widths where they keep 9. No
-    second derivatives.
+    Of the activations only x and the hidden layer before its GELU are kept; norm and GELU are
+    computed again in the backward pass, inside the cache. As fast as the four layers one after
+    another (`benchmarks/layers.py`), and keeps 4 widths where they keep 9. No second derivatives.
     """
 
     ROWS = 4096
@@ -123,7 +122,7 @@ class NormMLP(torch.autograd.Function):
         eps: float,
         grad_enabled: bool,
     ) -> Float[Tensor, "*any C"]:
-        """Under autocast, products are of low precision and so is what they return."""
+        """Under autocast, products and the result are of low precision."""
         C = x.shape[-1]
         low = torch.get_autocast_dtype(x.device.type) if autocasting(x.device) else x.dtype
         keep = grad_enabled and any(ctx.needs_input_grad)
@@ -182,8 +181,8 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def recomputed(block: nn.Module, *inputs: Any) -> Any:
-    """block(*inputs), of which only the inputs are kept: the rest is computed again in the backward
-    pass, with the same random numbers. BatchNorm's running statistics see the batch once.
+    """block(*inputs) with activation checkpointing: the inputs are kept and the rest is computed
+    again in the backward pass, with the same random numbers. Running statistics see the batch once.
     """
     return checkpoint(
         block, *inputs, use_reentrant=False,
@@ -192,19 +191,19 @@ def recomputed(block: nn.Module, *inputs: Any) -> Any:
 
 
 class FrozenStatistics(contextlib.AbstractContextManager[None]):
-    """BatchNorm by the batch's statistics, without taking them in; entered as often as needed."""
+    """Keep BatchNorm's running statistics while a block runs; can be entered several times."""
 
     def __init__(self, block: nn.Module):
         self.norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.momenta = [norm.momentum for norm in self.norms]
 
     def __enter__(self) -> None:
-        """With momentum 0 the running statistics stay."""
+        """Set momentum 0, with which running statistics stay."""
         for norm in self.norms:
             norm.momentum = 0.0
 
     def __exit__(self, *_: object) -> None:
-        """As before; the batch was counted once already."""
+        """Restore the momentum; the batch was counted in the first pass."""
         for norm, momentum in zip(self.norms, self.momenta, strict=True):
             norm.momentum = momentum
             if norm.training and norm.num_batches_tracked is not None:
@@ -212,8 +211,8 @@ class FrozenStatistics(contextlib.AbstractContextManager[None]):
 
 
 def init_linear_(module: nn.Module) -> None:
-    """Linear layers: truncated normal 0.02, bias 0. Norms start at 1 and 0, convolutions as torch
-    has them.
+    """Initialise linear layers: truncated normal 0.02, bias 0. Norms and convolutions keep torch's
+    initial values.
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -1,7 +1,7 @@
-"""What a folder of checkpoints holds: step, size and SHA-256 of each file, in `manifest.json`.
+"""The manifest of a folder of checkpoints: step, size and SHA-256 of each file, in `manifest.json`.
 
-A file is entered before it gets its name, so a named file without an entry is a stranger, and an
-entry without a file means nothing.
+An entry is written before its file gets its name, so a named file without an entry comes from
+elsewhere, and an entry without a file means nothing.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.files import sha256_of, write_json
+from ssl_xcit.utils.files import sha256_of, write_json
 
 log = logging.getLogger(__name__)
 FILE = "manifest.json"
@@ -19,7 +19,7 @@ FILE = "manifest.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """What a file was when it was written."""
+    """A file at the time when it was written."""
 
     step: int
     bytes: int
@@ -42,21 +42,21 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         return {}
 
 
-def enter(path: Path, entry: Entry) -> None:
-    """Add a file that is about to get its name."""
+def add_entry(path: Path, entry: Entry) -> None:
+    """Add the entry of a file that is about to get its name."""
     write_manifest(path.parent, {**read_manifest(path.parent), path.name: entry})
 
 
-def forget_lost(folder: Path) -> None:
-    """Drop the entries of files that are gone."""
+def drop_lost_entries(folder: Path) -> None:
+    """Remove the entries of files that are gone."""
     known = read_manifest(folder)
-    there = {name: entry for name, entry in known.items() if (folder / name).exists()}
-    if there != known:
-        write_manifest(folder, there)
+    present = {name: entry for name, entry in known.items() if (folder / name).exists()}
+    if present != known:
+        write_manifest(folder, present)
 
 
 def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
-    """Whole or not at all."""
+    """Write the manifest, whole or not at all."""
     content = {name: asdict(entry) for name, entry in sorted(files.items())}
     write_json({"files": content}, folder / FILE)
 
@@ -65,7 +65,7 @@ def verify(path: Path) -> bool:
     """Compare a file with its entry; False when it has none.
 
     Raises:
-        UserError: it is not what was written.
+        UserError: it differs.
     """
     entry = read_manifest(path.parent).get(path.name)
     if entry is None:

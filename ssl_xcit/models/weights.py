@@ -1,9 +1,9 @@
-"""Files of weights: ours, the published XCiT and DINO files, timm's, safetensors, those of people's
-own scripts; by path or by name (`published.py`).
+"""Load weights from files: ours, the published XCiT and DINO files, timm's, safetensors, those of
+people's own scripts; by path or by name (`published.py`).
 
-A backbone is found by the name of its first block's temperature, in whatever dictionary and behind
-whatever prefix it stands. Files are read with `weights_only=True`, so a hostile one runs no code; a
-backbone is not loaded in part: whatever does not match is an error that lists it.
+A backbone is located by the name of its first block's temperature, in any dictionary of the file
+and behind any prefix. Files are read with `weights_only=True`, so a hostile one runs no code; a
+backbone is loaded strictly: an error lists whatever does not match.
 """
 
 import json
@@ -25,18 +25,19 @@ from torch import Tensor, nn
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.models.foreign import SAVE_WHOLE, Foreign, read_pickled
 from ssl_xcit.models.manifest import verify
-from ssl_xcit.models.names import from_timm_names
-from ssl_xcit.models.published import TIMM, TIMM_FILE, found_by_name, is_address
+from ssl_xcit.models.published import TIMM, TIMM_FILE, fetch_released, is_address
+from ssl_xcit.models.timm_keys import from_timm_names
 from ssl_xcit.models.xcit import SIZES, XCiT
+from ssl_xcit.utils.validation import allows, hints_of
 
 log = logging.getLogger(__name__)
 StateDict = dict[str, Tensor]
 Which = Literal["teacher", "student"]
-HEADER = "ssl_xcit"  # of what a safetensors file says of itself: architecture and preprocess
+HEADER = "ssl_xcit"  # metadata key of a safetensors file: architecture and preprocess, as JSON
 HEAD_KEYS = {f"mlp.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
 HEAD_KEYS |= {"last_layer.weight_v"}
 GAINS = "last_layer.weight_g"  # may be missing, for where they are frozen all are 1
-# what the tensors tell of an architecture
+# the part of an architecture that shapes tell
 MEASURED = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "num_classes")
 # DDP, torch.compile, FSDP, activation checkpointing and Fabric wrap a network or parts of it, so
 # these words stand anywhere in a name
@@ -54,6 +55,7 @@ ROLES: dict[Which, re.Pattern[str]] = {  # by words in the names that lead to th
     ),
     "student": re.compile(r"(?<![a-z])(?:student|online|current|q)(?![a-z])"),
 }
+LARGEST = 65_536  # number in a recorded architecture, which comes from outside
 NO_WEIGHTS = re.compile(r"optim|exp_avg|grad")  # dictionaries in which names of weights may stand
 
 
@@ -81,21 +83,21 @@ def backbone_in(
     which: Which = "teacher",
     expect: Mapping[str, Any] | None = None,
 ) -> XCiT:
-    """The same of a file that was read; see `load_backbone`."""
-    place = place_in(content, which, path)
-    where = f"{path} ({place})" if str(place) else str(path)
-    state = backbone_state(place, where)
-    say_the_rest(place, content, which, path)
-    seen = architecture_of(state, where)
-    # other people's words of the same name mean other things
-    ours = is_ours(place, which) or path.suffix == ".safetensors"
+    """The backbone in a file that was read; see `load_backbone`."""
+    location = locate(content, which, path)
+    where = f"{path} ({location})" if str(location) else str(path)
+    state = backbone_state(location, where)
+    log_ignored(location, content, which, path)
+    measured = architecture_of(state, where)
+    # in files of others, entries of the same name mean other things
+    ours = is_ours(location, which) or path.suffix == ".safetensors"
     recorded = recorded_architecture(content, path) if ours else None
-    architecture = {"num_classes": 0, **(recorded or seen)}
-    if empty := [key for key in MEASURED if not seen[key] and key != "num_classes"]:
-        raise UserError(f"{where} is not an XCiT checkpoint: {listed(empty)} 0")
-    wrong = [key for key in MEASURED if architecture[key] != seen[key]]
+    architecture = {"num_classes": 0, **(recorded or measured)}
+    if empty := [key for key in MEASURED if not measured[key] and key != "num_classes"]:
+        raise UserError(f"{where} is not an XCiT checkpoint: {first_few(empty)} 0")
+    wrong = [key for key in MEASURED if architecture[key] != measured[key]]
     if wrong:
-        keys = ", ".join(f"{key} {architecture[key]}, not {seen[key]}" for key in wrong)
+        keys = ", ".join(f"{key} {architecture[key]}, not {measured[key]}" for key in wrong)
         raise UserError(f"{path}: its architecture is not that of its tensors: {keys}")
     differs = {k: v for k, v in (expect or {}).items() if architecture.get(k) != v}
     if differs:
@@ -105,7 +107,7 @@ def backbone_in(
             f"{model_name({**architecture, **differs})} ({keys}): drop model=... to take what the "
             "file holds"
         )
-    with torch.device("meta"):  # what does not fit shall not take memory either
+    with torch.device("meta"):  # a file that does not fit takes no memory
         check_fit(XCiT(**architecture), state, where)
     model = XCiT(**architecture)
     load_strictly(model, state, where)
@@ -115,26 +117,26 @@ def backbone_in(
     return model.eval()
 
 
-class Training(NamedTuple):
-    """What a training file holds beside the backbone; None where it does not."""
+class TrainingWeights(NamedTuple):
+    """A training file's backbone, and its head and center, None where it has none."""
 
     backbone: XCiT
     head: StateDict | None  # of `DINOHead`, of the same network
     center: Tensor | None  # (K,)
 
 
-def load_training(path: str | Path, which: Which = "teacher") -> Training:
+def load_training(path: str | Path, which: Which = "teacher") -> TrainingWeights:
     """Backbone, projection head and center of a training file, ours or a published one.
 
     Raises:
-        UserError: as `load_backbone`; or there is a head, but none of ours (lists what it has).
+        UserError: as `load_backbone`; or the head is not DINO's (lists its tensors).
     """
     path = checkpoint_path(path)
     content = read_weights(path)
     backbone = backbone_in(content, path, which)
-    head = head_state(place_in(content, which, path))
+    head = head_state(locate(content, which, path))
     if head is None:
-        return Training(backbone, None, None)
+        return TrainingWeights(backbone, None, None)
     problems = [f"unexpected {key}" for key in head if key not in HEAD_KEYS | {GAINS}]
     problems += [f"missing {key}" for key in sorted(HEAD_KEYS - head.keys())]
     problems += [
@@ -143,7 +145,7 @@ def load_training(path: str | Path, which: Which = "teacher") -> Training:
         if value.ndim != (1 if key.endswith("bias") else 2)
     ]
     if problems:
-        raise UserError(f"{path}: its projection head is not DINO's: {listed(problems)}")
+        raise UserError(f"{path}: its projection head is not DINO's: {first_few(problems)}")
     state, loss = content.get("state_dict"), content.get("dino_loss")
     center = state.get("center.center") if isinstance(state, Mapping) else None
     if center is None and isinstance(loss, Mapping):
@@ -153,81 +155,77 @@ def load_training(path: str | Path, which: Which = "teacher") -> Training:
         if not isinstance(center, Tensor) or center.numel() != prototypes:
             raise UserError(f"{path}: its center is not one number for each of {prototypes}")
         center = center.detach().float().flatten()
-    return Training(backbone, head, center)
+    return TrainingWeights(backbone, head, center)
 
 
-def head_state(place: "Place") -> StateDict | None:
+def head_state(location: "Location") -> StateDict | None:
     """The tensors of the projection head beside a backbone, under our names; None where there is
     none.
     """
-    if (prefix := place.head_prefix) is None:
+    if (prefix := location.head_prefix) is None:
         return None
-    found = {
+    tensors = {
         key.removeprefix(prefix): value
-        for key, value in unwrapped(place.tensors).items()
+        for key, value in unwrapped(location.tensors).items()
         if key.startswith(prefix) and isinstance(value, Tensor)
     }
-    if not any(key.startswith(("mlp.", "last_layer.")) for key in found):  # a classifier
+    if not any(key.startswith(("mlp.", "last_layer.")) for key in tensors):  # a classifier
         return None
     names = {f"last_layer.parametrizations.weight.original{i}": f"last_layer.weight_{letter}"
              for i, letter in enumerate("gv")}  # fmt: skip
-    return whole({names.get(key, key): value for key, value in found.items()}, "its head")
+    return plain_tensors({names.get(key, key): v for key, v in tensors.items()}, "its head")
 
 
 def checkpoint_path(path: str | Path) -> Path:
-    """The file that is meant: itself; a run folder's newest checkpoint (the highest step in its
-    name); an exported folder's `model.safetensors`; or, downloaded once, a released file by name or
-    address (`published.found_by_name`).
+    """The file that `ckpt=` names: the file itself; a run folder's newest checkpoint (the highest
+    step in its name); an exported folder's `model.safetensors`; or, downloaded once, a released
+    file by name or address (`published.fetch_released`).
 
     Raises:
         MissingPath: there is none.
         UserError: it cannot be downloaded, or may not be read.
     """
     try:
-        return found_file(path)
+        return resolve(path)
     except PermissionError as error:
         raise UserError(f"ckpt={path}: {error.filename}: {error.strerror}") from error
 
 
-def found_file(path: str | Path) -> Path:
+def resolve(path: str | Path) -> Path:
     """See `checkpoint_path`."""
     word, path = str(path), Path(path)
-    check_whole(path)
+    check_unsharded(path)
     if path.is_file():
         return path
     if path.is_dir():
         if (path / "checkpoints").is_dir():
-            os.listdir(path / "checkpoints")  # where it may not be read, it does not look empty
-        if found := checkpoints_of(path):
-            return found[-1]
+            os.listdir(path / "checkpoints")  # raises where it may not be read
+        if checkpoints := checkpoints_of(path):
+            return checkpoints[-1]
         if (path / TIMM_FILE).is_file():
             return path / TIMM_FILE
         raise MissingPath(
             f"ckpt={path}: a folder without checkpoints/step-*.ckpt or {TIMM_FILE}; name a file"
         )
-    of_network = is_address(word) or word.startswith(TIMM) or "#sha256=" in word
-    if not of_network and (path.suffix or "/" in word):  # a path, and not a name
+    by_network = is_address(word) or word.startswith(TIMM) or "#sha256=" in word
+    if not by_network and (path.suffix or "/" in word):  # a path, and not a name
         raise MissingPath(f"ckpt={path}: no such file or run folder")
-    return found_by_name(word, sys.stdout.isatty())
+    return fetch_released(word, sys.stdout.isatty())
 
 
-def check_whole(path: Path) -> None:
-    """That it is not what several processes have saved in parts.
-
-    Raises:
-        UserError: it is; says what makes one file of it.
-    """
+def check_unsharded(path: Path) -> None:
+    """Raise UserError, with the command that makes one file, for a sharded checkpoint."""
     folder = path.parent if path.suffix == ".distcp" or path.name == ".metadata" else path
     file = shlex.quote(f"{folder.absolute().name}.pth")
     if (folder / ".metadata").is_file():
         raise UserError(
-            f"ckpt={path}: saved in parts by torch.distributed.checkpoint; this makes one file of "
-            "them: python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+            f"ckpt={path}: a sharded checkpoint of torch.distributed.checkpoint; make one file of "
+            "it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
             f"{shlex.quote(str(folder))} {file}"
         )
     if (folder / "zero_to_fp32.py").is_file():
         raise UserError(
-            f"ckpt={path}: saved in parts by DeepSpeed; this makes files of whole weights of them: "
+            f"ckpt={path}: a sharded checkpoint of DeepSpeed; make whole files of it: "
             f"python {shlex.quote(str(folder / 'zero_to_fp32.py'))} {shlex.quote(str(folder))} out"
         )
 
@@ -240,7 +238,7 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """As `read_checkpoint`, where a disk that does not let it be read is for the user to mend."""
+    """Read a checkpoint, with an error of the disk as one for the user."""
     try:
         return read_checkpoint(path)
     except OSError as error:
@@ -251,9 +249,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The file's dictionary, on the CPU; tensors and plain containers only.
 
     Raises:
-        UserError: it cannot be read, or is not what the manifest beside it says was written.
+        UserError: it cannot be read, or differs from its entry in the manifest beside it.
+        OSError: the disk cannot be read.
     """
-    path.open("rb").close()  # what the disk says is not what is in the file
+    path.open("rb").close()  # an error of the disk is not one of the content
     verify(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path)
@@ -267,10 +266,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 f"{path} is a TorchScript program: torch.save(torch.jit.load({path.name!r})"
                 ".state_dict(), 'weights.pth') takes the weights out of it"
             ) from error
-        # of what torch says only the line that tells
-        said = re.search(r"[^\n:]*(Unsupported global|Can only|Trying to).*", str(error))
-        if said or zipfile.is_zipfile(path):
-            reason = (said[0] if said else str(error)).strip().partition("\n")[0]
+        # only the telling line of torch's message
+        line = re.search(r"[^\n:]*(Unsupported global|Can only|Trying to).*", str(error))
+        if line or zipfile.is_zipfile(path):
+            reason = (line[0] if line else str(error)).strip().partition("\n")[0]
             reason = reason.partition(". ")[0]
         else:
             reason = "truncated or not a PyTorch file"
@@ -284,54 +283,51 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
-    """Tensors under `model`, and what `ssl-xcit export` has written into the header.
+    """Tensors under `model`, and the metadata that `ssl-xcit export` writes.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            metadata = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:  # of a library in another language
+    except Exception as error:  # the library is written in Rust and raises its own types
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read: {reason}; copy or "
             "download it again"
         ) from error
-    return {**(about if isinstance(about, dict) else {}), "model": tensors}
+    return {**(metadata if isinstance(metadata, dict) else {}), "model": tensors}
 
 
 def recorded_architecture(content: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
-    """What a file of ours says that it holds, which is data from outside; None where it does not.
+    """The architecture that a file of ours records, checked; None where it records none.
 
     Raises:
-        UserError: it is nothing that an XCiT is made of.
+        UserError: no XCiT has it.
     """
     recorded = content.get("architecture")
     if recorded is None:
         return None
-    known = dict.fromkeys(("embed_dim", "depth", "num_heads", "patch_size", "in_chans"), int)
-    kinds: dict[str, Any] = {
-        **known, "num_classes": int, "tokens_norm": bool, "layer_scale": int | float
-    }  # fmt: skip
-    good = isinstance(recorded, dict) and recorded.keys() <= kinds.keys() >= known.keys()
-    if not good or not known.keys() <= recorded.keys():
+    hints = hints_of(f"{XCiT.__module__}.{XCiT.__name__}")
+    needed = {"embed_dim", "depth", "num_heads", "patch_size", "in_chans"}
+    names = needed | {"num_classes", "tokens_norm", "layer_scale"}
+    if not isinstance(recorded, dict) or not needed <= recorded.keys() <= names:
         raise UserError(f"{path}: its architecture is {recorded!r:.200}, which is no XCiT's")
     for name, value in recorded.items():
-        right = isinstance(value, kinds[name])
-        if not right or (kinds[name] is int and not 0 <= value <= 65_536):
+        if not allows(hints[name], value) or value > LARGEST:
             raise UserError(f"{path}: its architecture has {name}={value!r:.100}")
     return dict(recorded)
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where in a file an XCiT lies.
 
     Args:
-        names: that lead to its dictionary.
-        prefix: of its tensors in there, as it stands.
-        tensors: all that the dictionary holds.
+        names: keys that lead to its dictionary.
+        prefix: of its tensors in there, wrappers included.
+        tensors: all entries of the dictionary.
         deeper: prefixes of other XCiTs that begin with this one.
     """
 
@@ -346,12 +342,12 @@ class Place(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """Of all names that lead to it, without what wraps networks."""
+        """All names that lead to it, without wrappers of networks."""
         return [*self.names, *WRAPPED.sub("", self.prefix).split(".")]
 
     @property
     def role(self) -> Which | None:
-        """By the innermost name that tells: the averaged weights are the teacher's."""
+        """By the innermost name that tells; averaged weights are the teacher's."""
         for word in reversed(self.words):
             for role, words in ROLES.items():
                 if words.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", word).lower()):
@@ -360,13 +356,15 @@ class Place(NamedTuple):
 
     @property
     def head_prefix(self) -> str | None:
-        """Of a projection head, which DINO has beside `backbone.`."""
+        """The prefix of a projection head, which DINO has beside `backbone.`."""
         prefix = WRAPPED.sub("", self.prefix)
         beside = re.fullmatch(r"((?:.*\.)?)backbone\.", prefix)
         return f"{beside[1]}head." if beside else None
 
-    def own(self, key: Any) -> bool:
-        """Whether a name in the dictionary is the backbone's; a head of several layers is not."""
+    def owns(self, key: Any) -> bool:
+        """Whether a key of the dictionary is the backbone's; one of a head of several layers is
+        not.
+        """
         if not self.prefix and not isinstance(key, str):
             return True
         if not str(key).startswith(self.prefix) or str(key).startswith(self.deeper or ("\0",)):
@@ -376,38 +374,38 @@ class Place(NamedTuple):
 
 
 def unwrapped(tensors: Mapping[Any, Any]) -> dict[str, Any]:
-    """Names without what wraps networks and their parts."""
+    """Entries by their names without wrappers of networks and of their parts."""
     return {WRAPPED.sub("", str(key)): value for key, value in tensors.items()}
 
 
 def dictionaries_in(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping]]:
-    """All that a file holds but those of optimizers, the outermost first, with the names that lead
-    to them; a network that was pickled as a whole gives its state dict.
+    """Yield all dictionaries of a file except those of optimizers, the outermost first, with the
+    keys that lead to them; a network that was pickled as a whole gives its state dict.
     """
-    todo: list[tuple[tuple[str, ...], Mapping]] = [((), content)]
-    seen = set()  # in a hostile file they hold each other
-    for names, found in todo:
-        if id(found) in seen:
+    queue: list[tuple[tuple[str, ...], Mapping]] = [((), content)]
+    visited = set()  # in a hostile file they hold each other
+    for names, dictionary in queue:
+        if id(dictionary) in visited:
             continue
-        seen.add(id(found))
-        if "_modules" in found:
-            found = pickled_state(found)
-        yield names, found
-        todo += [
+        visited.add(id(dictionary))
+        if "_modules" in dictionary:
+            dictionary = pickled_state(dictionary)
+        yield names, dictionary
+        queue += [
             ((*names, str(key)), value)
-            for key, value in found.items()
+            for key, value in dictionary.items()
             if isinstance(value, Mapping) and not NO_WEIGHTS.search(str(key).lower())
         ]
 
 
 def pickled_state(module: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """The state dict of a network that was pickled instead of it."""
-    left_out = module.get("_non_persistent_buffers_set") or ()
+    """The state dict of a network that was pickled as a whole."""
+    not_saved = module.get("_non_persistent_buffers_set") or ()
     state = {
         f"{prefix}{name}": value
         for kind in ("_parameters", "_buffers")
         for name, value in dict(module.get(kind) or {}).items()
-        if value is not None and name not in left_out
+        if value is not None and name not in not_saved
     }
     for name, child in dict(module.get("_modules") or {}).items():
         if isinstance(child, Mapping) and prefix.count(".") < 20:  # a hostile one holds itself
@@ -415,9 +413,9 @@ def pickled_state(module: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]
     return state
 
 
-def places_in(content: Mapping[str, Any]) -> list[Place]:
-    """Of every XCiT in a file."""
-    found = []
+def locate_all(content: Mapping[str, Any]) -> list[Location]:
+    """The location of every XCiT in a file."""
+    locations = []
     for names, tensors in dictionaries_in(content):
         prefixes = [
             match[1]
@@ -428,169 +426,172 @@ def places_in(content: Mapping[str, Any]) -> list[Place]:
         ]
         for prefix in prefixes:
             deeper = [p for p in prefixes if p != prefix and p.startswith(prefix)]
-            found.append(Place(names, prefix, tensors, tuple(deeper)))
-    return found
+            locations.append(Location(names, prefix, tensors, tuple(deeper)))
+    return locations
 
 
-def place_in(content: Mapping[str, Any], which: Which, path: Path) -> Place:
-    """The XCiT that is meant: that of the role where a file tells roles apart, else the only one.
+def locate(content: Mapping[str, Any], which: Which, path: Path) -> Location:
+    """The location of the XCiT to load: by role where a file tells roles apart, else the only one.
 
     Raises:
-        UserError: there is none, or it cannot be told which (lists the prefixes).
+        UserError: there is none, or several that could be meant (lists the prefixes).
     """
-    places = places_in(content)
-    if not places:
+    locations = locate_all(content)
+    if not locations:
         for key in ("state_dict", which, "model"):
             if key in content and not isinstance(content[key], Mapping):
                 kind = type(content[key]).__name__
-                raise UserError(f"{path}: {key} in it is a {kind}, not weights by name")
-        seen = listed(prefixes_in(content)) or "no tensors by name"
+                raise UserError(f"{path}: {key} in it is a {kind}, not a dictionary of weights")
+        prefixes = first_few(prefixes_in(content)) or "no tensors by name"
         raise UserError(
-            f"{path} is not an XCiT checkpoint: no {TEMPERATURE} behind any prefix; it holds {seen}"
+            f"{path} is not an XCiT checkpoint: no {TEMPERATURE} behind any prefix; it holds "
+            f"{prefixes}"
         )
-    fitting = [p for p in places if p.role == which] or [p for p in places if p.role is None]
+    fitting = [p for p in locations if p.role == which] or [p for p in locations if p.role is None]
     if not fitting:
         other = "student" if which == "teacher" else "teacher"
         raise UserError(
-            f"{path} holds no {which}: {listed([str(p) for p in places])}; which={other} takes it"
+            f"{path} holds no {which}: {first_few(list(map(str, locations)))}; set which={other}"
         )
     if len(fitting) > 1:  # parts of another network may be XCiT's blocks
-        fitting = [p for p in fitting if STEM in named(p)] or fitting
-    first = named(fitting[0])
-    if not all(same_tensors(first, named(place)) for place in fitting[1:]):
+        fitting = [p for p in fitting if STEM in entries_of(p)] or fitting
+    first = entries_of(fitting[0])
+    if not all(same_tensors(first, entries_of(location)) for location in fitting[1:]):
         raise UserError(
-            f"{path} holds {len(fitting)} XCiTs, and {which} does not tell which is meant: "
-            f"{listed([str(p) for p in fitting])}; save the one that is meant as a file by itself"
+            f"{path} holds {len(fitting)} XCiTs that could be the {which}: "
+            f"{first_few(list(map(str, fitting)))}; save the one you need in a file of its own"
         )
     return fitting[0]
 
 
 def prefixes_in(content: Mapping[str, Any]) -> list[str]:
-    """Of all tensors in a file, as `module.layer1.* in state_dict`."""
-    found: dict[str, None] = {}
+    """Prefixes of all tensors in a file, as `module.layer1.* in state_dict`."""
+    prefixes: dict[str, None] = {}
     for names, tensors in dictionaries_in(content):
         keys = [str(key) for key, value in tensors.items() if isinstance(value, Tensor)]
-        found |= dict.fromkeys(str(Place(names, p, {})) for p in grouped(keys))
-    return list(found)
+        prefixes |= dict.fromkeys(str(Location(names, p, {})) for p in common_prefixes(keys))
+    return list(prefixes)
 
 
-def grouped(keys: Sequence[str], beside: str | None = None) -> list[str]:
-    """What names begin with: one word more than they share with what is beside them, or with each
-    other.
+def common_prefixes(keys: Sequence[str], beside: str | None = None) -> list[str]:
+    """Prefixes of keys: one word more than each shares with the key `beside` them, or with the
+    others.
     """
     if not keys:
         return []
     split = [key.split(".") for key in keys]
     others = [min(split), max(split)] if beside is None else [beside.split(".")]  # the extremes
-    found = []
+    prefixes = []
     for words in split:
         shared = 0
         while all(
             shared < min(len(words), len(o)) - 1 and o[shared] == words[shared] for o in others
         ):
             shared += 1
-        found.append(".".join(words[: shared + 1]) + "." * (shared + 1 < len(words)))
-    return list(dict.fromkeys(found))
+        prefixes.append(".".join(words[: shared + 1]) + "." * (shared + 1 < len(words)))
+    return list(dict.fromkeys(prefixes))
 
 
-def named(place: Place) -> dict[str, Any]:
-    """All entries of a backbone by the names that they have in it."""
-    inside = {key: value for key, value in place.tensors.items() if place.own(key)}
-    return unwrapped({str(key).removeprefix(place.prefix): v for key, v in inside.items()})
+def entries_of(location: Location) -> dict[str, Any]:
+    """All entries of a backbone, without its prefix."""
+    entries = {key: value for key, value in location.tensors.items() if location.owns(key)}
+    return unwrapped({str(key).removeprefix(location.prefix): v for key, v in entries.items()})
 
 
 def same_tensors(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two are the same network, which a file may hold under two names."""
+    """Whether two state dicts are of the same network, which a file may hold under two names."""
     return one.keys() == other.keys() and all(
         isinstance(v, Tensor) and isinstance(other[k], Tensor) and torch.equal(v, other[k])
         for k, v in one.items()
     )
 
 
-def is_ours(place: Place, which: Which) -> bool:
-    """Whether it lies where `ssl-xcit pretrain` puts it."""
-    prefix = WRAPPED.sub("", place.prefix)
-    return place.names == ("state_dict",) and prefix == f"{which}.backbone."
+def is_ours(location: Location, which: Which) -> bool:
+    """Whether the backbone lies where `ssl-xcit pretrain` puts it."""
+    prefix = WRAPPED.sub("", location.prefix)
+    return location.names == ("state_dict",) and prefix == f"{which}.backbone."
 
 
-def say_the_rest(place: Place, content: Mapping[str, Any], which: Which, path: Path) -> None:
-    """Log what a file of others holds beside the backbone: other XCiTs, other modules."""
-    if is_ours(place, which):
+def log_ignored(location: Location, content: Mapping[str, Any], which: Which, path: Path) -> None:
+    """Warn of everything in a file of others that is not loaded: other XCiTs, other modules."""
+    if is_ours(location, which):
         return
-    places = places_in(content)
-    others = [str(p) for p in places if p.role != place.role and which not in place.words]
-    heads = tuple(p.head_prefix for p in places if p.head_prefix)
+    locations = locate_all(content)
+    others = [str(p) for p in locations if p.role != location.role and which not in location.words]
+    heads = tuple(p.head_prefix for p in locations if p.head_prefix)
     keys = [
         key
-        for key, value in place.tensors.items()
+        for key, value in location.tensors.items()
         if isinstance(key, str)
         and isinstance(value, Tensor)
         and not WRAPPED.sub("", key).startswith(heads)
-        and not any(p.own(key) for p in places if p.names == place.names)
+        and not any(p.owns(key) for p in locations if p.names == location.names)
     ]
-    modules = [p + "*" * p.endswith(".") for p in grouped(keys, place.prefix)]
+    modules = [p + "*" * p.endswith(".") for p in common_prefixes(keys, location.prefix)]
     if others or modules:
-        taken = (
-            f"{path}{f', which={which}' if others else ''}: the backbone is {str(place) or 'bare'}"
-        )
-        log.warning("%s; not loaded: %s", taken, listed(others + modules))
+        log.warning(
+            "%s%s: the backbone is %s; not loaded: %s", path, f", which={which}" if others else "",
+            str(location) or "bare", first_few(others + modules),
+        )  # fmt: skip
 
 
-def backbone_state(place: Place, where: str) -> StateDict:
-    """A backbone's tensors under the published names, plain and of float32.
+def backbone_state(location: Location, where: str) -> StateDict:
+    """A backbone's tensors under the published names, plain and in float32.
 
     Raises:
-        UserError: an entry is no tensor, or only a part of one.
+        UserError: an entry is no tensor, or only a shard of one.
     """
-    entries = {key: value for key, value in place.tensors.items() if place.own(key)}
+    entries = {key: value for key, value in location.tensors.items() if location.owns(key)}
     strange = [
         str(key) if isinstance(value, Tensor) else f"{key} ({type(value).__name__})"
         for key, value in entries.items()
         if not (isinstance(key, str) and isinstance(value, Tensor))
     ]
     if strange:
-        raise UserError(f"{where}: entries that are no tensors: {listed(strange)}")
+        raise UserError(f"{where}: entries that are no tensors: {first_few(strange)}")
     counts = Counter(WRAPPED.sub("", key) for key in entries)
     if twice := [key for key, count in counts.items() if count > 1]:
-        raise UserError(f"{where}: entries that are there twice: {listed(twice)}")
-    return from_timm_names(whole(named(place), where))
+        raise UserError(f"{where}: entries that are there twice: {first_few(twice)}")
+    return from_timm_names(plain_tensors(entries_of(location), where))
 
 
-def whole(tensors: Mapping[str, Tensor], where: str) -> StateDict:
-    """Plain tensors, those of floating point in float32, also where DTensor was saved.
+def plain_tensors(tensors: Mapping[str, Tensor], where: str) -> StateDict:
+    """Plain tensors, those of floating point in float32, also of DTensors.
 
     Raises:
-        UserError: some are one process's part of a tensor, or hold no plain numbers.
+        UserError: some are shards, or are not dense.
     """
-    found, parts = {}, []
+    plain, shards = {}, []
     for key, tensor in tensors.items():
         local = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
         partial = any(p.is_partial() for p in getattr(tensor, "placements", ()))
         if local.shape != tensor.shape or partial:
-            parts.append(key)
-        plain = local.detach()
-        found[key] = plain.float() if plain.is_floating_point() else plain
-    if parts:
+            shards.append(key)
+        value = local.detach()
+        plain[key] = value.float() if value.is_floating_point() else value
+    if shards:
         raise UserError(
-            f"{where}: parts of tensors, as one of several processes holds them: {listed(parts)}; "
-            f"{SAVE_WHOLE}"
+            f"{where}: parts of tensors, as one of several processes holds them: "
+            f"{first_few(shards)}; {SAVE_WHOLE}"
         )
-    empty = [
-        k for k, t in found.items() if t.is_meta or t.is_quantized or t.layout != torch.strided
+    not_dense = [
+        k for k, t in plain.items() if t.is_meta or t.is_quantized or t.layout != torch.strided
     ]
-    if empty:
-        raise UserError(f"{where}: tensors that are sparse, quantised or on meta: {listed(empty)}")
-    return found
+    if not_dense:
+        raise UserError(
+            f"{where}: tensors that are sparse, quantised or on meta: {first_few(not_dense)}"
+        )
+    return plain
 
 
 def architecture_of(state: StateDict, path: str | Path) -> dict[str, Any]:
-    """Read off the shapes; `XCiT(**architecture)` fits the state dict."""
+    """The architecture that shapes tell; `XCiT(**architecture)` fits the state dict."""
     try:
         convolutions = [k for k in state if re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", k)]
         embed_dim = state["cls_token"].shape[-1]
         depth = len({m[1] for k in state if (m := re.match(r"blocks\.(\d+)\.", k))})
         num_heads = state["blocks.0.attn.temperature"].shape[0]
-        # what shapes do not tell is known of the published sizes; else XCiT's defaults
+        # shapes do not tell these; other sizes than the published ones have XCiT's defaults
         known = {size[:3]: size[3:] for size in SIZES.values()}
         layer_scale, tokens_norm = known.get((embed_dim, depth, num_heads), (1.0, True))
         return {
@@ -622,35 +623,30 @@ def model_name(architecture: Mapping[str, Any]) -> str:
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """load_state_dict that names the file and lists what does not fit."""
+    """Load a state dict; an error names the file and lists all that does not fit."""
     check_fit(model, state, path)
     model.load_state_dict(dict(state))
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """That a state dict has just the names and shapes of a network.
-
-    Raises:
-        UserError: lists what does not fit.
+    """Raise UserError, with all differences, unless a state dict has the names and shapes of a
+    network.
     """
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    problems += [
-        f"{key} is {str(state[key].dtype).removeprefix('torch.')}, not of floating point"
-        for key, value in own.items()
-        if key in state and value.is_floating_point() and not state[key].is_floating_point()
-    ]
+    for key, value in own.items():
+        given = state.get(key, value)
+        if given.shape != value.shape:
+            problems.append(f"{key} is {tuple(given.shape)}, not {tuple(value.shape)}")
+        elif value.is_floating_point() and not given.is_floating_point():
+            dtype = str(given.dtype).removeprefix("torch.")
+            problems.append(f"{key} is {dtype}, not of floating point")
     if problems:
-        raise UserError(f"{path} does not fit the network: {listed(problems)}")
+        raise UserError(f"{path} does not fit the network: {first_few(problems)}")
 
 
-def listed(words: Sequence[str]) -> str:
-    """The first five, and how many more."""
+def first_few(words: Sequence[str]) -> str:
+    """The first five words, and the number of the others."""
     more = f" and {len(words) - 5:,} more" if len(words) > 5 else ""
     return "; ".join(words[:5]) + more

@@ -10,10 +10,10 @@ x times one C x C matrix an image,
     q k^T = W_q S W_k^T,   |q_i|^2 = (W_q S W_q^T)_ii,   y = x (W_proj blockdiag(A) W_v)^T,
 
 the biases belonging to a column of ones beside x. That is 2 N C^2 + 3 C^3 multiplications an image
-instead of 4 N C^2 + 2 N C d, backwards 3 N C^2 instead of about 8, and of what is N long x alone is
-kept. It wins when N is some times C; `gram_is_faster` decides. Its limit: norms are differences of
-sums over all tokens, so where a bias all but cancels a query (to a thousandth, say) the direct form
-keeps more digits.
+instead of 4 N C^2 + 2 N C d, backwards 3 N C^2 instead of about 8, and of all that is N long only x
+is kept. It wins when N is some times C; `gram_is_faster` decides. Its limit: norms are differences
+of sums over all tokens, so where a bias all but cancels a query (to a thousandth, say) the direct
+form keeps more digits.
 """
 
 from typing import Any
@@ -56,8 +56,8 @@ def channel_attention(
 def gram_is_faster(
     num_tokens: int, dim: int, gradients: bool, low: bool, device: torch.device
 ) -> bool:
-    """Whether the form from the Gram matrix takes less time; never on a GPU, where nobody has
-    measured it yet.
+    """Whether the form from the Gram matrix takes less time; never on a GPU, where it is not
+    measured yet.
     """
     factor, offset = GRAM_FROM[gradients, low]
     return device.type == "cpu" and num_tokens >= factor * dim + offset
@@ -71,8 +71,8 @@ def in_low_precision(x: Tensor) -> bool:
 class ChannelMixing(torch.autograd.Function):
     """(q k v) -> softmax(cosines * temperature) v, head by head on strided views of the tokens.
 
-    For CPUs. The same as `channel_attention(q, k, temperature)` times v, where torch copies q, k
-    and v once each way to batch the heads, takes norms across strides and sums up gradients padded
+    For CPUs. Equals `channel_attention(q, k, temperature)` times v, for which torch copies q, k and
+    v once in each pass to batch the heads, takes norms across strides and sums up gradients padded
     with zeros; `benchmarks/layers.py` compares the two. No second derivatives.
     """
 
@@ -80,7 +80,7 @@ class ChannelMixing(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Float[Tensor, "B N qkv"], temperature: Float[Tensor, "H 1 1"]
     ) -> Float[Tensor, "B N C"]:
-        """Statistics of d x d values an image and head are float32 at least."""
+        """Compute in float32 at least whatever has d x d values an image and head."""
         B, N, C3 = qkv.shape
         H = len(temperature)
         q, k, v = qkv.view(B, N, 3, H, -1).unbind(2)
@@ -103,8 +103,8 @@ class ChannelMixing(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "B N C"]) -> tuple[Tensor, Tensor]:
-        """With G the gradient of a cosine and r_i = sum_j G_ij cos_ij / |q_i|^2: dq = k (G / |q|
-        |k|)^T - q r, and dk likewise.
+        """dq = k (G / |q| |k|)^T - q r with G the gradient of a cosine and r_i = sum_j G_ij cos_ij
+        / |q_i|^2; dk likewise.
         """
         qkv, temperature, norms, cosine, attention = ctx.saved_tensors
         B, N, _ = qkv.shape
@@ -130,8 +130,8 @@ class ChannelMixing(torch.autograd.Function):
             torch.bmm(k[:, :, h], d_gram[h].mT, out=parts[0, h])
             torch.bmm(q[:, :, h], d_gram[h], out=parts[1, h])
         # a norm that was clamped is a constant
-        of_norms = torch.stack((radial.sum(dim=-1), radial.sum(dim=-2))).permute(2, 0, 1, 3)
-        factor = (of_norms / norms.square().view(B, 2, H, d)).masked_fill_(
+        through_norms = torch.stack((radial.sum(dim=-1), radial.sum(dim=-2))).permute(2, 0, 1, 3)
+        factor = (through_norms / norms.square().view(B, 2, H, d)).masked_fill_(
             norms.view(B, 2, H, d) <= EPS, 0.0
         )
         d_qkv = torch.empty_like(qkv)
@@ -152,7 +152,7 @@ class Gram(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Float[Tensor, "B N C"]) -> Float[Tensor, "B C C"]:
-        """Sums over the tokens."""
+        """Sum over the tokens."""
         return x.mT @ x
 
     @staticmethod
@@ -162,7 +162,7 @@ class Gram(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, "B C C"]) -> Float[Tensor, "B N C"]:
-        """To the tokens."""
+        """Gradient of the tokens."""
         (x,) = ctx.saved_tensors
         return x @ (grad + grad.mT)
 
@@ -174,7 +174,7 @@ def from_gram(
     proj_weight: Float[Tensor, "C C"],
     proj_bias: Float[Tensor, " C"],
 ) -> Float[Tensor, "B N C"]:
-    """Cross-covariance attention without q, k and v: see the formulas above.
+    """Cross-covariance attention without q, k and v; see the module docstring.
 
     Under autocast x times the C x C matrix is of low precision; S and all that is C x C stay in
     float32.
@@ -224,7 +224,7 @@ class CrossCovarianceAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N C"], gain: Float[Tensor, " C"] | None = None
     ) -> Float[Tensor, "B N C"]:
-        """Mix channels; tokens meet only inside the d x d statistics. Output is times `gain`."""
+        """Mix channels by their d x d statistics over the tokens; multiply the result by `gain`."""
         _, N, C = x.shape
         weight, bias = scaled(self.proj, gain)
         exporting = torch.compiler.is_exporting()  # one program for any number of tokens
@@ -236,7 +236,7 @@ class CrossCovarianceAttention(nn.Module):
     def direct(
         self, x: Float[Tensor, "B N C"], weight: Float[Tensor, "C C"], bias: Float[Tensor, " C"]
     ) -> Float[Tensor, "B N C"]:
-        """Through q, k and v; weight and bias are the output projection's."""
+        """The direct form; weight and bias are the output projection's."""
         B, N, C = x.shape
         qkv = self.qkv(x)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -11,9 +11,10 @@ without a copy.
 
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Ge, Lt
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from ssl_xcit.models.layers import (
     scaled,
 )
 from ssl_xcit.models.xca import CrossCovarianceAttention
+from ssl_xcit.utils.validation import Count
 
 # name: width C, depth, heads, layer scale's initial value, norm over all tokens in class attention
 SIZES: dict[str, tuple[int, int, int, float, bool]] = {
@@ -40,18 +42,15 @@ SIZES: dict[str, tuple[int, int, int, float, bool]] = {
     "medium_24": (512, 24, 8, 1e-5, True),
     "large_24": (768, 24, 16, 1e-5, True),
 }
-STEM_WIDTHS = {
-    4: (2, 1),
-    8: (4, 2, 1),
-    16: (8, 4, 2, 1),
-}  # patch: divisors of C, one per stride-2 convolution
-
-
+# patch: divisors of C, one per stride-2 convolution
+STEM_WIDTHS = {4: (2, 1), 8: (4, 2, 1), 16: (8, 4, 2, 1)}
 CACHED_SIZES = 8  # grids whose position waves are kept
+DropRate = Annotated[float, Ge(0), Lt(1)]
+NumClasses = Annotated[int, Ge(0)]
 
 
 class Features(NamedTuple):
-    """What an image becomes: the final class token and the patch tokens in their places."""
+    """The final class token of each image, and its patch tokens in their places."""
 
     cls: Float[Tensor, "B C"]
     patches: Float[Tensor, "B C h w"]
@@ -113,23 +112,23 @@ class FourierPosition(nn.Module):
     def image(
         self, grid: tuple[int, int], device: torch.device
     ) -> Float[Tensor, "1 two_hidden h w"]:
-        """Waves of the row, then of the column; the last few sizes that were made are kept."""
+        """Waves of the row, then of the column; those of the last few grids are cached."""
         if torch.compiler.is_compiling():
-            return self.made(grid, device)
+            return self.uncached_image(grid, device)
         image = self.cache.get((grid, device))
         if image is None:
             with torch.inference_mode(False):  # or it could not take part in training later
-                image = self.made(grid, device)
+                image = self.uncached_image(grid, device)
             if type(image) is Tensor:  # and not shapes alone, as torch.export has them
                 while len(self.cache) >= CACHED_SIZES:
                     self.cache.pop(next(iter(self.cache)), None)
                 self.cache[grid, device] = image
         return image
 
-    def made(
+    def uncached_image(
         self, grid: tuple[int, int], device: torch.device
     ) -> Float[Tensor, "1 two_hidden h w"]:
-        """The same, not kept."""
+        """Waves of the row, then of the column."""
         rows = self.waves(grid[0], device)[:, None, :].expand(*grid, -1)
         columns = self.waves(grid[1], device)[None, :, :].expand(*grid, -1)
         return torch.cat((rows, columns), dim=-1).permute(2, 0, 1)[None]
@@ -141,7 +140,7 @@ class FourierPosition(nn.Module):
 
 
 class LocalPatchInteraction(nn.Module):
-    """Where neighbours talk: two depthwise 3 x 3 convolutions with GELU and BatchNorm between."""
+    """Two depthwise 3 x 3 convolutions with GELU and BatchNorm between."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -153,7 +152,7 @@ class LocalPatchInteraction(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N C"], grid: tuple[int, int], gain: Float[Tensor, " C"]
     ) -> Float[Tensor, "B N C"]:
-        """Convolve the tokens in their grid; the output is times `gain`."""
+        """Convolve the tokens in their grid and multiply the result by `gain`."""
         inside = self.bn(self.act(self.conv1(as_image(x, grid))))
         weight, bias = scaled(self.conv2, gain)
         return as_tokens(nn.functional.conv2d(inside, weight, bias, padding=1, groups=len(bias)))
@@ -197,8 +196,7 @@ class XCiT(nn.Module):
         layer_scale: initial value of the branches' per-channel gains.
         tokens_norm: class attention's second norm takes all tokens (False: the class token only).
         in_chans: channels of the image.
-        drop_path: rate of stochastic depth in [0, 1), the same in every XCA block, none in class
-            attention.
+        drop_path: rate of stochastic depth, the same in every XCA block, none in class attention.
         num_classes: size of `head`, a linear layer that only supervised checkpoints have (0: none).
             `forward` does not apply it.
 
@@ -208,15 +206,15 @@ class XCiT(nn.Module):
 
     def __init__(
         self,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
+        embed_dim: Count,
+        depth: Count,
+        num_heads: Count,
         patch_size: int = 16,
         layer_scale: float = 1.0,
         tokens_norm: bool = True,
-        in_chans: int = 3,
-        drop_path: float = 0.0,
-        num_classes: int = 0,
+        in_chans: Count = 3,
+        drop_path: DropRate = 0.0,
+        num_classes: NumClasses = 0,
     ):
         super().__init__()
         if patch_size not in STEM_WIDTHS:
@@ -229,15 +227,10 @@ class XCiT(nn.Module):
                 f"embed_dim={embed_dim}: the stem of patch {patch_size} starts at embed_dim / "
                 f"{STEM_WIDTHS[patch_size][0]}; choose a multiple of {STEM_WIDTHS[patch_size][0]}"
             )
-        if not 0.0 <= drop_path < 1.0:
-            raise UserError(f"drop_path={drop_path}: a rate in [0, 1)")
-        if in_chans < 1 or depth < 1:
-            raise UserError(f"in_chans={in_chans}, depth={depth}: both start at 1")
         self.embed_dim = embed_dim
         self.patch_size = patch_size
-        self.architecture: dict[
-            str, Any
-        ] = {  # enough to build this network again; plain data for checkpoints
+        # enough to build this network again; plain data for checkpoints
+        self.architecture: dict[str, Any] = {
             "embed_dim": embed_dim,
             "depth": depth,
             "num_heads": num_heads,
@@ -247,7 +240,7 @@ class XCiT(nn.Module):
             "in_chans": in_chans,
             "num_classes": num_classes,
         }
-        self.preprocess: dict[str, Any] = {}  # how images were read in training; {}: as ImageNet's
+        self.preprocess: dict[str, Any] = {}  # of images in training; {}: ImageNet's
         self.checkpoint_blocks = False  # keep each block's input only, for large images
         self.patch_embed = Stem(patch_size, in_chans, embed_dim)
         self.pos_embeder = FourierPosition(embed_dim)
@@ -303,16 +296,18 @@ class XCiT(nn.Module):
         return Features(self.norm(cls[:, 0]), as_image(self.norm(patches), grid))
 
     def parts(self, x: Float[Tensor, "B in_chans H W"]) -> dict[str, Float[Tensor, "B C"]]:
-        """What the last four blocks know of the image, each after the last norm (as DINOv2 takes
-        several blocks, arXiv:2304.07193, section 7.1).
+        """Features of the last four blocks, each after the last norm (as DINOv2 takes several
+        blocks, arXiv:2304.07193, section 7.1).
 
         Class tokens `cls` (the output of `forward`) and `cls_1` of the two class-attention blocks,
         mean patch tokens `patch` (of the output) and `block_1`, `block_2` of the last two XCA
         blocks, the last of them first; these have no class token.
         """
-        seen: list[Tensor] = []
+        block_means: list[Tensor] = []
         hooks = [
-            block.register_forward_hook(lambda *of: seen.append(self.norm(of[2]).mean(dim=1)))
+            block.register_forward_hook(
+                lambda *args: block_means.append(self.norm(args[2]).mean(dim=1))
+            )
             for block in self.blocks[-2:]
         ]
         try:
@@ -322,22 +317,22 @@ class XCiT(nn.Module):
                 hook.remove()
         earlier, patches, last = self.before_last(tokens)
         cls, patches = last(earlier, patches)
-        found = {"cls": cls, "cls_1": earlier}
-        parts = {name: self.norm(token[:, 0]) for name, token in found.items()}
-        parts["patch"] = self.norm(patches).mean(dim=1)
-        return parts | {f"block_{i}": mean for i, mean in enumerate(reversed(seen), start=1)}
+        return {
+            "cls": self.norm(cls[:, 0]),
+            "cls_1": self.norm(earlier[:, 0]),
+            "patch": self.norm(patches).mean(dim=1),
+            **{f"block_{i}": mean for i, mean in enumerate(reversed(block_means), start=1)},
+        }
 
     def attention(self, x: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B heads h w"]:
-        """Class attention of the last block over the patches; what is missing to 1 is its weight on
-        itself.
-        """
+        """Class attention of the last block over the patches; the class token has the rest to 1."""
         tokens, grid = self.patch_tokens(x)
         cls, patches, last = self.before_last(tokens)
         return last.attn.weights(last.normed(cls, patches))[:, :, 1:].unflatten(-1, grid)
 
 
 def create_model(
-    name: str, in_chans: int = 3, drop_path: float = 0.0, num_classes: int = 0
+    name: str, in_chans: Count = 3, drop_path: DropRate = 0.0, num_classes: NumClasses = 0
 ) -> XCiT:
     """A network of the published sizes with fresh weights.
 
@@ -359,13 +354,6 @@ def create_model(
         )
     embed_dim, depth, num_heads, layer_scale, tokens_norm = SIZES[match[1]]
     return XCiT(
-        embed_dim,
-        depth,
-        num_heads,
-        patch_size=int(match[2]),
-        layer_scale=layer_scale,
-        tokens_norm=tokens_norm,
-        in_chans=in_chans,
-        drop_path=drop_path,
-        num_classes=num_classes,
-    )
+        embed_dim, depth, num_heads, int(match[2]), layer_scale, tokens_norm,
+        in_chans, drop_path, num_classes,
+    )  # fmt: skip

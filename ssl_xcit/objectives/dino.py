@@ -7,10 +7,11 @@ softmax(s_v) minus the mean of those q, made in the logits' own memory while the
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+from annotated_types import Ge, Lt
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -85,7 +86,7 @@ def prototype_loss(
 
 
 def check_views(count: int) -> None:
-    """The loss compares different views."""
+    """Raise UserError for fewer views than the loss compares."""
     if count < 2:
         raise UserError(f"the loss needs at least 2 views, not {count}: augment.num_local from 1")
 
@@ -105,26 +106,30 @@ def cross_entropy_(
 
 
 def targets_by_view(teacher: Float[Tensor, "G n K"]) -> tuple[Tensor, Tensor]:
-    """The mean teacher that each global view is compared with, (G, n, K): all but its own; and
-    that of the local views, (n, K).
+    """Targets of each global view, (G, n, K): the mean teacher of all views but its own; and of the
+    local views, (n, K): the mean of all.
     """
-    G, every = len(teacher), teacher.sum(dim=0)
-    return (every - teacher) / max(G - 1, 1), every / G
+    G, total = len(teacher), teacher.sum(dim=0)
+    return (total - teacher) / max(G - 1, 1), total / G
 
 
 def chunks(num_images: int, values_an_image: int) -> Iterator[slice]:
-    """Equal parts of the images, each with about `CHUNK` logits."""
+    """Yield equal parts of the images, each with about `CHUNK` logits."""
     count = min(num_images, -(-num_images * values_an_image // CHUNK))
     size = -(-num_images // count)
     for start in range(0, num_images, size):
         yield slice(start, min(start + size, num_images))
 
 
-def once(kept: Any) -> Any:
-    """What a forward pass kept for its only backward pass."""
-    if kept is None:
+def require_unconsumed(gradients: Any) -> Any:
+    """Gradients that a forward pass kept for its only backward pass.
+
+    Raises:
+        RuntimeError: a backward pass has used them up.
+    """
+    if gradients is None:
         raise RuntimeError("this loss keeps its gradient for one backward pass; compute it again")
-    return kept
+    return gradients
 
 
 class LogitsLoss(torch.autograd.Function):
@@ -139,7 +144,7 @@ class LogitsLoss(torch.autograd.Function):
         overwrite: bool,
         grad_enabled: bool,
     ) -> Float[Tensor, ""]:
-        """The loss; the gradient, but for its factors, is built beside it."""
+        """Compute the loss, and beside it the gradient without its factors."""
         V, B, K = student.shape
         G = len(teacher)
         keep = grad_enabled and ctx.needs_input_grad[0]
@@ -161,8 +166,8 @@ class LogitsLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
-        """The kept gradient times its factors."""
-        gradient = once(ctx.gradient)
+        """Multiply the kept gradient by its factors."""
+        gradient = require_unconsumed(ctx.gradient)
         if ctx.overwrite:
             ctx.gradient = None
         else:
@@ -185,8 +190,8 @@ class PrototypeLoss(torch.autograd.Function):
         student_temp: float,
         grad_enabled: bool,
     ) -> Float[Tensor, ""]:
-        """The loss; with dz the gradient of a logit of unit gain and norm, dx = dz w and dw = dz^T
-        x are summed up beside it.
+        """Compute the loss and, with dz the gradient of a logit of unit gain and norm, sum up
+        dx = dz w and dw = dz^T x beside it.
         """
         V, B, _ = x.shape
         K, G = len(weight), len(teacher)
@@ -227,9 +232,10 @@ class PrototypeLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
-        """Of x, weight and, where it is trained, the gain."""
+        """Gradients of x, weight and, where it is trained, the gain."""
         weight, gain, norm = ctx.saved_tensors
-        (dx, dw), ctx.gradients = once(ctx.gradients), None  # no second owner: no copy is made
+        dx, dw = require_unconsumed(ctx.gradients)
+        ctx.gradients = None  # no second owner: no copy is made
         dgain = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             exact = weight.to(dw.dtype)
@@ -244,23 +250,21 @@ class PrototypeLoss(torch.autograd.Function):
 
 
 class Center(nn.Module):
-    """Running mean of the teacher's logits, subtracted before its softmax so that no prototype wins
-    everywhere.
+    """Running mean of the teacher's logits, subtracted before its softmax so that no prototype
+    dominates.
 
     center <- momentum * center + (1 - momentum) * mean over views, images and ranks (equation 4);
     zeros at first. It is a buffer: a checkpoint carries it.
 
     Args:
         num_prototypes: K.
-        momentum: of the running mean, in [0, 1).
+        momentum: of the running mean (paper: 0.9).
     """
 
     center: Tensor
 
-    def __init__(self, num_prototypes: int, momentum: float = 0.9):
+    def __init__(self, num_prototypes: int, momentum: Annotated[float, Ge(0), Lt(1)] = 0.9):
         super().__init__()
-        if not 0.0 <= momentum < 1.0:
-            raise UserError(f"center_momentum={momentum}: a number in [0, 1); the paper has 0.9")
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(num_prototypes))
 
@@ -270,7 +274,7 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def update_(self, logits: Float[Tensor, "G B K"]) -> None:
-        """Take in this step's logits, of all ranks."""
+        """Update the mean with this step's logits of all ranks."""
         mean = logits.float().mean(dim=(0, 1))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(mean)

@@ -1,8 +1,7 @@
-"""The loop of a sweep: ask for trials, start them, look how far they have come, tell what became of
-them.
+"""The loop of a sweep: ask the search for trials, start them, follow their metrics, report results.
 
-What is finished is skipped, what was stopped goes on, what another sweep is training is waited for,
-what fails is marked. The sweep keeps nothing in memory that the run folders do not tell.
+Finished trials are skipped, stopped ones resumed, failed ones marked, and those that another sweep
+trains are waited for. The run folders hold the whole state of a sweep.
 """
 
 import signal
@@ -13,61 +12,58 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from ssl_xcit.errors import UserError
-from ssl_xcit.locks import lock_holder
 from ssl_xcit.sweeps import trial as trials
-from ssl_xcit.sweeps.job import POLL, STOP, Job, ask_to_stop
-from ssl_xcit.sweeps.launchers import Launcher, Running
+from ssl_xcit.sweeps.job import IN_USE, POLL, STOP, Job, ask_to_stop
+from ssl_xcit.sweeps.launchers import Launcher, RunningJob
 from ssl_xcit.sweeps.searches import Search
 from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, RUNNING, STOPPED, Trial
+from ssl_xcit.utils.locks import lock_holder
 
-LOOK = 1.0  # seconds between two looks at a trial's metrics, or ...
-SELDOM = 20  # ... so many times what a look takes
-FORCED = 30.0  # seconds after a second Ctrl-C until trials are killed
-IN_USE = "is in use by process"  # as `locks.exclusive` says it
+READ_EVERY = 1.0  # seconds between two reads of a trial's metrics, or ...
+READ_SHARE = 20  # ... this many times as long as a read takes
+KILL_AFTER = 30.0  # seconds after a second Ctrl-C until trials are killed
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 
 
 @dataclass
-class Started:
-    """A trial under way."""
+class ActiveTrial:
+    """A trial that runs."""
 
     trial: Trial
     slot: int
-    running: Running
+    running: RunningJob
     pruned: bool = False
     reported: set[int] = field(default_factory=set)
-    look_again: float = 0.0
+    next_read: float = 0.0
 
 
 class Watcher:
-    """What a person sees of a sweep; by itself nothing."""
+    """Is told of everything that happens in a sweep; this one ignores it."""
 
-    def begins(self, trial: Trial) -> None:
-        """A trial is started, for the first time or again."""
+    def started(self, trial: Trial) -> None:
+        """A trial was started, for the first time or again."""
 
-    def goes_on(self, trial: Trial, steps: int, total: int | None, value: float | None) -> None:
-        """How far it has come."""
+    def progressed(self, trial: Trial, steps: int, total: int | None, value: float | None) -> None:
+        """A trial has taken this many steps; the metric has this value."""
 
-    def ends(self, trial: Trial, state: str, value: float | None, words: str) -> None:
-        """It has ended, now or in an earlier sweep."""
+    def ended(self, trial: Trial, state: str, value: float | None, error: str) -> None:
+        """A trial has ended, now or in an earlier sweep."""
 
-    def says(self, words: str) -> None:
+    def message(self, text: str) -> None:
         """Anything else."""
 
 
 class Sweep:
-    """See the module.
+    """Runs trials; see the module docstring.
 
     Args:
         search: gives trials.
         launcher: runs them.
-        command: of a trial, as words.
-        metric: by which they are judged.
-        retry_failed: start those again that failed in an earlier sweep.
-        watcher: is told.
+        command: the command line of a trial.
+        metric: ranks trials.
+        retry_failed: start trials again that failed in an earlier sweep.
+        watcher: is told of what happens.
     """
 
     def __init__(
@@ -85,39 +81,37 @@ class Sweep:
         self.metric = metric
         self.retry_failed = retry_failed
         self.watcher = watcher or Watcher()
-        self.started: list[Started] = []
-        self.elsewhere: deque[Trial] = deque()
+        self.active: list[ActiveTrial] = []
+        self.held: deque[Trial] = deque()  # by other sweeps
         self.received: int | None = None
         self.asked_again = 0.0
         self.states: dict[Trial, str] = {}
 
     def run(self) -> int:
-        """All trials.
+        """Run all trials.
 
         Returns:
-            0: all ended well; 1: one failed; 75 or 130: it was asked to stop, and did.
+            Exit code. 0: all ended well; 1: one failed; 75 or 130: stopped by a signal.
         """
         before = {number: signal.signal(number, self.receive) for number in EXIT_CODES}
         try:
             exhausted = False
             while True:
-                while self.received is None and len(self.started) < self.launcher.slots:
+                while self.received is None and len(self.active) < self.launcher.slots:
                     trial = None if exhausted else self.search.ask()
                     if trial is None:
                         exhausted = True
-                        trial = self.free_elsewhere()
+                        trial = self.next_released()
                     if trial is None:
                         break
-                    self.take(trial)
-                if not self.started and (
-                    self.received is not None or (exhausted and not self.elsewhere)
-                ):
+                    self.start(trial)
+                if not self.active and (self.received is not None or (exhausted and not self.held)):
                     break
                 time.sleep(POLL)
-                self.look()
+                self.poll()
         finally:
-            for one in self.started:  # an error of ours must not leave them alone
-                ask_to_stop(one.trial.folder, signal.SIGTERM)
+            for active in self.active:  # after an error of ours nothing follows them
+                ask_to_stop(active.trial.folder, signal.SIGTERM)
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.received is not None:
@@ -126,107 +120,107 @@ class Sweep:
         return 1 if FAILED in states else 75 if STOPPED in states else 0
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Have all trials save and end; the second Ctrl-C leaves at once."""
+        """Stop all trials, which save; after a second Ctrl-C they have `KILL_AFTER` seconds."""
         if self.received is not None and number == signal.SIGINT:
             self.asked_again = time.monotonic()
         self.received = self.received or number
-        for one in self.started:
+        for active in self.active:
             with suppress(OSError):
-                ask_to_stop(one.trial.folder, number)
+                ask_to_stop(active.trial.folder, number)
 
-    def free_elsewhere(self) -> Trial | None:
-        """One of those that others were training, when they no longer do."""
-        for _ in range(len(self.elsewhere)):
-            trial = self.elsewhere.popleft()
+    def next_released(self) -> Trial | None:
+        """A trial that another sweep was training, once it no longer does."""
+        for _ in range(len(self.held)):
+            trial = self.held.popleft()
             if not lock_holder(trial.folder):
                 return trial
-            self.elsewhere.append(trial)
+            self.held.append(trial)
         return None
 
-    def take(self, trial: Trial) -> None:
-        """Start a trial, unless it is done or somebody else is at it."""
+    def start(self, trial: Trial) -> None:
+        """Start a trial, unless it has ended or another sweep trains it."""
         state = trials.state_of(trial.folder)
         if state in (FINISHED, PRUNED) or (state == FAILED and not self.retry_failed):
             self.conclude(trial, state, str(trials.read(trial.folder).get("error", "")))
             return
         if holder := lock_holder(trial.folder):
             if trial not in self.states:
-                self.watcher.says(f"{trial}: waiting for {holder}")
+                self.watcher.message(f"{trial}: waiting for {holder}")
             self.states[trial] = RUNNING
-            self.elsewhere.append(trial)
+            self.held.append(trial)
             return
-        slot = min(set(range(self.launcher.slots)) - {one.slot for one in self.started})
+        slot = min(set(range(self.launcher.slots)) - {active.slot for active in self.active})
         trial.folder.mkdir(parents=True, exist_ok=True)
         (trial.folder / STOP).unlink(missing_ok=True)
         trials.note(trial, RUNNING)
         self.states[trial] = RUNNING
-        self.watcher.begins(trial)
+        self.watcher.started(trial)
         job = Job(
             tuple(self.command(trial)), str(trial.folder.resolve()), trials.OUTPUT,
             self.launcher.environment(slot),
         )  # fmt: skip
-        self.started.append(Started(trial, slot, self.launcher.submit(job)))
+        self.active.append(ActiveTrial(trial, slot, self.launcher.submit(job)))
 
-    def look(self) -> None:
-        """At every trial that runs."""
-        for one in list(self.started):
-            if one.running.done():
-                self.started.remove(one)
-                self.ended(one)
-            elif time.monotonic() > one.look_again:
+    def poll(self) -> None:
+        """Read the metrics of running trials, and conclude those that have ended."""
+        for active in list(self.active):
+            if active.running.done():
+                self.active.remove(active)
+                self.conclude_started(active)
+            elif time.monotonic() > active.next_read:
                 began = time.monotonic()
-                self.follow(one)
-                spent = time.monotonic() - began  # metrics of long runs take a while to read
-                one.look_again = time.monotonic() + max(LOOK, SELDOM * spent)
-                if self.asked_again and time.monotonic() - self.asked_again > FORCED:
-                    ask_to_stop(one.trial.folder, signal.SIGKILL)
+                self.follow(active)
+                duration = time.monotonic() - began  # metrics of long runs take a while to read
+                active.next_read = time.monotonic() + max(READ_EVERY, READ_SHARE * duration)
+                if self.asked_again and time.monotonic() - self.asked_again > KILL_AFTER:
+                    ask_to_stop(active.trial.folder, signal.SIGKILL)
 
-    def follow(self, one: Started) -> None:
-        """How far it has come; the search hears new values of the metric, and may end it."""
-        folder, total = one.trial.folder, trials.total_steps(one.trial.folder)
+    def follow(self, active: ActiveTrial) -> None:
+        """Report progress, and let the search end a trial by new values of the metric."""
+        folder, total = active.trial.folder, trials.total_steps(active.trial.folder)
         values = trials.column(folder, self.metric)
         last = values[-1][1] if values else None
-        self.watcher.goes_on(one.trial, trials.steps_done(folder), total, last)
+        self.watcher.progressed(active.trial, trials.steps_done(folder), total, last)
         for step, value in values:
-            if total and step < total and step not in one.reported and not one.pruned:
-                one.reported.add(step)
-                if self.search.wants_stop(one.trial, step / total, value):
-                    one.pruned = True
+            if total and step < total and step not in active.reported and not active.pruned:
+                active.reported.add(step)
+                if self.search.wants_stop(active.trial, step / total, value):
+                    active.pruned = True
                     ask_to_stop(folder, signal.SIGTERM)
 
-    def ended(self, one: Started) -> None:
-        """What the exit code and the folder say."""
-        folder, error = one.trial.folder, ""
+    def conclude_started(self, active: ActiveTrial) -> None:
+        """Derive the state of a trial from its exit code and its folder."""
+        folder, error = active.trial.folder, ""
         (folder / STOP).unlink(missing_ok=True)
         try:
-            code = one.running.result()
-        except Exception as trouble:  # whatever the launcher raises
-            code, error = -1, f"the launcher failed: {type(trouble).__name__}: {trouble}"
+            code = active.running.result()
+        except Exception as cause:  # whatever the launcher raises
+            code, error = -1, f"the launcher failed: {type(cause).__name__}: {cause}"
         if (folder / "summary.json").is_file():
             state = FINISHED
-        elif one.pruned:
+        elif active.pruned:
             state = PRUNED
         elif code in (75, 130) or self.received is not None:
             state = STOPPED
+        elif code == IN_USE or lock_holder(folder):  # another sweep was faster
+            self.held.append(active.trial)
+            return
         else:
-            state, error = FAILED, error or reason(folder, code)
-            if lock_holder(folder) or IN_USE in error:  # another sweep was faster
-                self.elsewhere.append(one.trial)
-                return
-        trials.note(one.trial, state, exit_code=code, **({"error": error} if error else {}))
-        self.conclude(one.trial, state, error)
+            state, error = FAILED, error or failure_reason(folder, code)
+        trials.note(active.trial, state, exit_code=code, **({"error": error} if error else {}))
+        self.conclude(active.trial, state, error)
 
-    def conclude(self, trial: Trial, state: str, words: str) -> None:
-        """Tell the search and whoever watches."""
+    def conclude(self, trial: Trial, state: str, error: str) -> None:
+        """Report the result of a trial to the search and the watcher."""
         value = trials.final_value(trial.folder, self.metric)
         self.states[trial] = state
         retried = state == FAILED and self.retry_failed
         self.search.tell(trial, STOPPED if retried else state, value)
-        self.watcher.ends(trial, state, value, words)
+        self.watcher.ended(trial, state, value, error)
 
 
-def reason(folder: Path, code: int) -> str:
-    """Why a trial failed: what the command said last, or the signal that killed it."""
+def failure_reason(folder: Path, code: int) -> str:
+    """The last message of a failed trial, or the signal that killed it."""
     text = ""
     with suppress(OSError), (folder / trials.OUTPUT).open("rb") as file:
         file.seek(max(0, (folder / trials.OUTPUT).stat().st_size - 20_000))
@@ -239,17 +233,4 @@ def reason(folder: Path, code: int) -> str:
         with suppress(ValueError):
             name = signal.Signals(-code).name
             return f"killed by {name}" + (": out of memory?" if name == "SIGKILL" else "")
-    return lines[-1] if lines else f"exit code {code}, and not a word"
-
-
-def check_metric(found: Sequence[Any], metric: str) -> None:
-    """That finished trials have the metric that they are ranked by.
-
-    Raises:
-        UserError: none has.
-    """
-    if found and all(value is None for value in found):
-        raise UserError(
-            f"sweep.metric={metric}: no finished trial has it; name one of the final evaluation, "
-            "such as linear, or a column of metrics.csv, such as rankme"
-        )
+    return lines[-1] if lines else f"exit code {code}, without output"

@@ -1,8 +1,8 @@
 """A trial as a process of its own, wherever a launcher runs it: the same command that a person
 types, its output in a file.
 
-What crashes, runs out of memory or is killed takes no other trial along, and memory and GPU are
-free again afterwards. Light, for launchers' processes import this.
+A trial that crashes or is killed affects no other, and its memory and GPU are free afterwards.
+Imports little, for launchers' processes import this.
 """
 
 import os
@@ -15,20 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STOP = ".stop"  # holds the number of a signal: whoever runs the trial passes it on
-PARENT = "SSL_XCIT_PARENT"  # whose end ends the trial, saved
+STOP = ".stop"  # file with the number of a signal, which the job sends to its trial
+PARENT = "SSL_XCIT_PARENT"  # variable with the process that a trial ends with, saved
 POLL = 0.2  # seconds
+IN_USE = 76  # exit code of a trial whose folder another process trains in
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to start.
+    """A process to run.
 
     Args:
-        words: the command.
+        words: the command line.
         folder: of the run; output goes there.
         output: name of the file for it.
-        environment: variables beside those that are there.
+        environment: variables added to those of this process.
     """
 
     words: tuple[str, ...]
@@ -37,11 +38,7 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self) -> int:
-        """Run it.
-
-        Returns:
-            Its exit code; below 0: the signal that killed it.
-        """
+        """Run it, and return its exit code, or below 0 the signal that killed it."""
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         rank = os.environ.get("SLURM_PROCID", "0")
@@ -53,13 +50,13 @@ class Job:
                 env=environment, start_new_session=True,
             )  # fmt: skip
             try:
-                return watched(process, folder / STOP)
+                return wait_and_forward(process, folder / STOP)
             finally:
                 if process.poll() is None:
-                    end(process)
+                    terminate(process)
 
     def checkpoint(self, *_: Any) -> Any:
-        """Called by submitit before SLURM ends the job: the trial saves, and is queued again."""
+        """Save and queue the trial again; submitit calls this before SLURM ends the job."""
         from submitit.helpers import DelayedSubmission
 
         ask_to_stop(Path(self.folder), signal.SIGTERM)
@@ -68,21 +65,21 @@ class Job:
         return DelayedSubmission(self)
 
 
-def watched(process: subprocess.Popen[bytes], stop: Path) -> int:
-    """Wait for the end; pass on the signals that are asked for, each once."""
+def wait_and_forward(process: subprocess.Popen[bytes], stop: Path) -> int:
+    """Wait for the end, and forward each signal that is written to `stop` once."""
     sent = ""
     while (code := process.poll()) is None:
         time.sleep(POLL)
         with suppress(OSError, ValueError):
-            wanted = stop.read_text()
-            if wanted != sent:
-                process.send_signal(int(wanted))
-                sent = wanted
+            number = stop.read_text()
+            if number != sent:
+                process.send_signal(int(number))
+                sent = number
     return code
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Have it save and go."""
+def terminate(process: subprocess.Popen[bytes]) -> None:
+    """End a process: it has a minute to save, then it is killed."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(60.0)
@@ -90,15 +87,15 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def ask_to_stop(folder: Path, number: int) -> None:
-    """Have whoever runs the trial of this folder send it a signal."""
+    """Have the job of this folder send its trial a signal."""
     part = folder / f"{STOP}.part"
     part.write_text(str(int(number)))
     part.replace(folder / STOP)
 
 
 def end_with(parent: int, number: int) -> None:
-    """Have Linux send this process a signal when its parent ends, however that ends; elsewhere
-    nothing does. To be called before anything else.
+    """Have Linux send this process a signal when its parent ends, however that ends; other systems
+    cannot. To be called before anything else.
     """
     with suppress(OSError, AttributeError):
         import ctypes

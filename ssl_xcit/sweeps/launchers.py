@@ -1,5 +1,5 @@
-"""Where trials run: each launcher takes jobs and gives futures. Trials are processes of their own
-everywhere (`job.py`); a launcher's own processes only wait for them.
+"""Launchers, which run jobs on this machine, a Ray cluster or SLURM and return futures. Trials are
+processes of their own everywhere (`job.py`); a launcher's processes only wait for them.
 """
 
 import os
@@ -7,114 +7,113 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from ssl_xcit.cores import usable_cores
 from ssl_xcit.errors import UserError
 from ssl_xcit.sweeps.job import Job
+from ssl_xcit.utils.hardware import usable_cores
+from ssl_xcit.utils.validation import Count, NonNegative, Positive
 
 
 @runtime_checkable
-class Running(Protocol):
-    """A job that was started."""
+class RunningJob(Protocol):
+    """A job that was started, such as a future."""
 
     def done(self) -> bool:
         """Whether it has ended."""
         ...
 
     def result(self) -> int:
-        """Its exit code; raises what went wrong with the launcher."""
+        """Its exit code; raises the launcher's errors."""
         ...
 
 
-@runtime_checkable
-class Launcher(Protocol):
-    """See the classes below.
+class Launcher:
+    """Runs jobs.
 
     Attributes:
-        slots: how many jobs run at once.
+        slots: number of jobs at once.
     """
 
-    slots: int
+    slots = 1
 
     def start(self, folder: Path) -> None:
-        """Before the first job; `folder` is the sweep's."""
+        """Prepare for the first job; `folder` is the sweep's."""
 
     def overrides(self) -> list[str]:
-        """Settings for every trial that are no part of its results."""
-        ...
+        """Settings for every trial that do not change its results."""
+        return []
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Variables for a job in this slot."""
-        ...
+        """Environment variables of a job in this slot."""
+        return {}
 
-    def submit(self, job: Job) -> Running:
-        """Run it, here or elsewhere."""
-        ...
+    def submit(self, job: Job) -> RunningJob:
+        """Start a job."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """After the last job."""
+        """Release resources after the last job."""
 
 
-class Local:
-    """On this machine: GPUs and cores are shared out among the slots.
+class Local(Launcher):
+    """Base of launchers on this machine: GPUs and cores are divided among the slots.
 
     Args:
         n_jobs: trials at once; None: one for each `gpus_per_trial` GPUs, without GPUs one.
-        gpus: their numbers; `auto`: all that there are.
-        gpus_per_trial: how many each trial sees.
+        gpus: their numbers; `auto`: all.
+        gpus_per_trial: number of GPUs that each trial sees.
 
     Raises:
         UserError: fewer GPUs than the trials need.
     """
 
     def __init__(
-        self, n_jobs: int | None = None, gpus: Sequence[int] | str = "auto", gpus_per_trial: int = 1
+        self,
+        n_jobs: Count | None = None,
+        gpus: Sequence[int] | Literal["auto"] = "auto",
+        gpus_per_trial: Count = 1,
     ):
-        if n_jobs is not None and (type(n_jobs) is not int or n_jobs < 1):
-            raise UserError(f"launcher.n_jobs={n_jobs}: a whole number from 1, or null")
-        if type(gpus_per_trial) is not int or gpus_per_trial < 1:
-            raise UserError(f"launcher.gpus_per_trial={gpus_per_trial}: a whole number from 1")
-        self.gpus = known_gpus() if gpus == "auto" else [str(gpu) for gpu in gpus]
+        self.gpus = visible_gpus() if gpus == "auto" else [str(gpu) for gpu in gpus]
         self.gpus_per_trial = gpus_per_trial
-        places = len(self.gpus) // gpus_per_trial
-        if self.gpus and places < (n_jobs or 1):
+        fitting = len(self.gpus) // gpus_per_trial
+        if self.gpus and fitting < (n_jobs or 1):
             raise UserError(
-                f"launcher: {n_jobs or 1} trials at once with {gpus_per_trial} GPUs each, and there"
-                f" are {len(self.gpus)} (launcher.gpus={gpus}): set launcher.n_jobs={places or 1} "
+                f"launcher: {n_jobs or 1} trials at once need {gpus_per_trial} GPUs each, and there"
+                f" are {len(self.gpus)} (launcher.gpus={gpus}): set launcher.n_jobs={fitting or 1} "
                 "or launcher.gpus_per_trial"
             )
-        self.slots = n_jobs or max(1, places)
+        self.slots = n_jobs or max(1, fitting)
         self.pool: Any = None
 
     def start(self, folder: Path) -> None:
-        """Threads that wait."""
+        """Start threads that wait for trials."""
         self.pool = ThreadPoolExecutor(self.slots)
 
     def overrides(self) -> list[str]:
-        """Loader processes, when several trials share the cores."""
+        """Fewer loader processes when several trials share the cores."""
         if self.slots == 1:
             return []
         return [f"num_workers={max(0, usable_cores() // self.slots - 1)}"]
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Its GPUs; its share of the cores, for two trials with a thread a core each would slow
-        each other down many times over.
+        """GPUs and the share of the cores of a slot: several trials with a thread a core each would
+        slow each other down many times over.
         """
-        found = {}
+        variables = {}
         if self.gpus:
-            first = slot * self.gpus_per_trial
-            found["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[first : first + self.gpus_per_trial])
+            gpus = self.gpus[slot * self.gpus_per_trial :][: self.gpus_per_trial]
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         if self.slots > 1 and "OMP_NUM_THREADS" not in os.environ:
-            found["OMP_NUM_THREADS"] = str(max(1, usable_cores() // self.slots))
-        return found
+            variables["OMP_NUM_THREADS"] = str(max(1, usable_cores() // self.slots))
+        return variables
 
-    def submit(self, job: Job) -> Running:
-        """In a process, watched by a thread."""
+    def submit(self, job: Job) -> RunningJob:
+        """Run a job, which a thread waits for."""
         return self.pool.submit(job)
 
     def close(self) -> None:
-        """The threads end with their jobs."""
+        """Wait for all jobs."""
         if self.pool is not None:
             self.pool.shutdown()
 
@@ -127,17 +126,17 @@ class Basic(Local):
 
 
 class Joblib(Local):
-    """Several trials at once on this machine, by joblib's processes."""
+    """Several trials at once on this machine, in joblib's processes."""
 
     def start(self, folder: Path) -> None:
-        """Processes that wait; joblib is there with scikit-learn."""
+        """Start processes that wait for trials; joblib comes with scikit-learn."""
         from joblib.externals.loky import ProcessPoolExecutor
 
         self.pool = ProcessPoolExecutor(self.slots, initializer=prepare_process)
 
 
 def prepare_process() -> None:
-    """Ctrl-C is for the sweep, which asks the trials to stop; and nothing outlives it."""
+    """Leave Ctrl-C to the sweep, which stops its trials, and end with it."""
     import signal
 
     from ssl_xcit.sweeps.job import end_with
@@ -146,8 +145,8 @@ def prepare_process() -> None:
     end_with(os.getppid(), signal.SIGKILL)
 
 
-def known_gpus() -> list[str]:
-    """Of this machine, as CUDA_VISIBLE_DEVICES names them."""
+def visible_gpus() -> list[str]:
+    """GPUs of this machine, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
@@ -156,11 +155,11 @@ def known_gpus() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-class Submitit:
-    """Jobs of SLURM, or processes of this machine that stand in for them, by submitit.
+class Submitit(Launcher):
+    """Jobs of SLURM by submitit, or processes of this machine in their place.
 
     Args:
-        cluster: slurm, local, or None: SLURM where it is.
+        cluster: slurm, or local for processes of this machine; None: slurm, and no other.
         jobs: in the queue at once.
         parameters: of submitit's `AutoExecutor.update_parameters`.
 
@@ -170,23 +169,21 @@ class Submitit:
 
     def __init__(
         self,
-        cluster: str | None = None,
-        jobs: int = 100,
+        cluster: Literal["slurm", "local"] | None = None,
+        jobs: Count = 100,
         parameters: Mapping[str, Any] | None = None,
     ):
         try:
             import submitit
         except ImportError as error:
             raise missing("submitit") from error
-        if cluster not in (None, "slurm", "local"):
-            raise UserError(f"launcher.cluster={cluster}: slurm, local, or null")
         self.submitit, self.cluster = submitit, cluster
         self.slots = jobs
         self.parameters = {k: v for k, v in (parameters or {}).items() if v is not None}
         self.executor: Any = None
 
     def start(self, folder: Path) -> None:
-        """Its own records lie in the sweep's folder.
+        """Make an executor, with submitit's files in the sweep's folder.
 
         Raises:
             UserError: no SLURM here, or a parameter that submitit does not know.
@@ -202,27 +199,16 @@ class Submitit:
                 "machine, launcher.cluster=local tries submitit without SLURM"
             )
 
-    def overrides(self) -> list[str]:
-        """A job's cores are its own."""
-        return []
-
-    def environment(self, slot: int) -> dict[str, str]:
-        """SLURM has set what is needed."""
-        return {}
-
-    def submit(self, job: Job) -> Running:
-        """Queue it."""
+    def submit(self, job: Job) -> RunningJob:
+        """Queue a job."""
         return self.executor.submit(job)
 
-    def close(self) -> None:
-        """Nothing is held."""
 
-
-class Ray:
-    """Tasks of a Ray cluster; run folders lie where all its machines see them.
+class Ray(Launcher):
+    """Tasks of a Ray cluster, whose machines share the run folders.
 
     Args:
-        address: of the cluster; None: one that is made on this machine.
+        address: of the cluster; None: start one on this machine.
         jobs: submitted at once; Ray runs as many as its resources allow.
         num_cpus: of each trial.
         num_gpus: of each trial.
@@ -232,7 +218,11 @@ class Ray:
     """
 
     def __init__(
-        self, address: str | None = None, jobs: int = 100, num_cpus: float = 2, num_gpus: float = 1
+        self,
+        address: str | None = None,
+        jobs: Count = 100,
+        num_cpus: Positive = 2,
+        num_gpus: NonNegative = 1,
     ):
         try:
             import ray
@@ -242,7 +232,7 @@ class Ray:
         self.resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
 
     def start(self, folder: Path) -> None:
-        """Join the cluster.
+        """Connect to the cluster.
 
         Raises:
             UserError: there is none at the address.
@@ -253,28 +243,28 @@ class Ray:
             raise UserError(f"launcher.address={self.address}: {error}") from error
 
     def overrides(self) -> list[str]:
-        """Ray shares out the cores by count, not by affinity."""
+        """Loader processes by the number of cores, for Ray does not set their affinity."""
         return [f"num_workers={max(0, int(self.resources['num_cpus']) - 1)}"]
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Ray sets the GPUs."""
+        """Threads; Ray sets the GPUs."""
         return {"OMP_NUM_THREADS": str(max(1, int(self.resources["num_cpus"])))}
 
-    def submit(self, job: Job) -> Running:
-        """A task."""
-        return self.ray.remote(**self.resources)(run).remote(job).future()
+    def submit(self, job: Job) -> RunningJob:
+        """Submit a task."""
+        return self.ray.remote(**self.resources)(run_job).remote(job).future()
 
     def close(self) -> None:
-        """Leave the cluster."""
+        """Disconnect from the cluster."""
         with suppress(Exception):
             self.ray.shutdown()
 
 
-def run(job: Job) -> int:
-    """As a function, which Ray wants."""
+def run_job(job: Job) -> int:
+    """Run a job; Ray needs a function."""
     return job()
 
 
 def missing(extra: str) -> UserError:
-    """What to install."""
+    """An error with the command that installs the library."""
     return UserError(f"launcher={extra} needs {extra}: pip install 'ssl-xcit[{extra}]'")

@@ -1,5 +1,5 @@
-"""What a sweep varies: values of Hydra's grammar (`a=1,2`, `choice`, `range`, `interval`, `tag(log,
-...)`, `glob`), and what all its trials have in common.
+"""The space of a sweep: values of varied settings in Hydra's grammar (`a=1,2`, `choice`, `range`,
+`interval`, `tag(log, ...)`, `glob`), and the settings that all trials share.
 """
 
 import math
@@ -18,18 +18,18 @@ from ssl_xcit.errors import UserError
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values, as they are written behind the `=`."""
+    """One of several values, as they are typed."""
 
     values: tuple[str, ...]
 
     def sampled(self, rng: random.Random) -> str:
-        """Each as likely."""
+        """Draw a value uniformly."""
         return rng.choice(self.values)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Numbers from low to high; whole ones where both ends are, by steps where there is a step."""
+    """Numbers from low to high: whole ones if both ends are, at steps if there is a step."""
 
     low: float
     high: float
@@ -38,26 +38,26 @@ class Interval:
 
     @property
     def whole(self) -> bool:
-        """Whether there are whole numbers only."""
+        """Whether it has whole numbers only."""
         return all(isinstance(x, int) for x in (self.low, self.high, self.step) if x is not None)
 
     @property
     def values(self) -> tuple[str, ...]:
-        """All of them, where there is a step.
+        """All values of an interval with a step.
 
         Raises:
-            UserError: there is none.
+            UserError: it has none.
         """
         if self.step is None:
             raise UserError(
-                f"interval({self.low:g},{self.high:g}) has no end of values: name some, or "
+                f"interval({self.low:g},{self.high:g}) has infinitely many values: name some, or "
                 "sample it with sweep=random or sweep=optuna"
             )
         count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
         return tuple(written(self.low + i * self.step) for i in range(count))
 
     def sampled(self, rng: random.Random) -> str:
-        """Uniform, or uniform in the logarithm."""
+        """Draw a value, uniform or uniform in the logarithm."""
         if self.step is not None:
             return rng.choice(self.values)
         if self.log:
@@ -74,40 +74,56 @@ Values = Choice | Interval
 
 @dataclass(frozen=True)
 class Space:
-    """What all trials have in common, and what varies.
+    """Settings of the trials of a sweep.
 
     Args:
-        fixed: overrides.
-        swept: what is varied, by its key.
+        fixed: overrides that all trials share.
+        swept: values by the key that is varied.
     """
 
     fixed: tuple[str, ...]
     swept: dict[str, Values]
 
+    def one_by_one(self) -> Iterator[list[str]]:
+        """Yield overrides in which each value, or end of an interval, occurs beside the first of
+        the other keys.
+        """
+        samples = {
+            key: list(values.values)
+            if isinstance(values, Choice)
+            else [f"{values.low:g}", f"{values.high:g}"]
+            for key, values in self.swept.items()
+        }
+        first = {key: values[0] for key, values in samples.items()}
+        yield [f"{key}={value}" for key, value in first.items()]
+        for key, values in samples.items():
+            for value in values[1:]:
+                yield [f"{k}={v}" for k, v in {**first, key: value}.items()]
+
 
 def written(value: float) -> str:
-    """A number as a person writes it; four digits tell a sampled one well enough."""
+    """A number as it is typed, with four significant digits."""
     if isinstance(value, int):
         return str(value)
     return f"{value:.4g}"
 
 
 def read_space(words: Sequence[str], loader: ConfigLoader) -> Space:
-    """Overrides as they were typed.
+    """Parse the overrides of a sweep.
 
     Args:
-        words: each in Hydra's grammar.
-        loader: tells the options of a group, for `glob`.
+        words: overrides in Hydra's grammar.
+        loader: lists the options of a group, for `glob`.
 
     Raises:
-        UserError: one that belongs to Hydra's own sweepers, or an interval that is none.
+        UserError: one is for Hydra's own sweepers, or has an empty interval.
     """
     fixed, swept = [], {}
     for override in OverridesParser.create(config_loader=loader).parse_overrides(list(words)):
         key = override.get_key_element()
         if key.startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper")):
             raise UserError(
-                f"{override.input_line}: here it is sweep=grid, random or optuna, and "
+                f"{override.input_line}: choose sweep=grid, random or optuna instead, and "
                 "launcher=basic, joblib, submitit or ray"
             )
         if override.is_sweep_override():
@@ -118,10 +134,10 @@ def read_space(words: Sequence[str], loader: ConfigLoader) -> Space:
 
 
 def values_of(override: Override) -> Values:
-    """What is varied by one override.
+    """The values of one override.
 
     Raises:
-        UserError: no value, or an interval from a higher to a lower number.
+        UserError: there is none, or the interval is empty.
     """
     value: Any = override.value()
     log = "log" in getattr(value, "tags", ())
@@ -130,20 +146,22 @@ def values_of(override: Override) -> Values:
         assert low is not None
         assert high is not None
         if not low < high or (log and low <= 0):
-            raise UserError(f"{override.input_line}: from a lower to a higher number" + ", above 0")
+            raise UserError(
+                f"{override.input_line} must go from a lower to a higher number" + ", above 0" * log
+            )
         return Interval(low, high, log)
     if isinstance(value, RangeSweep) and not value.shuffle:
         numbers = list(value.range())
         if len(numbers) > 1:
             return Interval(numbers[0], numbers[-1], False, numbers[1] - numbers[0])
-    found = tuple(dict.fromkeys(override.sweep_string_iterator()))
-    if not found:
+    values = tuple(dict.fromkeys(override.sweep_string_iterator()))
+    if not values:
         raise UserError(f"{override.input_line}: there is no such value")
-    return Choice(found)
+    return Choice(values)
 
 
 def combinations(space: Space) -> Iterator[tuple[str, ...]]:
-    """Every combination of values, as overrides; the last key changes fastest."""
+    """Yield all combinations of values as overrides; the last key changes fastest."""
     keys = list(space.swept)
     for values in product(*(space.swept[key].values for key in keys)):
         yield tuple(f"{key}={value}" for key, value in zip(keys, values, strict=True))

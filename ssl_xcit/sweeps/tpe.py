@@ -1,7 +1,7 @@
-"""Optuna's tree-structured Parzen estimator as a search, its record in SQLite.
+"""Optuna's tree-structured Parzen estimator as a search, its study in SQLite.
 
-One process asks and tells; trials know nothing of it. What trial n is offered is a function of the
-seed, n and the results so far, so that a sweep that was stopped draws nothing twice.
+One process asks and tells; trials do not import Optuna. The values of trial n are a function of the
+seed, n and the results so far, so a sweep that was stopped draws nothing twice.
 """
 
 import logging
@@ -12,36 +12,38 @@ from pathlib import Path
 from typing import Any
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.locks import exclusive
-from ssl_xcit.sweeps.searches import Halving, check_count, need_something, numbered
+from ssl_xcit.sweeps.searches import Halving, Search, Seed, numbered_trial, require_variation
 from ssl_xcit.sweeps.space import Choice, Space, written
 from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, Trial
+from ssl_xcit.utils.locks import exclusive
+from ssl_xcit.utils.validation import Count
 
 log = logging.getLogger(__name__)
-RESOURCE = 1000  # of a whole run, as pruners count
-OVERRIDES = "overrides"
+BUSY = 2.0  # seconds to wait for another program's write
+RESOURCE = 1000  # units of a whole run, for pruners
+OVERRIDES = "overrides"  # attribute of an Optuna trial
 
 
-class Optuna:
-    """See the module.
+class Optuna(Search):
+    """TPE search; see the module docstring.
 
     Args:
-        num_trials: how many, those that end early and those that fail included.
+        num_trials: number of trials, including those that end early or fail.
         seed: of the draws.
-        startup_trials: drawn at random before results are looked at.
-        maximize: whether a higher value is the better one.
-        pruning: when trials end early; None: never.
+        startup_trials: random ones at the start.
+        maximize: whether a higher value is better.
+        pruning: ends trials early; None: never.
         storage: an SQLite file, or an address of a database; None: in the sweep's folder.
 
     Raises:
-        UserError: optuna is missing, or a number is out of its range.
+        UserError: optuna is missing.
     """
 
     def __init__(
         self,
-        num_trials: int = 20,
-        seed: int = 0,
-        startup_trials: int = 8,
+        num_trials: Count = 20,
+        seed: Seed = 0,
+        startup_trials: Count = 8,
         maximize: bool = True,
         pruning: Halving | None = None,
         storage: str | None = None,
@@ -50,9 +52,7 @@ class Optuna:
             import optuna
         except ImportError as error:
             raise UserError("sweep=optuna needs optuna: pip install 'ssl-xcit[optuna]'") from error
-        check_count("sweep.search.num_trials", num_trials, 1)
-        check_count("sweep.search.seed", seed, 0)
-        check_count("sweep.search.startup_trials", startup_trials, 1)
+        super().__init__()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna = optuna
         self.total, self.seed, self.startup_trials = num_trials, seed, startup_trials
@@ -60,20 +60,20 @@ class Optuna:
         self.study: Any = None
         self.space = Space((), {})
         self.folder = Path()
-        self.waiting: list[Any] = []  # begun by an earlier start, not ended
-        self.running: dict[int, Any] = {}
+        self.unfinished: list[Any] = []  # Optuna's trials of an earlier start
+        self.running: dict[int, Any] = {}  # Optuna's trials by number
         self.lock: Any = None
 
     def start(self, space: Space, folder: Path) -> None:
-        """Open the record; trials that an earlier start has not ended come first.
+        """Open the study; trials that an earlier start has not finished come first.
 
         Raises:
-            UserError: it is in use, is no record of Optuna's, or of another search.
+            UserError: it is in use, not Optuna's, or of another space.
         """
-        need_something(space)
+        require_variation(space)
         for key, values in space.swept.items():
             if isinstance(values, Choice) and len(values.values) < 2:
-                raise UserError(f"{key}={values.values[0]}: one value is nothing to search")
+                raise UserError(f"{key}={values.values[0]} is one value: name several to search")
         self.space, self.folder = space, folder
         address = self.storage or str(folder / "optuna.db")
         if "://" not in address:
@@ -82,7 +82,7 @@ class Optuna:
             self.lock.__enter__()
             check_free(path)
             address = f"sqlite:///{path.resolve()}"
-        with self.trouble(address):
+        with self.storage_errors(address):
             self.study = self.optuna.create_study(
                 storage=address,
                 study_name=folder.name,
@@ -91,17 +91,12 @@ class Optuna:
                 pruner=self.pruner(),
             )
             self.check_same()
-            begun = self.study.get_trials(
-                states=(self.optuna.trial.TrialState.RUNNING,), deepcopy=False
-            )
-            self.waiting = [self.optuna.trial.Trial(self.study, t._trial_id) for t in begun]
+            states = (self.optuna.trial.TrialState.RUNNING,)
+            running = self.study.get_trials(states=states, deepcopy=False)
+            self.unfinished = [self.optuna.trial.Trial(self.study, t._trial_id) for t in running]
 
     def check_same(self) -> None:
-        """A record belongs to one space.
-
-        Raises:
-            UserError: it was made with other values.
-        """
+        """Raise UserError for a study of another space."""
         described = {key: str(values) for key, values in self.space.swept.items()}
         before = self.study.user_attrs.get("space")
         if before is not None and before != described:
@@ -115,7 +110,7 @@ class Optuna:
         self.study.set_user_attr("space", described)
 
     def pruner(self) -> Any:
-        """Successive halving, or none."""
+        """The pruner of the study."""
         if self.pruning is None:
             return self.optuna.pruners.NopPruner()
         return self.optuna.pruners.SuccessiveHalvingPruner(
@@ -124,27 +119,26 @@ class Optuna:
         )
 
     def ask(self) -> Trial | None:
-        """The next; those that were stopped go on first. Values that were tried to their end before
-        are not tried again: they have the same result.
-        """
-        with self.trouble(str(self.folder)):
-            while (asked := self.begun()) is not None:
-                overrides = asked.user_attrs.get(OVERRIDES)
+        """The next trial: stopped ones first, and no values whose result is known."""
+        keys = self.space.swept
+        with self.storage_errors(str(self.folder)):
+            while (offered := self.next_offer()) is not None:
+                overrides = offered.user_attrs.get(OVERRIDES)
                 if overrides is None:
-                    overrides = [f"{key}={self.suggested(asked, key)}" for key in self.space.swept]
+                    overrides = [f"{key}={self.suggested(offered, key)}" for key in keys]
                     if (same := self.tried(overrides)) is not None:
                         complete = same.state == self.optuna.trial.TrialState.COMPLETE
-                        self.study.tell(asked, same.value if complete else None, same.state)
+                        self.study.tell(offered, same.value if complete else None, same.state)
                         continue
-                    asked.set_user_attr(OVERRIDES, overrides)
-                self.running[asked.number] = asked
-                return numbered(self.folder, asked.number, overrides)
+                    offered.set_user_attr(OVERRIDES, overrides)
+                self.running[offered.number] = offered
+                return numbered_trial(self.folder, offered.number, overrides)
         return None
 
-    def begun(self) -> Any:
-        """A trial of Optuna's: one that an earlier start has not ended, or a new one."""
-        if self.waiting:
-            return self.waiting.pop(0)
+    def next_offer(self) -> Any:
+        """A trial of Optuna's: one that an earlier start has not finished, or a new one."""
+        if self.unfinished:
+            return self.unfinished.pop(0)
         number = len(self.study.get_trials(deepcopy=False))
         if number >= self.total:
             return None
@@ -157,57 +151,54 @@ class Optuna:
         return self.study.ask()
 
     def tried(self, overrides: list[str]) -> Any:
-        """The trial that ended with the same values, if there is one."""
+        """Optuna's trial that ended with the same values, if there is one."""
         ended = (self.optuna.trial.TrialState.COMPLETE, self.optuna.trial.TrialState.PRUNED)
         before = self.study.get_trials(states=ended, deepcopy=False)
         return next((t for t in before if t.user_attrs.get(OVERRIDES) == overrides), None)
 
-    def suggested(self, asked: Any, key: str) -> str:
-        """A value as it is written behind the `=`."""
+    def suggested(self, offered: Any, key: str) -> str:
+        """A value as it is typed."""
         values = self.space.swept[key]
         if isinstance(values, Choice):
-            return asked.suggest_categorical(key, values.values)
+            return offered.suggest_categorical(key, values.values)
         low, high = sorted((values.low, values.high))
         step = None if values.step is None else abs(values.step)
         if values.whole:
-            return written(asked.suggest_int(key, low, high, step=step or 1, log=values.log))
-        return written(asked.suggest_float(key, low, high, step=step, log=values.log))
+            return written(offered.suggest_int(key, low, high, step=step or 1, log=values.log))
+        return written(offered.suggest_float(key, low, high, step=step, log=values.log))
 
     def wants_stop(self, trial: Trial, share: float, value: float) -> bool:
-        """See `Search`; the same share twice is heard once."""
-        asked = self.running[trial.number]
-        with self.trouble(str(self.folder)):
-            place = round(share * RESOURCE)
-            if place not in self.reported(asked):
-                asked.report(value, place)
-            return asked.should_prune()
-
-    def reported(self, asked: Any) -> dict[int, float]:
-        """Places of the run and values there."""
-        return self.study._storage.get_trial(asked._trial_id).intermediate_values
+        """See `Search`; the same share is reported once."""
+        running = self.running[trial.number]
+        with self.storage_errors(str(self.folder)):
+            step = round(share * RESOURCE)
+            known = self.study._storage.get_trial(running._trial_id).intermediate_values
+            if step not in known:
+                running.report(value, step)
+            return running.should_prune()
 
     def tell(self, trial: Trial, state: str, value: float | None) -> None:
-        """What ends a trial is entered; one that was stopped goes on another time."""
+        """Store the end of a trial; a stopped one is resumed another time."""
         states = self.optuna.trial.TrialState
-        asked = self.running.pop(trial.number)
-        with self.trouble(str(self.folder)):
+        ended = self.running.pop(trial.number)
+        with self.storage_errors(str(self.folder)):
             if state == FINISHED and value is not None:
-                self.study.tell(asked, value)
+                self.study.tell(ended, value)
             elif state == PRUNED:
-                self.study.tell(asked, state=states.PRUNED)
+                self.study.tell(ended, state=states.PRUNED)
             elif state in (FAILED, FINISHED):
-                self.study.tell(asked, state=states.FAIL)
+                self.study.tell(ended, state=states.FAIL)
 
     def close(self) -> None:
-        """Others may search on."""
+        """Release the study for others."""
         with suppress(Exception):
             self.study._storage.remove_session()
         if self.lock is not None:
             self.lock.__exit__(None, None, None)
 
     @contextmanager
-    def trouble(self, address: str) -> Iterator[None]:
-        """Of the database, in a line.
+    def storage_errors(self, address: str) -> Iterator[None]:
+        """Errors of the database become one line for the user.
 
         Raises:
             UserError: it cannot be used.
@@ -223,14 +214,10 @@ class Optuna:
 
 
 def check_free(path: Path) -> None:
-    """That an SQLite file is one, and can be written now.
-
-    Raises:
-        UserError: it is not, or another program is writing to it.
-    """
+    """Raise UserError for a file that is not SQLite's, or that another program writes to."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=2.0, isolation_level=None)) as base:
+        with closing(sqlite3.connect(path, timeout=BUSY, isolation_level=None)) as base:
             base.execute("BEGIN IMMEDIATE")
             base.execute("SELECT count(*) FROM sqlite_master")
             base.execute("ROLLBACK")
@@ -243,6 +230,6 @@ def check_free(path: Path) -> None:
         raise UserError(f"{path}: {error}; name another file with sweep.search.storage") from error
     except (OSError, sqlite3.DatabaseError) as error:
         raise UserError(
-            f"{path} cannot be used as a record of Optuna's ({error}): name another file with "
+            f"{path} cannot be used as a study of Optuna's ({error}): name another file with "
             "sweep.search.storage=..."
         ) from error

@@ -1,9 +1,6 @@
-"""A trial: a run of a sweep, what became of it, and how far it has come. All of it lies in its run
-folder, so that the sweep itself remembers nothing.
-"""
+"""A trial, a run of a sweep: its state, progress and result, which are read from its run folder."""
 
 import csv
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -12,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssl_xcit.files import write_json
+from ssl_xcit.utils.files import read_json, write_json
 
 FILE = "trial.json"
+SWEEP_FILE = "sweep.json"
 OUTPUT = "output.txt"
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 PRUNED, FAILED, STOPPED = "pruned", "failed", "stopped"
@@ -26,8 +24,8 @@ class Trial:
     """One combination of values.
 
     Args:
-        number: from 0, in the order that they were made.
-        overrides: what sets it apart from the others.
+        number: from 0, in the order of the search.
+        overrides: of the settings that the sweep varies.
         folder: of its run.
     """
 
@@ -36,32 +34,23 @@ class Trial:
     folder: Path
 
     def __str__(self) -> str:
-        return " ".join(self.overrides) or "the settings as they are"
+        return " ".join(self.overrides) or "the default settings"
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """`trial.json`; nothing where there is none, or one cut short."""
+    """The content of `trial.json`; empty where there is none, or one cut short."""
     return read_json(folder / FILE)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's dictionary, or an empty one."""
-    with suppress(OSError, ValueError):
-        content = json.loads(path.read_text())
-        if isinstance(content, dict):
-            return content
-    return {}
-
-
 def state_of(folder: Path) -> str:
-    """What became of it, as its folder tells."""
+    """The state of a trial, one of `STATES`."""
     if (folder / "summary.json").is_file():
         return FINISHED
     return str(read(folder).get("state", WAITING))
 
 
 def note(trial: Trial, state: str, **more: Any) -> None:
-    """Write what is known of it now; earlier starts stay."""
+    """Write `trial.json` with a new state; earlier starts are kept."""
     before = read(trial.folder)
     now = round(time.time(), 1)
     starts = list(before.get("starts", []))
@@ -80,31 +69,31 @@ def note(trial: Trial, state: str, **more: Any) -> None:
 
 
 def total_steps(folder: Path) -> int | None:
-    """Of the whole run, once it has begun."""
+    """Steps of the whole run; None before it has begun."""
     total = read_json(folder / "run.json").get("plan", {}).get("total_steps")
     return total if isinstance(total, int) and total > 0 else None
 
 
 def column(folder: Path, name: str) -> list[tuple[int, float]]:
-    """Steps and values of a column of `metrics.csv`."""
-    found = []
+    """Steps and finite values of a column of `metrics.csv`."""
+    points = []
     with suppress(OSError, csv.Error), (folder / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             with suppress(KeyError, TypeError, ValueError):  # an empty cell, or a row cut short
                 step, value = int(float(row["step"])), float(row[name])
                 if math.isfinite(value):
-                    found.append((step, value))
-    return found
+                    points.append((step, value))
+    return points
 
 
 def steps_done(folder: Path) -> int:
-    """As far as the metrics go."""
+    """Steps that a run has taken, by its metrics."""
     rows = column(folder, "loss")
     return rows[-1][0] if rows else 0
 
 
 def final_value(folder: Path, metric: str) -> float | None:
-    """Of the final evaluation; where that does not have it, the last in `metrics.csv`."""
+    """The metric in the final evaluation, or else its last value in `metrics.csv`."""
     results = read_json(folder / "summary.json").get("results", {})
     value = last_results(results).get(metric)
     if isinstance(value, int | float) and math.isfinite(value):
@@ -114,5 +103,5 @@ def final_value(folder: Path, metric: str) -> float | None:
 
 
 def last_results(results: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The pretrained network's: baselines stand before it."""
+    """Results of the pretrained network, which stand behind those of baselines."""
     return results[list(results)[-1]] if results else {}

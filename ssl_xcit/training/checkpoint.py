@@ -14,9 +14,10 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from ssl_xcit.errors import RunFailed, UserError
-from ssl_xcit.files import Hashing, replacing, sha256_of
-from ssl_xcit.models.manifest import Entry, enter, forget_lost, verify
+from ssl_xcit.models.manifest import Entry, add_entry, drop_lost_entries, verify
 from ssl_xcit.models.weights import checkpoints_of, read_checkpoint
+from ssl_xcit.utils.files import HashingWriter, replacing, sha256_of
+from ssl_xcit.utils.validation import Count
 
 log = logging.getLogger(__name__)
 MAX_FAILURES = 3  # in a row end the run
@@ -65,7 +66,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     """
     with replacing(path) as part:
         with part.open("wb") as file:
-            hashing = Hashing(file)
+            hashing = HashingWriter(file)
             stream: Any = hashing
             try:
                 torch.save(content, stream)
@@ -84,7 +85,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
                 f" {', '.join(unsafe)}"
             )
         match = re.search(r"\d+", path.stem)
-        enter(path, Entry(int(match[0]) if match else 0, size, digest))
+        add_entry(path, Entry(int(match[0]) if match else 0, size, digest))
 
 
 def newest_valid(run_dir: Path, may_rename: bool = True) -> Path | None:
@@ -136,11 +137,9 @@ class SaveCheckpoints(lightning.Callback):
     """
 
     def __init__(
-        self, every_steps: int = 100, keep_last: int = 2, milestone_every: int | None = None
+        self, every_steps: Count = 100, keep_last: Count = 2, milestone_every: Count | None = None
     ):
-        if every_steps < 1 or keep_last < 1:
-            raise UserError(f"every_steps={every_steps}, keep_last={keep_last}: both start at 1")
-        if milestone_every is not None and (milestone_every < 1 or milestone_every % every_steps):
+        if milestone_every is not None and milestone_every % every_steps:
             raise UserError(
                 f"callbacks.checkpoints.milestone_every={milestone_every}: a multiple of "
                 f"every_steps={every_steps}"
@@ -229,6 +228,6 @@ class SaveCheckpoints(lightning.Callback):
                 step = int(path.stem.partition("-")[2])
                 if not self.milestone_every or step % self.milestone_every:
                     path.unlink(missing_ok=True)
-            forget_lost(run_dir / "checkpoints")
+            drop_lost_entries(run_dir / "checkpoints")
         except OSError as error:  # the new one is sound, and old entries mean nothing
             log.error("old checkpoints could not be dropped (%s); training goes on", error)

@@ -12,15 +12,17 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning
 import torch
+from annotated_types import Ge
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from ssl_xcit.errors import RunFailed, UserError
-from ssl_xcit.files import write_json
+from ssl_xcit.errors import RunFailed
+from ssl_xcit.utils.files import write_json
+from ssl_xcit.utils.validation import Count
 
 log = logging.getLogger(__name__)
 HEALTHY = "healthy"
@@ -34,8 +36,8 @@ ADVICE = {
 }
 
 
-class Statistics:
-    """Running statistics of BatchNorm before a step, to be put back when the step is left out.
+class BufferSnapshot:
+    """Keep the running statistics of BatchNorm before a step, to restore them when it is skipped.
 
     Args:
         modules: whose buffers move in a forward pass.
@@ -47,14 +49,14 @@ class Statistics:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """As they are."""
+        """Copy the buffers."""
         if not self.kept:
             self.kept = [b.clone() for b in self.buffers]
         torch._foreach_copy_(self.kept, self.buffers)
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """As they were."""
+    def restore(self) -> None:
+        """Write back what was kept."""
         torch._foreach_copy_(self.buffers, self.kept)
 
 
@@ -176,12 +178,12 @@ class Health(lightning.Callback):
         stop_on_collapse: end the run then, with exit code 1.
     """
 
-    def __init__(self, queue: int = 1024, patience: int = 3, stop_on_collapse: bool = False):
-        if queue < 2 or patience < 1:
-            raise UserError(
-                f"callbacks.health: queue={queue}, patience={patience}: at least 2 and 1; to do "
-                "without: ~callbacks.health"
-            )
+    def __init__(
+        self,
+        queue: Annotated[int, Ge(2)] = 1024,
+        patience: Count = 3,
+        stop_on_collapse: bool = False,
+    ):
         self.features = Queue(queue)
         self.favourites = Queue(queue)
         self.patience = patience
@@ -191,28 +193,25 @@ class Health(lightning.Callback):
         self.times = 0
         self.said = True
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        module: lightning.LightningModule,
-        outputs: Any,
-        *_: object,
-    ) -> None:
-        """Look at the first global view of each image, but not in steps that were left out."""
-        if module.skipped_in_a_row:
-            return
-        self.features.add(outputs["features"][0].float())
-        self.favourites.add(outputs["targets"][0].argmax(-1, keepdim=True))
+    def setup(self, trainer: lightning.Trainer, module: Any, stage: str) -> None:
+        """Let the module know who judges it."""
+        module.health = self
 
-    def report(self, outputs: Mapping[str, Tensor], module: Any, step: int) -> dict[str, float]:
-        """What is logged; sets `verdict`. Nothing before the first step that was not left out."""
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: object) -> None:
+        """Keep the first global view of each image, but not of steps that were skipped."""
+        if not module.skipped_in_a_row:
+            self.features.add(module.output.features[0].float())
+            self.favourites.add(module.output.targets[0].argmax(-1, keepdim=True))
+
+    def report(self, module: Any, step: int) -> dict[str, float]:
+        """Values for the log; sets `verdict`. None before the first step that was not skipped."""
         if self.features.rows is None:
             return {}
-        targets = outputs["targets"]
+        targets = module.output.targets
         features, favourites = self.features.filled(), self.favourites.filled()
         names = [n for n, p in module.student.named_parameters() if p.requires_grad]
         groups, of_each = grad_norm_groups(names)
-        norms = outputs["grad_norms"]
+        norms = module.output.grad_norms
         index = torch.tensor(of_each, device=norms.device)
         by_group = norms.new_zeros(len(groups)).index_add_(0, index, norms.square()).sqrt()
         counts = favourites.unique(return_counts=True)[1]
@@ -225,11 +224,11 @@ class Health(lightning.Callback):
             "prototypes_effective": effective_number(counts),
             **{f"grad_norm_{g}": n for g, n in zip(groups, by_group.tolist(), strict=True)},
         }
-        loss = outputs["loss"].item()
+        loss = module.output.loss.item()
         warm = step > getattr(module.schedules.lr, "warmup_steps", 0)
         found = judge(loss, values, targets.shape[-1]) if warm else HEALTHY
         if not math.isfinite(loss):
-            found = self.trouble  # a step that was left out tells nothing
+            found = self.trouble  # a step that was skipped tells nothing
         self.times = self.times + 1 if found == self.trouble else 1
         self.trouble = found
         if found != self.verdict and (found == HEALTHY or self.times >= self.patience):

@@ -35,7 +35,7 @@ def board_of(logger: Any) -> Any:
     return getattr(logger, "experiment", None)
 
 
-class Tolerant(Logger):
+class FailsafeLogger(Logger):
     """The first of several ways to make a logger that works; without any, nothing is logged.
 
     Args:

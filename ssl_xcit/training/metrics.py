@@ -15,10 +15,10 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ssl_xcit.data.loader import default_workers
-from ssl_xcit.errors import UserError
-from ssl_xcit.files import replacing
-from ssl_xcit.training.health import Health
+from ssl_xcit.training.datamodule import MultiCropData, data_of
 from ssl_xcit.training.module import DINO
+from ssl_xcit.utils.files import replacing
+from ssl_xcit.utils.validation import Count, Share
 
 log = logging.getLogger(__name__)
 JUDGED_STEPS = 50  # after so many the share of waiting is judged
@@ -117,11 +117,7 @@ class LogMetrics(lightning.Callback):
             to change.
     """
 
-    def __init__(self, every_steps: int = 10, max_data_wait: float = 0.1):
-        if every_steps < 1:
-            raise UserError(f"callbacks.metrics.every_steps={every_steps}: starts at 1")
-        if not 0.0 <= max_data_wait <= 1.0:
-            raise UserError(f"callbacks.metrics.max_data_wait={max_data_wait}: a share, 0 to 1")
+    def __init__(self, every_steps: Count = 10, max_data_wait: Share = 0.1):
         self.every_steps = every_steps
         self.max_data_wait = max_data_wait
         self.report = Clock()
@@ -141,28 +137,28 @@ class LogMetrics(lightning.Callback):
         self,
         trainer: lightning.Trainer,
         module: lightning.LightningModule,
-        outputs: Any,
+        outputs: object,
         batch: list[torch.Tensor],
         batch_idx: int,
     ) -> None:
         """Report after the step's end; `step` counts the steps done."""
         assert isinstance(module, DINO)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        assert module.output is not None
+        data = data_of(trainer)
         step = trainer.global_step
         reporting = step % self.every_steps == 0 or step == trainer.max_steps
         if reporting:
-            outputs["loss"].item()  # whatever the device has not done yet belongs to this time
+            module.output.loss.item()  # whatever the device has not done yet belongs to this time
         busy, images = time.perf_counter() - self.began, batch[0].shape[1] * trainer.world_size
         for clock in (self.report, self.whole):
-            clock.add(busy, data.loader.waited, images)
+            clock.add(busy, data.running_loader.waited, images)
         if not reporting or not trainer.is_global_zero:
             return
-        health = next((c for c in trainer.callbacks if isinstance(c, Health)), None)  # type: ignore[attr-defined]
         metrics = {
             "epoch": data.passes(step),
-            "loss": outputs["loss"].item(),
-            "grad_norm": outputs["grad_norm"].item(),
-            **(health.report(outputs, module, step) if health else {}),
+            "loss": module.output.loss.item(),
+            "grad_norm": module.output.grad_norm.item(),
+            **(module.health.report(module, step) if module.health else {}),
             "lr": module.schedules.lr(step - 1),
             "weight_decay": module.schedules.weight_decay(step - 1),
             "ema": module.schedules.ema(step - 1),
@@ -177,7 +173,7 @@ class LogMetrics(lightning.Callback):
             logger.log_metrics(metrics, step)
         self.advise(trainer, data)
 
-    def advise(self, trainer: lightning.Trainer, data: Any) -> None:
+    def advise(self, trainer: lightning.Trainer, data: MultiCropData) -> None:
         """Say once that training starves, when enough steps have shown it."""
         share = self.whole.wait_share()
         if self.whole.steps < JUDGED_STEPS:

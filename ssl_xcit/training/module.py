@@ -1,12 +1,12 @@
 """One DINO training step, top to bottom (arXiv:2104.14294, algorithm 1)."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import lightning
 import torch
@@ -19,10 +19,10 @@ from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.models.head import DINOHead
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.objectives.dino import Center, prototype_loss
-from ssl_xcit.training.ema import ema_update_
-from ssl_xcit.training.health import Statistics, dump_step
+from ssl_xcit.training.datamodule import names_of_batch
+from ssl_xcit.training.health import BufferSnapshot, dump_step
 from ssl_xcit.training.memory import advice, fitting_batch, is_out_of_memory
-from ssl_xcit.training.optim import clip_each_, parameter_groups
+from ssl_xcit.training.optim import clip_each_, ema_update_, parameter_groups
 
 log = logging.getLogger(__name__)
 Schedule = Callable[[int], float]
@@ -70,8 +70,28 @@ class Network(nn.Module):
         return self.head.embed(self.features(views))
 
 
-class Learned(NamedTuple):
-    """What a part of the batch leaves."""
+class StepOutput(NamedTuple):
+    """What a training step leaves for callbacks, in `DINO.output`."""
+
+    loss: Float[Tensor, ""]
+    grad_norm: Float[Tensor, ""]  # over all trainable tensors, before clipping
+    grad_norms: Float[Tensor, " P"]  # of each
+    targets: Float[Tensor, "G B K"]
+    features: Float[Tensor, "G B C"]  # of the teacher's backbone
+
+
+class HealthMonitor(Protocol):
+    """What judges a run; `training.health.Health` puts itself into `DINO.health`."""
+
+    verdict: str
+
+    def report(self, module: Any, step: int) -> dict[str, float]:
+        """Values for the log, by name."""
+        ...
+
+
+class MicrobatchOutput(NamedTuple):
+    """What forward and backward of a part of the batch leave."""
 
     loss: Float[Tensor, ""]  # times the part's share
     teacher_logits: Float[Tensor, "G B K"]
@@ -136,21 +156,25 @@ class DINO(lightning.LightningModule):
         self.accumulate = accumulate
         self.max_skipped = max_skipped
         self.skipped = self.skipped_in_a_row = 0
-        self.statistics = Statistics(student, teacher)
+        self.buffers_before = BufferSnapshot(student, teacher)
+        self.output: StepOutput | None = None
+        self.health: HealthMonitor | None = None
 
     def on_train_start(self) -> None:
-        """The networks lie where they are trained."""
-        self.statistics = Statistics(self.student, self.teacher)
+        """Take the buffers of the networks where they are trained."""
+        self.buffers_before = BufferSnapshot(self.student, self.teacher)
 
-    def training_step(self, views: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """One optimizer step on `views`: a (V, B, in_chans, h, w) tensor a resolution, the global
-        views first.
+    def training_step(self, views: list[Tensor], batch_idx: int) -> None:
+        """Take one optimizer step on `views`: a (V, B, in_chans, h, w) tensor a resolution, the
+        global views first. What it leaves is in `output`.
 
         Raises:
             RunFailed: memory has run out; says with how many images it would not have.
         """
+        self.output = None
         try:
-            return self.step(views)
+            self.output = self.step(views)
+            return
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -163,9 +187,9 @@ class DINO(lightning.LightningModule):
             fitting = fitting_batch(lambda count: self.dry_step(views, count), at_once)
         raise RunFailed(advice(images, at_once, fitting, tried))
 
-    def step(self, views: list[Tensor]) -> dict[str, Tensor]:
-        """See `training_step`. A step whose loss or gradient is not finite on any rank moves
-        nothing but the counts.
+    def step(self, views: list[Tensor]) -> StepOutput:
+        """Take a step, see `training_step`. One whose loss or gradient is not finite on any rank
+        moves nothing but the counts.
         """
         step = self.global_step
         optimizer: Any = self.optimizers()
@@ -177,34 +201,26 @@ class DINO(lightning.LightningModule):
             group["lr"] = lr * share
             group["weight_decay"] = decay
         seed_stochastic_depth(step_seed(self.seed, self.global_rank, step), self.device)
-        self.statistics.keep()
+        self.buffers_before.keep()
 
         optimizer.zero_grad()
         parts = list(zip(*(v.chunk(self.accumulate, dim=1) for v in views), strict=True))
-        learned = []
+        outputs = []
         for n, part in enumerate(parts, start=1):
             share = part[0].shape[1] / views[0].shape[1]
-            with self.alone(n < len(parts)):
-                learned.append(self.learn(list(part), step, share, released == 0.0))
-        loss = torch.stack([one.loss for one in learned]).sum()
-        teacher_logits, targets, features = (
-            joined([getattr(one, what) for one in learned])
-            for what in ("teacher_logits", "targets", "features")
-        )
+            with self.no_sync_if(n < len(parts)):
+                outputs.append(self.forward_backward(list(part), step, share, released == 0.0))
+        loss = torch.stack([part.loss for part in outputs]).sum()
+        teacher_logits = joined([part.teacher_logits for part in outputs])
+        targets = joined([part.targets for part in outputs])
+        features = joined([part.features for part in outputs])
         if released == 0.0:  # no gradient, so no moments and no decay either
             self.student.backbone.zero_grad(set_to_none=True)
         grad_norms = clip_each_(self.student.parameters(), self.clip_norm)
-        grad_norm = grad_norms.norm()
-        result = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "grad_norms": grad_norms,
-            "targets": targets,
-            "features": features,
-        }
-        if self.on_any_rank(not torch.isfinite(loss + grad_norm)):
-            self.leave_out(step, optimizer, result)
-            return result
+        output = StepOutput(loss, grad_norms.norm(), grad_norms, targets, features)
+        if self.on_any_rank(not torch.isfinite(loss + output.grad_norm)):
+            self.skip_step(step, optimizer, output)
+            return output
 
         self.skipped_in_a_row = 0
         if step < self.freeze_steps:
@@ -212,9 +228,11 @@ class DINO(lightning.LightningModule):
         optimizer.step()
         self.center.update_(teacher_logits)
         ema_update_(self.teacher, self.student, self.schedules.ema(step))
-        return result
+        return output
 
-    def learn(self, views: list[Tensor], step: int, share: float, frozen: bool = False) -> Learned:
+    def forward_backward(
+        self, views: list[Tensor], step: int, share: float, frozen: bool = False
+    ) -> MicrobatchOutput:
         """Forward and backward of a part of the batch, `share` of it; not through a frozen
         backbone, unless ranks exchange all gradients.
         """
@@ -233,7 +251,7 @@ class DINO(lightning.LightningModule):
             self.student_temp,
         )
         self.manual_backward(loss)
-        return Learned(loss.detach(), teacher_logits, targets, features)
+        return MicrobatchOutput(loss.detach(), teacher_logits, targets, features)
 
     def dry_step(self, views: list[Tensor], count: int) -> None:
         """What a step on `count` images needs memory for: forward, backward, gradients that are
@@ -255,40 +273,40 @@ class DINO(lightning.LightningModule):
         torch.autograd.grad(loss, parameters)
         held.clear()
 
-    def alone(self, wanted: bool) -> AbstractContextManager[None]:
-        """Backward passes without an exchange of gradients between ranks, where there are any."""
-        if not wanted or self.trainer.world_size == 1:
+    def no_sync_if(self, condition: bool) -> AbstractContextManager[None]:
+        """Run backward passes without an exchange of gradients between ranks, if there are any."""
+        if not condition or self.trainer.world_size == 1:
             return nullcontext()
         return self.trainer.strategy.block_backward_sync()  # type: ignore[attr-defined]
 
-    def on_any_rank(self, what: bool | Tensor) -> bool:
-        """Whether it is so somewhere: one rank alone must not leave the others waiting."""
+    def on_any_rank(self, condition: bool | Tensor) -> bool:
+        """Whether it holds somewhere: one rank alone must not leave the others waiting."""
         if self.trainer.world_size > 1:
-            what = self.trainer.strategy.reduce_boolean_decision(bool(what), all=False)
-        return bool(what)
+            condition = self.trainer.strategy.reduce_boolean_decision(bool(condition), all=False)
+        return bool(condition)
 
-    def leave_out(self, step: int, optimizer: Any, result: Mapping[str, Tensor]) -> None:
-        """The step counts, and changes nothing.
+    def skip_step(self, step: int, optimizer: Any, output: StepOutput) -> None:
+        """Count the step, and change nothing.
 
         Raises:
             FloatingPointError: too many in a row; what is known of the last is written down.
         """
         self.skipped += 1
         self.skipped_in_a_row += 1
-        self.statistics.put_back()
+        self.buffers_before.restore()
         if self.skipped_in_a_row >= self.max_skipped:
-            verdict = self.postmortem(step, result)
+            verdict = self.postmortem(step, output)
             self.trainer.strategy.barrier("postmortem")  # all ranks have written theirs
             raise FloatingPointError(verdict)
         if self.trainer.is_global_zero:
             log.warning(
-                "step %d left out: loss %.4g, gradient norm %.4g; %d in a row end the run",
-                step + 1, result["loss"], result["grad_norm"], self.max_skipped,
+                "step %d skipped: loss %.4g, gradient norm %.4g; %d in a row end the run",
+                step + 1, output.loss, output.grad_norm, self.max_skipped,
             )  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
         optimizer.step()  # nothing has a gradient: no weight moves, and the step is counted
 
-    def postmortem(self, step: int, result: Mapping[str, Tensor]) -> str:
+    def postmortem(self, step: int, output: StepOutput) -> str:
         """Write `RUN/nonfinite-...json`; what to say."""
         rank, trainer = self.global_rank, self.trainer
         path = Path(trainer.default_root_dir) / f"nonfinite-step-{step + 1:06d}-rank{rank}.json"
@@ -297,15 +315,15 @@ class DINO(lightning.LightningModule):
         facts: dict[str, Any] = {
             "step": step + 1,
             "rank": rank,
-            "loss": result["loss"].item(),
-            "images": getattr(getattr(trainer, "datamodule", None), "batch_names", list)(),
+            "loss": output.loss.item(),
+            "images": names_of_batch(trainer),
             "lr": lr,
             "weight_decay": self.schedules.weight_decay(step),
             "teacher_temp": self.schedules.teacher_temp(step),
             "precision": str(trainer.precision),
             "settings": "config.yaml",
         }
-        norms = dict(zip(names, result["grad_norms"].tolist(), strict=True))
+        norms = dict(zip(names, output.grad_norms.tolist(), strict=True))
         try:
             dump_step(path, self, norms, facts)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Parameter groups and gradients (DINO, arXiv:2104.14294, appendix C)."""
+"""Parameter groups, gradient clipping and the momentum teacher (DINO, arXiv:2104.14294)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -41,3 +41,14 @@ def clip_each_(parameters: Iterable[nn.Parameter], max_norm: float) -> Float[Ten
         return norms
     there = torch.tensor([p.grad is not None for p in trained], device=norms.device)
     return norms.new_zeros(len(trained)).masked_scatter_(there, norms)
+
+
+@torch.no_grad()
+def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, parameters only.
+
+    BatchNorm statistics are buffers, and each network keeps its own.
+    """
+    theirs: list[Tensor] = list(teacher.parameters())
+    ours: list[Tensor] = list(student.parameters())
+    torch._foreach_lerp_(theirs, ours, 1.0 - momentum)

@@ -17,6 +17,7 @@ import lightning
 import torch
 
 from ssl_xcit.training.checkpoint import SaveCheckpoints
+from ssl_xcit.training.datamodule import data_of
 
 log = logging.getLogger(__name__)
 # interrupted and saved; preempted and resumable
@@ -87,8 +88,7 @@ class StopOnSignal(lightning.Callback):
         self.install()
         self.training = True
         if trainer.world_size == 1:
-            loader: Any = trainer.train_dataloader
-            loader.while_waiting = partial(self.between_steps, trainer)
+            data_of(trainer).running_loader.while_waiting = partial(self.between_steps, trainer)
 
     def between_steps(self, trainer: lightning.Trainer) -> None:
         """Leave if asked to, as at a step's end; before the first there is nothing to save."""

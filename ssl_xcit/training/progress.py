@@ -7,8 +7,10 @@ from typing import Any
 import lightning
 from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 
-from ssl_xcit.terminal import PlainColumn, say
-from ssl_xcit.training.health import Health
+from ssl_xcit.training.datamodule import data_of
+from ssl_xcit.training.module import DINO
+from ssl_xcit.utils.terminal import PlainColumn, say
+from ssl_xcit.utils.validation import Count
 
 
 class ProgressBar(lightning.Callback):
@@ -18,8 +20,8 @@ class ProgressBar(lightning.Callback):
         lines: how many plain lines a run prints where there is no terminal.
     """
 
-    def __init__(self, lines: int = 20):
-        self.lines = max(1, lines)
+    def __init__(self, lines: Count = 20):
+        self.lines = lines
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.started = 0.0
@@ -45,23 +47,21 @@ class ProgressBar(lightning.Callback):
     def on_train_batch_end(
         self,
         trainer: lightning.Trainer,
-        module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        module: Any,
+        *_: object,
     ) -> None:
         """Advance; the loss is only read when it is shown."""
         step = trainer.global_step
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=step)
             if self.progress.live.is_started and step % 5 == 0:
-                self.progress.update(self.task, news=self.news(trainer, outputs))
+                self.progress.update(self.task, news=self.news(trainer, module))
         elif trainer.is_global_zero:
             every = max(1, trainer.max_steps // self.lines)
             if step % every == 0 or step == trainer.max_steps:
                 left = (trainer.max_steps - step) * self.seconds_per_step(step)
                 say(
-                    f"step {step}/{trainer.max_steps}  {self.news(trainer, outputs)}  "
+                    f"step {step}/{trainer.max_steps}  {self.news(trainer, module)}  "
                     f"{left:.0f} s left"
                 )
 
@@ -69,17 +69,18 @@ class ProgressBar(lightning.Callback):
         """Since this process began."""
         return (time.perf_counter() - self.started) / max(1, step - self.first_step)
 
-    def news(self, trainer: lightning.Trainer, outputs: Any) -> str:
+    def news(self, trainer: lightning.Trainer, module: DINO) -> str:
         """One line of numbers."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        assert module.output is not None
+        data = data_of(trainer)
         images = data.batch_size * trainer.world_size
         parts = [
             f"epoch {data.passes(trainer.global_step):.1f}",
-            f"loss {outputs['loss'].item():.3f}",
+            f"loss {module.output.loss.item():.3f}",
             f"{images / self.seconds_per_step(trainer.global_step):.0f} images/s",
         ]
         parts += [f"{k} {v.item():.1f}" for k, v in trainer.callback_metrics.items()]
-        parts += [c.verdict for c in trainer.callbacks if isinstance(c, Health)]  # type: ignore[attr-defined]
+        parts += [module.health.verdict] if module.health is not None else []
         return "  ".join(parts)
 
     def teardown(self, *_: object, **__: object) -> None:

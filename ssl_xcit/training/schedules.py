@@ -57,7 +57,7 @@ class LinearByEpoch:
 
 
 @dataclass(frozen=True)
-class Release:
+class BackboneUnfreezeSchedule:
     """0 for the first steps, then linearly to 1, then 1: how much of its learning rate a backbone
     gets that starts from weights, beside a head that does not.
 

@@ -8,9 +8,10 @@ import time
 import numpy as np
 import pytest
 from selenium.webdriver.common.by import By
-from ssl_xcit.eval.views.atlas import Atlas, fragment, page, script, sprites, style
 
-from ssl_xcit.terminal import printable
+from ssl_xcit.eval.viz.atlas import Atlas, atlas_fragment, atlas_page, sprites
+from ssl_xcit.eval.viz.markup import asset
+from ssl_xcit.utils.terminal import printable
 
 pytestmark = pytest.mark.browser
 
@@ -68,7 +69,7 @@ def opened(browser, made, tmp_path):
 
 def open_page(browser, atlas, folder):
     file = folder / "atlas.html"
-    file.write_text(page("A map", ["Some words."], atlas), encoding="utf-8")
+    file.write_text(atlas_page("A map", ["Some words."], atlas), encoding="utf-8")
     browser.get(file.as_uri())
     until(browser, "return atlas.sheets.every((sheet) => sheet)")
 
@@ -223,15 +224,15 @@ def watch(browser):
         }, true);""")  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["button", "shift"])
-def test_a_box_selects_what_is_inside(opened, made, how):
+@pytest.mark.parametrize("gesture", ["button", "shift"])
+def test_a_box_selects_what_is_inside(opened, made, gesture):
     from selenium.webdriver.common.keys import Keys
 
     wide, high = ask(opened, "return [atlas.wide, atlas.high]")
     start, end = (round(0.3 * wide), round(0.2 * high)), (round(0.8 * wide), round(0.7 * high))
     watch(opened)
     actions = mouse(opened)
-    if how == "button":
+    if gesture == "button":
         opened.find_element("css selector", "[aria-label^='drag a box']").click()
     else:
         actions.key_down(Keys.SHIFT)
@@ -358,11 +359,10 @@ def test_two_on_a_page_and_a_style_that_follows_the_system(browser, made, tmp_pa
     few = Atlas(np.zeros((1, 2)), ["one.png"])
     none = Atlas(np.zeros((0, 2)), [])
     file = tmp_path / "two.html"
-    body = "".join(fragment(each, f"a{n}") for n, each in enumerate((made, few, none)))
-    file.write_text(
-        f"<!doctype html><style>{style()}</style><script>{script()}</script>{body}",
-        encoding="utf-8",
-    )
+    body = "".join(atlas_fragment(each, f"a{n}") for n, each in enumerate((made, few, none)))
+    style, script = asset("atlas.css"), asset("atlas.js")
+    html = f"<!doctype html><style>{style}</style><script>{script}</script>{body}"
+    file.write_text(html, encoding="utf-8")
     browser.get(file.as_uri())
     counts = "return [...document.querySelectorAll('.atlas')].map((box) => box.atlas.stats.points)"
     assert browser.execute_script(counts) == [COUNT, 1, 0]

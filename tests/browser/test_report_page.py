@@ -4,7 +4,6 @@ map zooms and selects, dark and narrow windows are served, and nothing comes fro
 
 import base64
 import json
-import os
 import time
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from ssl_xcit.eval.report.page import Part
-from ssl_xcit.eval.report.page import page as whole_page
+
+from ssl_xcit.eval.report.page import Part, report_page
 
 pytestmark = pytest.mark.browser
 PARTS = ["results", "curves", "pictures", "channels", "neighbours", "atlas", "settings",
@@ -27,15 +26,12 @@ SHOT = Path(__file__).resolve().parents[2] / "benchmarks/results/report.png"
 def folder(tmp_path_factory, cache):
     """Two runs, each with its report, and one of both."""
     folder = tmp_path_factory.mktemp("runs")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         words = [w for w in SMALL if w not in ("report=null", "callbacks.snapshots=null")]
         for name, seed in (("a", 0), ("b", 1)):
             assert run("pretrain", f"name={name}", f"seed={seed}", "epochs=0.15", *words) == 0
         assert run("report", "runs=[runs/a,runs/b]", "num_workers=0") == 0
-    finally:
-        os.chdir(before)
     return folder / "runs"
 
 
@@ -248,7 +244,7 @@ def test_names_that_look_like_markup_are_text(browser, tmp_path):
         },
     }
     boxes = "".join(f'<div class="figure" data-figure="{kind}"></div>' for kind in data)
-    html = whole_page(names[0], names[1], "", [Part("x", names[3], boxes, data=data)], "now")
+    html = report_page(names[0], names[1], "", [Part("x", names[3], boxes, data=data)], "now")
     (tmp_path / "names.html").write_text(html, encoding="utf-8")
     browser.get((tmp_path / "names.html").as_uri())
     bare = "return document.querySelectorAll('.figure:not(:has(.main-svg))').length"

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
-from ssl_xcit.eval.report.sweep import read_sweep
-from ssl_xcit.eval.report.sweep_command import write_page
 from test_report_page import emulated, opened
 
+from ssl_xcit.eval.report.sweep import read_sweep
+from ssl_xcit.eval.report.sweep_page import write_sweep_page
 from tests.eval.report.test_sweep import swept
 
 pytestmark = pytest.mark.browser
@@ -17,7 +17,7 @@ __all__ = ["swept"]
 
 
 def test_the_page_of_a_sweep(browser, swept):
-    write_page(read_sweep(swept), swept / "sweep.html")
+    write_sweep_page(read_sweep(swept), swept / "sweep.html")
     opened(browser, swept / "sweep.html")
     boxes = browser.find_elements(By.CSS_SELECTOR, ".figure")
     kinds = [box.get_attribute("data-figure") for box in boxes]

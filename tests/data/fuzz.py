@@ -65,11 +65,11 @@ def main(count, seed):
     rng, whole, augment = np.random.default_rng(seed), list(seeds()), FusedMultiCrop(32, 16, 2)
     good = bad = 0
     for i in range(count):
-        content, how = whole[i % len(whole)]
+        content, preprocess = whole[i % len(whole)]
         changed = damaged(content, rng)
         try:
-            large, _ = augment(open_picture(changed, how), i)
-            assert large.shape == (2, 32, 32, how.channels)
+            large, _ = augment(open_picture(changed, preprocess), i)
+            assert large.shape == (2, 32, 32, preprocess.channels)
             good += 1
         except BadImage:
             bad += 1

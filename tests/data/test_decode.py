@@ -13,8 +13,18 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from samples import HEIC
 
-from ssl_xcit.data.decode import RGB, BadImage, decode, open_picture, read_image
+from ssl_xcit.data import formats
+from ssl_xcit.data.decode import (
+    RGB,
+    BadImage,
+    DeepRange,
+    dark_images,
+    decode,
+    open_picture,
+    read_image,
+)
 from ssl_xcit.data.preprocess import Preprocess, of_weights
 
 
@@ -92,7 +102,7 @@ SCALED = [[[0, 3, 128, 255, 255], [255, 255, 64, 191, 1]]]
 
 
 @pytest.mark.parametrize(
-    ("content", "how", "expected"),
+    ("content", "settings", "expected"),
     [
         (tiff(RAMP), channels(5), RAMP.tolist()),
         (tiff(RAMP, compression="zlib"), channels(5), RAMP.tolist()),
@@ -133,8 +143,8 @@ SCALED = [[[0, 3, 128, 255, 255], [255, 255, 64, 191, 1]]]
         "rgba tiff as four", "16-bit array",
     ],
 )  # fmt: skip
-def test_golden_pixels_of_other_channels_and_depths(content, how, expected):
-    pixels = decode(content, how)
+def test_golden_pixels_of_other_channels_and_depths(content, settings, expected):
+    pixels = decode(content, settings)
     assert pixels.dtype == np.uint8
     assert pixels.tolist() == expected
 
@@ -222,27 +232,12 @@ def test_reasons_are_the_same_in_every_process():
     assert "0x" not in str(one.value)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"channels": 0}, "channels=0: 1 to 128"),
-        ({"max_pixels": 0}, "max_pixels=0"),
-        ({"mean": (0.1, 0.2)}, "3 numbers"),
-        ({"std": (0.1, 0.2, 0.0)}, "above 0"),
-        ({"background": (0, 0, 256)}, "0 to 255"),
-        ({"value_range": (3, 3)}, r"\[low, high\]"),
-    ],
-)
-def test_bad_preprocessing(options, message):
-    with pytest.raises(ValueError, match=message):
-        Preprocess(**options)
-
-
 def test_preprocessing_comes_back_from_weights():
-    how = channels(5, value_range=(0, 10000), background=(1, 2, 3))
-    assert of_weights(how.of_weights()) == how
+    preprocess = channels(5, value_range=(0, 10000), background=(1, 2, 3))
+    assert of_weights(preprocess.of_weights()) == preprocess
     assert of_weights({}) == RGB
-    for hostile in ({"max_pixels": 10**12}, {"channels": 3, "run": "x"}, {"mean": [1.0]}):
+    for hostile in ({"max_pixels": 10**12}, {"channels": 3, "run": "x"}, {"mean": [1.0]},
+                    {"mean": "x"}, {"std": [0.1, 0.2, 0.0]}, {"channels": 10**9}):  # fmt: skip
         with pytest.raises(ValueError, match="preprocess"):
             of_weights(hostile)
     with pytest.raises(ValueError, match=r"ssl-xcit stats preprocess\.channels=5"):
@@ -283,3 +278,23 @@ def test_the_largest_image_takes_little_more_than_itself():
 def test_missing_file(tmp_path):
     with pytest.raises(BadImage, match="No such file"):
         read_image(tmp_path / "none.png")
+
+
+def test_heic_named_jpg_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr("ssl_xcit.data.decode.readable_formats", lambda: formats.FORMATS)
+    with pytest.raises(BadImage, match=r"HEIC, which needs pillow-heif: pip install"):
+        decode(HEIC)
+
+
+def test_twelve_bits_in_sixteen_are_noticed():
+    dark = [DeepRange(3789, 65535), DeepRange(120, 65535)]
+    assert "above 4095 of 65535" in dark_images(dark, Preprocess())
+    assert "preprocess.value_range=[0,4095]" in dark_images(dark, Preprocess())
+    assert dark_images(dark, Preprocess(value_range=(0, 4095))) is None
+    assert dark_images([*dark, DeepRange(60_000, 65535)], Preprocess()) is None
+    assert dark_images([], Preprocess()) is None
+    assert "value_range=[0,255]" in dark_images([DeepRange(3, 65535)], Preprocess())
+
+
+def test_arrays_of_sixteen_bits_are_deep_too():
+    assert open_picture(np.full((4, 4), 900, np.uint16)).deep == (900, 65535)

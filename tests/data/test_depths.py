@@ -73,11 +73,11 @@ PHOTOMETRIC = {
 }
 
 
-def tiff(**how):
+def tiff(**preprocess):
     def write(array, orientation=1, extra=(), colours="rgb"):
         out = io.BytesIO()
         array = array.reshape(H, W, -1)
-        options = {"planarconfig": "contig", **how}
+        options = {"planarconfig": "contig", **preprocess}
         if options["planarconfig"] == "separate" and array.shape[-1] > 1:
             array = np.moveaxis(array, -1, 0)
         else:
@@ -204,8 +204,11 @@ def test_palettes():
     out = io.BytesIO()
     wide = np.repeat(colours.astype(np.uint16) * 257, 256, axis=1)
     tifffile.imwrite(out, indices.astype(np.uint16) * 256, photometric="palette", colormap=wide)
-    for how in (Preprocess(), Preprocess(value_range=(0, 4095))):  # of intensities, not of indices
-        close(decode(out.getvalue(), how), expected, 0)
+    for preprocess in (
+        Preprocess(),
+        Preprocess(value_range=(0, 4095)),
+    ):  # of intensities, not of indices
+        close(decode(out.getvalue(), preprocess), expected, 0)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -308,19 +311,19 @@ def test_big_endian_arrays():
 
 def test_transparency_is_never_scaled_by_the_range_of_the_colours():
     stored = np.concatenate((deep(RGB) // 16, deep(ALPHA)), -1)
-    how = Preprocess(background=BACKGROUND, value_range=(0, 4095))
+    preprocess = Preprocess(background=BACKGROUND, value_range=(0, 4095))
     for content in (png(stored), tiff()(stored, extra=["unassalpha"])):
-        close(decode(content, how), over_background(RGB, ALPHA))
+        close(decode(content, preprocess), over_background(RGB, ALPHA))
 
 
 def test_bands_are_asked_for_and_not_guessed():
     four = tiff()(deep(np.concatenate((RGB, ALPHA), -1)), colours="grey", extra=["unspecified"] * 3)
     with pytest.raises(BadImage, match="channels=3"):
         decode(four)
-    how = Preprocess(4, (0.5,) * 4, (0.2,) * 4)
-    close(decode(four, how), np.concatenate((RGB, ALPHA), -1), 0)
+    preprocess = Preprocess(4, (0.5,) * 4, (0.2,) * 4)
+    close(decode(four, preprocess), np.concatenate((RGB, ALPHA), -1), 0)
     # the same bands, and RGB with an alpha, where four channels are wanted
-    close(decode(tiff()(deep(np.concatenate((RGB, ALPHA), -1)), extra=["unassalpha"]), how),
+    close(decode(tiff()(deep(np.concatenate((RGB, ALPHA), -1)), extra=["unassalpha"]), preprocess),
           np.concatenate((RGB, ALPHA), -1), 0)  # fmt: skip
 
 
@@ -346,26 +349,26 @@ def test_heic_as_phones_write_it():
     picture = np.repeat(np.repeat(RGB, 16, 0), 16, 1)
     out = io.BytesIO()
     Image.fromarray(picture).save(out, "HEIF", quality=-1)
-    found = open_picture(out.getvalue())
-    assert found.kind == "HEIF RGB"
-    assert np.abs(found.pixels().astype(int) - picture).mean() < 12  # colours at half resolution
+    decoded = open_picture(out.getvalue())
+    assert decoded.kind == "HEIF RGB"
+    assert np.abs(decoded.pixels().astype(int) - picture).mean() < 12  # colours at half resolution
 
 
-@pytest.mark.parametrize("how", [{"imagej": True}, {"ome": True, "photometric": "minisblack"}])
+@pytest.mark.parametrize("options", [{"imagej": True}, {"ome": True, "photometric": "minisblack"}])
 @pytest.mark.parametrize("axes", ["CYX", "ZCYX"])
-def test_channels_that_a_microscope_stores_as_pages(how, axes):
+def test_channels_that_a_microscope_stores_as_pages(options, axes):
     three = np.moveaxis(RGB, -1, 0)
     for bits in (8, 16):
         planes = deep(three, bits)
         planes = planes if axes == "CYX" else np.stack((planes, planes // 2))
         out = io.BytesIO()
-        tifffile.imwrite(out, planes, metadata={"axes": axes}, **how)
+        tifffile.imwrite(out, planes, metadata={"axes": axes}, **options)
         close(decode(out.getvalue()), RGB, 0)
         with pytest.raises(BadImage, match="channels=5"):
             decode(out.getvalue(), Preprocess(5, (0.5,) * 5, (0.2,) * 5))
     out = io.BytesIO()
     slices = np.concatenate((planes, planes), axis=axes.index("C"))  # six channels
-    tifffile.imwrite(out, slices, metadata={"axes": axes}, **how)
+    tifffile.imwrite(out, slices, metadata={"axes": axes}, **options)
     with pytest.raises(BadImage, match="channels=3"):  # of which none is chosen unasked
         decode(out.getvalue())
 
@@ -373,9 +376,9 @@ def test_channels_that_a_microscope_stores_as_pages(how, axes):
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_further_band_is_kept_where_it_is_wanted(bits):
     four = deep(np.concatenate((RGB, ALPHA), -1), bits)
-    how = Preprocess(4, (0.5,) * 4, (0.2,) * 4)
+    preprocess = Preprocess(4, (0.5,) * 4, (0.2,) * 4)
     expected = np.concatenate((RGB, ALPHA), -1)
-    close(decode(tiff()(four, extra=["unspecified"]), how), expected, 0)
+    close(decode(tiff()(four, extra=["unspecified"]), preprocess), expected, 0)
 
 
 def test_signed_numbers_of_eight_bits():
@@ -383,5 +386,5 @@ def test_signed_numbers_of_eight_bits():
     content = tiff()(values, colours="grey")
     with pytest.raises(BadImage, match="value_range"):
         decode(content)
-    found = decode(content, Preprocess(value_range=(-128, 127)))
-    close(found, np.repeat(RGB[..., :1], 3, -1), 0)
+    pixels = decode(content, Preprocess(value_range=(-128, 127)))
+    close(pixels, np.repeat(RGB[..., :1], 3, -1), 0)

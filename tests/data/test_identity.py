@@ -1,12 +1,11 @@
 """Which images a set holds, wherever it lies, and what has changed in it."""
 
-import io
 import shutil
-import tarfile
 
 import datasets
 import numpy as np
 import pytest
+from samples import tar
 
 from ssl_xcit.data.folders import class_folders, folder, labelled_folders
 from ssl_xcit.data.identity import (
@@ -32,13 +31,7 @@ def tree(root, names=NAMES):
     return root
 
 
-def tar(path, count):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for i in range(count):
-            member = tarfile.TarInfo(f"{i}.jpg")
-            member.size = 100
-            file.addfile(member, io.BytesIO(bytes([i] * 100)))
+THREE = [(f"{i}.jpg", bytes([i] * 100)) for i in range(3)]
 
 
 def as_list(root):
@@ -51,7 +44,7 @@ MAKERS = {
     "folders": lambda root: folder([str(tree(root / "x")), str(tree(root / "y"))]),
     "classes": lambda root: class_folders(tree(root)),
     "list": lambda root: as_list(tree(root)),
-    "shards": lambda root: tar(root / "0.tar", 3) or tar_shards(str(root)),
+    "shards": lambda root: tar(root / "0.tar", THREE) or tar_shards(str(root)),
     "arrays": lambda root: (
         root.mkdir() or np.save(root / "x.npy", np.zeros((5, 4, 4), np.uint8))
         or arrays(str(root / "x.npy"))
@@ -119,7 +112,7 @@ def test_content_of_arrays_and_order_of_lists_count(tmp_path):
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
     one, two = (index_of(path_list(str(tmp_path / f"{name}.txt"))) for name in "ab")
     assert "another order" in difference(one, two)
-    tar(tmp_path / "t/0.tar", 3)
+    tar(tmp_path / "t/0.tar", THREE)
     one = index_of(tar_shards(str(tmp_path / "t")))
     content = bytearray((tmp_path / "t/0.tar").read_bytes())
     content[512 + 50] ^= 1
@@ -143,11 +136,11 @@ def test_indices_are_kept(tmp_path):
     tree(tmp_path / "train", [*NAMES, "a/4.png", "b/5.png"])
     tree(tmp_path / "test")
     pair = labelled_folders(str(tmp_path / "train"), str(tmp_path / "test"))
-    found = indices_of(pair.train, pair)
-    assert list(found) == ["data", "eval_data", "eval_data.test"]
-    save_indices(found, tmp_path / "images.npz")
+    indices = indices_of(pair.train, pair)
+    assert list(indices) == ["data", "eval_data", "eval_data.test"]
+    save_indices(indices, tmp_path / "images.npz")
     again = load_indices(tmp_path / "images.npz")
-    assert {k: v.digest() for k, v in again.items()} == {k: v.digest() for k, v in found.items()}
+    assert {k: v.digest() for k, v in again.items()} == {k: v.digest() for k, v in indices.items()}
     (tmp_path / "images.npz").write_bytes(b"damaged")
     assert load_indices(tmp_path / "images.npz") == {}
 

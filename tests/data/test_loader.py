@@ -19,25 +19,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from samples import gradient_image
 from torch.utils.data import DataLoader
 
 from ssl_xcit.data.bad import BadSamples
+from ssl_xcit.data.datasets import CropDataset, check_images, plain_loader, stack
 from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.fused import FusedMultiCrop
 from ssl_xcit.data.loader import (
     NoWorkers,
-    Restarting,
+    ResilientLoader,
     cause_of,
     default_workers,
     loader_options,
-    look_at_all,
+    parallel_map,
     usable_cores,
 )
-from ssl_xcit.data.module import CropDataset, MultiCropData, check_images, plain_loader, stack
 from ssl_xcit.data.multicrop import Replaced, TorchvisionMultiCrop
 from ssl_xcit.data.order import image_at
 from ssl_xcit.data.sources import Files, Subset
 from ssl_xcit.errors import RunFailed
+from ssl_xcit.training.datamodule import MultiCropData
 
 SMALL = {"global_size": 32, "local_size": 16, "num_local": 3}
 
@@ -64,12 +66,6 @@ def test_crops_do_not_depend_on_workers_or_on_where_a_run_began(photos_pair, aug
     assert torch.equal(resumed[0].local_crops, alone[2].local_crops)
     order = [i for b in alone for i in b.indices.tolist()]
     assert order == [image_at(3, position, 40) for position in range(24)]
-
-
-def gradient_image(height=90, width=120):
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[..., 0] = np.linspace(0, 255, width).round()
-    return pixels
 
 
 def test_bad_images_cost_a_line_and_change_no_other(tmp_path, caplog):
@@ -100,9 +96,9 @@ def test_bad_images_cost_a_line_and_change_no_other(tmp_path, caplog):
                 assert torch.equal(a.global_crops[i], b.global_crops[i])
                 assert torch.equal(a.local_crops[i], b.local_crops[i])
     assert stood_in == 12  # 60 positions are 3 passes
-    found = [r for b in mixed for r in b.replaced]
-    assert {r.place for r in found} == bad
-    assert all("cannot identify" in r.reason for r in found)
+    replaced = [r for b in mixed for r in b.replaced]
+    assert {r.place for r in replaced} == bad
+    assert all("cannot identify" in r.reason for r in replaced)
 
     report = BadSamples(tmp_path / "run/bad_samples.jsonl", 20, 0.5)
     with caplog.at_level(logging.WARNING):
@@ -112,11 +108,11 @@ def test_bad_images_cost_a_line_and_change_no_other(tmp_path, caplog):
     assert sorted(row["place"] for row in rows) == sorted(bad)  # once each
     assert caplog.text.count("bad image:") == 1
     again = BadSamples(tmp_path / "run/bad_samples.jsonl", 20, 0.5)  # a run that goes on
-    again.add(found)
+    again.add(replaced)
     assert len((tmp_path / "run/bad_samples.jsonl").read_text().splitlines()) == 4
     assert len(again) == 4
     one, other = (BadSamples(tmp_path / "two/bad_samples.jsonl", 20, 0.09) for _ in range(2))
-    one.add(found[:1])  # two ranks: each knows of the other's when it adds its own
+    one.add(replaced[:1])  # two ranks: each knows of the other's when it adds its own
     with pytest.raises(RunFailed, match="2 of 20"):
         other.add([Replaced(19, "x", "y")])
 
@@ -178,7 +174,7 @@ def test_evaluation_leaves_bad_images_out(tmp_path, caplog):
         pixels, good = next(iter(plain_loader(source, 48, 48, 2, 0, RGB)))
     assert good.tolist() == [False, True]
     assert pixels[1].any()
-    assert "bad image left out" in caplog.text
+    assert "bad image skipped" in caplog.text
 
 
 def test_small_images_are_said_once(photos_pair, caplog):
@@ -202,22 +198,22 @@ def kill_children():
 class Accident:
     """Numbers; at some of them the process comes to harm, once each."""
 
-    def __init__(self, folder, at, how):
-        self.folder, self.at, self.how = folder, at, how
+    def __init__(self, folder, at, harm):
+        self.folder, self.at, self.harm = folder, at, harm
 
     def __call__(self, index):
         if index in self.at:
             mark = self.folder / f"{index}"
             if not mark.exists():
                 mark.touch()
-                if self.how == "hang":
+                if self.harm == "hang":
                     time.sleep(100)
-                os.kill(os.getpid(), self.how)
+                os.kill(os.getpid(), self.harm)
         return index
 
 
-def numbers(look, count=40, start=0, timeout=300.0):
-    return look_at_all(look, count, 2, start, timeout, chunk=4)
+def numbers(function, count=40, start=0, timeout=300.0):
+    return parallel_map(function, count, 2, start, timeout, chunk=4)
 
 
 @pytest.fixture
@@ -225,15 +221,15 @@ def quick(monkeypatch):
     monkeypatch.setattr("ssl_xcit.data.loader.POLL", 0.5)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP, "hang"])
-def test_a_worker_that_dies_or_hangs_changes_nothing(tmp_path, quick, caplog, how):
+@pytest.mark.parametrize("accident", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP, "hang"])
+def test_a_worker_that_dies_or_hangs_changes_nothing(tmp_path, quick, caplog, accident):
     with caplog.at_level(logging.WARNING):
-        loader = numbers(Accident(tmp_path, {17}, how), timeout=5.0)
-        found = [n for chunk in loader for n in chunk]
-    assert found == list(range(40))
-    if how in (signal.SIGKILL, signal.SIGSEGV):
-        assert how.name in caplog.text
-        assert ("out of memory?" in caplog.text) == (how == signal.SIGKILL)
+        loader = numbers(Accident(tmp_path, {17}, accident), timeout=5.0)
+        received = [n for chunk in loader for n in chunk]
+    assert received == list(range(40))
+    if accident in (signal.SIGKILL, signal.SIGSEGV):
+        assert accident.name in caplog.text
+        assert ("out of memory?" in caplog.text) == (accident == signal.SIGKILL)
     else:
         assert "within 5 s (worker_timeout)" in caplog.text
     assert re.search(r"started again at batch [0-4],", caplog.text)
@@ -249,33 +245,33 @@ def test_the_third_accident_ends_it(tmp_path, quick):
 
 def test_a_worker_killed_within_a_message_does_not_hang_the_reader(tmp_path, quick):
     """A megabyte through a pipe of 64 KB, nobody reads, the writer dies."""
-    look = Accident(tmp_path, set(), 0)
-    loader = look_at_all(lambda i: bytes(2**20) + bytes([look(i)]), 12, 1, chunk=1)
-    found = []
+    function = Accident(tmp_path, set(), 0)
+    loader = parallel_map(lambda i: bytes(2**20) + bytes([look(i)]), 12, 1, chunk=1)
+    received = []
     for chunk in loader:
-        found += [item[-1] for item in chunk]
-        if len(found) in (3, 6):
+        received += [item[-1] for item in chunk]
+        if len(received) in (3, 6):
             time.sleep(0.3)
             kill_children()
-    assert found == list(range(12))
+    assert received == list(range(12))
 
 
 def test_errors_of_the_program_are_not_accidents(quick):
-    def look(index):
+    def function(index):
         if index == 9:
             raise RuntimeError("a bug")
         return index
 
     with pytest.raises(RuntimeError, match="a bug"):
-        list(numbers(look))
+        list(numbers(function))
 
 
 def test_a_slow_batch_is_waited_for(quick):
-    def look(index):
+    def function(index):
         time.sleep(1.2 if index == 5 else 0.0)
         return index
 
-    loader = numbers(look, count=12, timeout=30.0)
+    loader = numbers(function, count=12, timeout=30.0)
     assert [n for chunk in loader for n in chunk] == list(range(12))
     assert loader.waited > 1.0
     assert loader.done == 3
@@ -302,7 +298,7 @@ def tensor(index):
     return torch.full((4,), index)
 
 
-def found_in(loader):
+def values_of(loader):
     return [int(one[0]) for chunk in loader for one in chunk]
 
 
@@ -322,7 +318,7 @@ def test_a_temporary_folder_that_holds_no_sockets(tmp_path, monkeypatch, socket_
     if "file" in name:
         folder.touch()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    assert found_in(numbers(tensor)) == list(range(40))
+    assert values_of(numbers(tensor)) == list(range(40))
     used = Path(socket_settings["tempdir"])
     assert used.is_dir()
     assert tmp_path not in used.parents
@@ -336,17 +332,17 @@ def test_no_folder_holds_sockets(monkeypatch, socket_settings):
     monkeypatch.setattr(tempfile, "mkdtemp", full)
     monkeypatch.setenv("TMPDIR", "/somewhere")
     with pytest.raises(NoWorkers, match=r"TMPDIR=/somewhere.*hold none: set TMPDIR to a short"):
-        found_in(numbers(tensor))
+        values_of(numbers(tensor))
 
 
 def test_the_folder_of_the_sockets_is_removed_on_the_way(socket_settings, quick, caplog):
-    loader = look_at_all(tensor, 400, 1, chunk=1)
-    found = []
+    loader = parallel_map(tensor, 400, 1, chunk=1)
+    received = []
     for chunk in loader:
-        found += [int(one[0]) for one in chunk]
-        if len(found) == 5:
+        received += [int(one[0]) for one in chunk]
+        if len(received) == 5:
             shutil.rmtree(socket_settings["tempdir"])
-    assert found == list(range(400))
+    assert received == list(range(400))
     assert "the connection to a loader process broke (FileNotFoundError" in caplog.text
     assert "nothing is lost" in caplog.text
 
@@ -371,7 +367,7 @@ class Unsendable:
     ],
 )
 def test_a_batch_that_cannot_be_sent(quick, caplog, capfd, error, words, tries):
-    loader = look_at_all(lambda _: Unsendable(error), 4, 1)
+    loader = parallel_map(lambda _: Unsendable(error), 4, 1)
     began = time.monotonic()
     with pytest.raises(RunFailed) as failed:
         list(loader)
@@ -411,11 +407,11 @@ def test_other_words_have_none():
 
 
 def test_a_worker_that_says_what_it_lacks(quick):
-    def look(index):
+    def function(index):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with pytest.raises(NoWorkers, match=r"\(OSError: .Errno 24. Too many open files\): raise the"):
-        list(look_at_all(look, 4, 1))
+        list(parallel_map(function, 4, 1))
 
 
 def test_a_worker_that_fails_before_it_loads(quick, monkeypatch, capfd):
@@ -424,7 +420,7 @@ def test_a_worker_that_fails_before_it_loads(quick, monkeypatch, capfd):
 
     monkeypatch.setattr(torch, "set_num_threads", fail)
     with pytest.raises(NoWorkers, match="ulimit -u"):
-        found_in(numbers(tensor))
+        values_of(numbers(tensor))
     assert capfd.readouterr().err == ""
 
 
@@ -466,13 +462,13 @@ def test_workers_that_cannot_be_started(monkeypatch, capfd, owner, name, number,
     with monkeypatch.context() as patched:
         failing(patched, owner, name, number, error)
         with pytest.raises(NoWorkers, match="loader processes cannot be started") as failed:
-            found_in(numbers(tensor))
+            values_of(numbers(tensor))
     assert words in str(failed.value)
     del failed
     assert capfd.readouterr().err == ""
     nothing_is_left(threads)
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
-    assert found_in(numbers(tensor)) == list(range(40))
+    assert values_of(numbers(tensor)) == list(range(40))
 
 
 @pytest.mark.parametrize("room", [2, 14, 20])
@@ -483,7 +479,7 @@ def test_few_open_files(quick, room):
     limit = [number for number in range(before[0]) if number not in used][room]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
-        assert found_in(look_at_all(tensor, 64, 1)) == list(range(64))
+        assert values_of(parallel_map(tensor, 64, 1)) == list(range(64))
     except NoWorkers as failed:
         assert "ulimit -n 65536" in str(failed)  # noqa: PT017
     else:
@@ -493,14 +489,14 @@ def test_few_open_files(quick, room):
 
 
 def test_whoever_waits_may_be_called_away(quick):
-    def look(index):
+    def function(index):
         time.sleep(100.0 if index >= 4 else 0.0)
         return index
 
     def leave():
         raise KeyboardInterrupt
 
-    loader = look_at_all(look, 8, 1, chunk=4)
+    loader = parallel_map(function, 8, 1, chunk=4)
     batches = iter(loader)
     next(batches)
     loader.while_waiting, threads = leave, threading.active_count()
@@ -529,5 +525,5 @@ def test_restarting_without_workers_is_the_loader():
     def make(first):
         return DataLoader(range(first * 2, 10), 2, **loader_options(0))
 
-    assert [b.tolist() for b in Restarting(make, 5, start=3)] == [[6, 7], [8, 9]]
-    assert len(Restarting(make, 5, start=3)) == 5
+    assert [b.tolist() for b in ResilientLoader(make, 5, start=3)] == [[6, 7], [8, 9]]
+    assert len(ResilientLoader(make, 5, start=3)) == 5

@@ -8,7 +8,9 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+from samples import HEIC, logged, photo, tar
 
+from ssl_xcit.data import formats
 from ssl_xcit.data.decode import BadImage, decode
 from ssl_xcit.data.order import Shards, image_at
 from ssl_xcit.data.shards import MAX_HEADER, labelled_shards, list_tar, tar_shards
@@ -37,15 +39,15 @@ def write(path, start, count, labels=True, suffix="png"):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def three_tars(tmp_path):
     write(tmp_path / "s-0.tar", 0, 5)
     write(tmp_path / "s-1.tar", 5, 7)
     write(tmp_path / "s-2.tar", 12, 1)
     return tmp_path
 
 
-def test_images_labels_and_names(folder):
-    source = tar_shards(str(folder), window=4)
+def test_images_labels_and_names(three_tars):
+    source = tar_shards(str(three_tars), window=4)
     assert len(source) == 13
     assert source.labels.tolist() == [i % 3 for i in range(13)]
     assert source.class_names == ("0", "1", "2")
@@ -54,19 +56,19 @@ def test_images_labels_and_names(folder):
     assert source.name(6) == f"{folder}/s-1.tar/00006"
     again = pickle.loads(pickle.dumps(source))  # noqa: S301 - as a spawned worker gets it
     assert again.read(6) == source.read(6)
-    named = tar_shards([str(folder / "s-2.tar"), str(folder / "s-[01].tar")])
+    named = tar_shards([str(three_tars / "s-2.tar"), str(three_tars / "s-[01].tar")])
     assert decode(named.read(0))[0, 0, 0] == 12
     assert len(named) == 13
 
 
-def test_the_listing_is_kept_until_a_tar_changes(folder, monkeypatch, cache):
-    tar_shards(str(folder))
+def test_the_listing_is_kept_until_a_tar_changes(three_tars, monkeypatch, cache):
+    tar_shards(str(three_tars))
     monkeypatch.setattr("ssl_xcit.data.shards.list_tar", lambda path: 1 / 0)
-    source = tar_shards(str(folder))
+    source = tar_shards(str(three_tars))
     assert decode(source.read(9))[0, 0, 0] == 9
-    write(folder / "s-2.tar", 12, 2)
+    write(three_tars / "s-2.tar", 12, 2)
     with pytest.raises(ZeroDivisionError):
-        tar_shards(str(folder))
+        tar_shards(str(three_tars))
 
 
 def test_the_webdataset_layout_in_its_corners(tmp_path):
@@ -80,9 +82,9 @@ def test_the_webdataset_layout_in_its_corners(tmp_path):
         add(tar, "b/1.png", png(3))  # the same key in another folder
         add(tar, "c.txt", b"no image")
         add(tar, "d" * 150 + ".png", png(4))  # a long name
-    found = list_tar(str(tmp_path / "x.tar"))
-    assert found.keys == ["a/1", "b/1", "d" * 150]
-    assert found.labels == ["7", "", ""]
+    listing = list_tar(str(tmp_path / "x.tar"))
+    assert listing.keys == ["a/1", "b/1", "d" * 150]
+    assert listing.labels == ["7", "", ""]
     source = tar_shards(str(tmp_path))
     assert source.labels is None  # not every image has one
     assert [decode(source.read(i))[0, 0, 0] for i in range(3)] == [1, 3, 4]
@@ -120,17 +122,17 @@ def test_a_header_that_claims_gigabytes(tmp_path, caplog):
     assert "damaged after 2 images" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["overwritten", "zeroed", "cut at", "cut in"])
-def test_a_damaged_header_is_said_each_time(tmp_path, caplog, how):
+@pytest.mark.parametrize("damage", ["overwritten", "zeroed", "cut at", "cut in"])
+def test_a_damaged_header_is_said_each_time(tmp_path, caplog, damage):
     write(tmp_path / "x.tar", 0, 30, labels=False)
     content = bytearray((tmp_path / "x.tar").read_bytes())
     start = 10 * 1024  # a header and an image take 512 bytes each
-    if how == "overwritten":
+    if damage == "overwritten":
         content[start : start + 512] = b"\xa5" * 512
-    elif how == "zeroed":
+    elif damage == "zeroed":
         content[start : start + 512] = bytes(512)
     else:
-        del content[start + (100 if how == "cut in" else 0) :]
+        del content[start + (100 if damage == "cut in" else 0) :]
     (tmp_path / "x.tar").write_bytes(content)
     for _ in range(2):  # the second time from the kept listing
         caplog.clear()
@@ -156,11 +158,11 @@ def test_sizes_below_zero_and_endless_headers(tmp_path, caplog):
     assert len(tar_shards(str(tmp_path))) == 2
 
 
-def test_truncated_tars_keep_their_whole_images(folder, caplog):
-    path = folder / "s-1.tar"
+def test_truncated_tars_keep_their_whole_images(three_tars, caplog):
+    path = three_tars / "s-1.tar"
     content = path.read_bytes()
     path.write_bytes(content[: 2048 * 4 + 600])
-    source = tar_shards(str(folder))
+    source = tar_shards(str(three_tars))
     assert 5 + 3 <= len(source) < 13
     assert "s-1.tar: damaged after" in caplog.text
     assert decode(source.read(len(source) - 1))[0, 0, 0] == 12
@@ -188,14 +190,12 @@ def test_what_is_no_tar_is_said(tmp_path, content, message):
         tar_shards(str(tmp_path))
 
 
-def test_bad_settings(tmp_path, folder):
+def test_settings(tmp_path, three_tars):
     with pytest.raises(FileNotFoundError, match="no tar shards"):
         tar_shards(str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="window=0"):
-        tar_shards(str(folder), window=0)
     assert tar_shards(None) is None
     assert labelled_shards(None) is None
-    pair = labelled_shards(str(folder), test_fraction=0.3)
+    pair = labelled_shards(str(three_tars), test_fraction=0.3)
     assert len(pair.train) + len(pair.test) == 13
 
 
@@ -225,3 +225,92 @@ def test_every_pass_sees_every_image_once_and_few_tars_at_a_time(window):
             assert len(np.flatnonzero(np.diff(of_shard))) == len(sizes) - 1  # one tar by another
     assert len(set(orders)) == 3
     assert [image_at(5, i, count, shards) for i in range(count)] == list(orders[0])
+
+
+def test_dots_in_the_names_of_a_tar_are_thirty_images(tmp_path):
+    members = []
+    for i in range(30):
+        members += [(f"scan.2023.{i:02d}.jpg", photo(i, kind="JPEG"))]
+        members += [(f"scan.2023.{i:02d}.cls", str(i % 3).encode())]
+    tar(tmp_path / "0.tar", members)
+    source = tar_shards(str(tmp_path))
+    assert len(source) == 30
+    assert source.labels.tolist() == [i % 3 for i in range(30)]
+    assert source.name(7).endswith("0.tar/scan.2023.07")
+    assert source.read(7) == photo(7, kind="JPEG")
+
+
+def test_what_belongs_to_a_sample_is_said_to_be_left_out(tmp_path, caplog):
+    members = [
+        ("a.jpg", photo(1)), ("a.depth.png", photo(2)), ("a.cls", b"cat"),
+        ("b.jpg", photo(3)), ("b.png", photo(4)), ("b.cls", b"dog "),
+        ("sub.v1/a.jpg", photo(5)), ("sub.v1/a.cls", b"cat"),
+        ("./A.jpg", photo(6)), ("A.cls", b"dog"),
+        ("c.jpg", photo(7)), ("c.jpg", photo(8)), ("c.cls", b"cat"), ("c.json", b"{}"),
+        ("._a.jpg", b"of a Mac"), ("d", photo(9)), ("d.cls", b"cat"),
+    ]  # fmt: skip
+    tar(tmp_path / "0.tar", members)
+    source = tar_shards(str(tmp_path))
+    names = [source.name(i).partition(".tar/")[2] for i in range(len(source))]
+    assert names == ["a", "b", "sub.v1/a", "A", "c", "d"]
+    assert source.read(4) == photo(8)  # the last of one name, as when a tar is unpacked
+    assert source.class_names == ("cat", "dog")
+    assert source.labels.tolist() == [0, 1, 0, 1, 0, 0]
+    words = " ".join(logged(caplog))
+    assert "2 images lie beside another of the same key and are left out" in words
+    assert "a.depth.png beside a.jpg" in words
+    assert "1 images are there twice under one name" in words
+    assert "1 .json file" in words
+    assert "1 .jpg file (hidden)" in words
+
+
+def test_two_views_a_sample_are_two_images_with_its_label(tmp_path):
+    tar(tmp_path / "0.tar", [
+        (f"{key}.{part}", content)
+        for key in "ab"
+        for part, content in (("left.jpg", photo(1)), ("right.jpg", photo(2)), ("cls", b"4"))
+    ])  # fmt: skip
+    source = tar_shards(str(tmp_path))
+    assert len(source) == 4
+    assert source.labels.tolist() == [4] * 4
+
+
+def test_labels_that_some_images_of_shards_lack_are_said(tmp_path, caplog):
+    tar(tmp_path / "0.tar", [("a.jpg", photo(1)), ("a.cls", b"1"), ("b.jpg", photo(2))])
+    assert tar_shards(str(tmp_path)).labels is None
+    assert "1 images have no .cls, so none has a label" in logged(caplog)[0]
+
+
+def test_class_names_of_shards_are_shared_with_the_test_set(tmp_path):
+    for name, labels in (("train", "ab"), ("test", "cb")):
+        tar(tmp_path / name / "0.tar", [
+            (f"{i}{word}.{end}", content)
+            for i in range(2) for word in labels
+            for end, content in (("jpg", photo(i)), ("cls", word.encode()))
+        ])  # fmt: skip
+    pair = labelled_shards(str(tmp_path / "train"), str(tmp_path / "test"))
+    assert pair.test.class_names == ("a", "b", "c")
+    assert pair.test.labels.tolist() == [2, 1, 2, 1]
+
+
+def test_a_tar_whose_images_have_no_ending_or_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "readable_formats", lambda: formats.FORMATS)
+    tar(tmp_path / "0.tar", [("x/1", photo(1)), ("x/2.jfif", photo(2)), ("x/3.HEIC", HEIC)])
+    assert list_tar(str(tmp_path / "0.tar")).keys == ["x/1", "x/2"]
+    tar(tmp_path / "b/0.tar", [("1.HEIC", HEIC), ("2.mp4", b"film")])
+    with pytest.raises(FileNotFoundError, match=r"left out: 1 \.HEIC file"):
+        tar_shards(str(tmp_path / "b"))
+
+
+def test_one_sample_without_its_image_leaves_the_others_as_they_are(tmp_path, caplog):
+    members = [
+        (f"{i}.{part}", photo(i) if part != "cls" else b"1")
+        for i in range(5) for part in ("jpg", "depth.png", "seg.png", "cls")
+        if (i, part) != (3, "jpg")
+    ]  # fmt: skip
+    tar(tmp_path / "0.tar", members)
+    assert len(tar_shards(str(tmp_path))) == 5
+    assert "9 images lie beside another" in " ".join(logged(caplog))
+    tar(tmp_path / "b/0.tar", [(f"x.{i}.png", photo(i)) for i in range(3)])
+    assert len(tar_shards(str(tmp_path / "b"))) == 3
+    assert "keys end at the last dot, such as x.0" in logged(caplog)[-1]

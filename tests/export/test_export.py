@@ -14,21 +14,25 @@ import pytest
 import timm
 import torch
 from commands import images, run
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_run import make_run, published, sharp_backbone
+from tiny_run import make_run, sharp_backbone
 
 from ssl_xcit import create_model, load_backbone
+from ssl_xcit.commands.export import ExportSettings
 from ssl_xcit.data.preprocess import Preprocess, normalise, resize_center_crop
-from ssl_xcit.errors import RunFailed
-from ssl_xcit.export import command
-from ssl_xcit.export.exported import Weights, beside, compare
-from ssl_xcit.export.huggingface import crop_share
-from ssl_xcit.export.rounded import cost
-from ssl_xcit.export.weights_files import timm_arguments
-from ssl_xcit.models.names import to_timm_names
+from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.export import huggingface, programs, safetensors_files
+from ssl_xcit.export.comparison import compare, compare_rounded
+from ssl_xcit.export.description import Weights, describe, export_name, last_parts
+from ssl_xcit.export.output_files import output_path, replacing_path
+from ssl_xcit.export.safetensors_files import timm_arguments
+from ssl_xcit.models.timm_keys import to_timm_names
+from ssl_xcit.models.weights import checkpoint_path
 from ssl_xcit.models.xca import gram_is_faster
 from ssl_xcit.models.xcit import SIZES, XCiT
+from ssl_xcit.utils.validation import parse
 
 SHAPES = [(1, 3, 32, 32), (3, 3, 75, 52), (2, 3, 128, 224)]
 
@@ -36,14 +40,19 @@ SHAPES = [(1, 3, 32, 32), (3, 3, 75, 52), (2, 3, 128, 224)]
 @pytest.fixture(autouse=True)
 def inside(tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
-    jaxtyping.config.update("jaxtyping_disable", True)  # exporters trace with symbols for numbers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes_of_symbols():
+    """Exporters trace with symbols for numbers, which jaxtyping would refuse."""
+    jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture
-def run_dir(tmp_path):
-    folder = make_run(tmp_path / "lr-0.001")
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = make_run(tmp_path_factory.mktemp("runs") / "lr-0.001")
     values = {"knn_k20": 81.0, "linear": 85.5, "linear_lr": 1.0}
     summary = {
         "results": {"random weights": {"knn_k20": 70.0}, "pretrained": values},
@@ -53,6 +62,28 @@ def run_dir(tmp_path):
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(run_dir):
+    return load_backbone(run_dir)
+
+
+@pytest.fixture
+def weights(run_dir, backbone):
+    path = checkpoint_path(run_dir)
+    return Weights(backbone, "lr-0.001", describe("teacher", path, run_dir, "XCiT"))
+
+
+@pytest.fixture(scope="module")
+def exported(run_dir, shapes_of_symbols):
+    """Output of one command line with three formats, and its folder."""
+    with pytest.MonkeyPatch.context() as patched:
+        output = []
+        patched.setattr("ssl_xcit.commands.export.say", lambda *lines: output.extend(lines))
+        words = [f"ckpt={run_dir}", "format=[safetensors,timm,huggingface]"]
+        assert run("export", *words) == 0
+    return "\n".join(output), run_dir / "export"
 
 
 def inputs(channels=3):
@@ -69,65 +100,51 @@ def assert_same(backbone, other, bound=1e-5):
             )
 
 
-def executed(lines):
-    """What the command says to type."""
-    scope = {}
-    exec("\n".join(lines), scope)  # noqa: S102
-    return scope
+def executed(output, word):
+    """The variables that the lines printed for a format define."""
+    section = output.partition(f"\n{word}: ")[2].partition("\n\n")[0]
+    variables = {"images": inputs()[0]}
+    exec("\n".join(x[4:] for x in section.splitlines() if x.startswith("    ")), variables)  # noqa: S102
+    return variables
 
 
-def told(out):
-    return [line[4:] for line in out.splitlines() if line.startswith("    ")]
-
-
-def test_safetensors_and_back(run_dir, capsys):
-    assert run("export", "ckpt=lr-0.001", "format=safetensors") == 0
-    out = capsys.readouterr().out
-    assert "largest difference of a feature 0.0e+00" in out
-    file = run_dir / "export/lr-0.001.safetensors"
-    ours = load_backbone(run_dir)
-    assert load_file(file).keys() == ours.state_dict().keys()
-    back = executed(told(out))["backbone"]
-    assert_same(ours, back, bound=0)
-    assert back.architecture == ours.architecture
+def test_safetensors_and_back(run_dir, backbone, exported):
+    output, folder = exported
+    assert "largest difference of a feature 0.0e+00" in output
+    file = folder / "lr-0.001.safetensors"
+    assert load_file(file).keys() == backbone.state_dict().keys()
+    loaded = executed(output, "safetensors")["backbone"]
+    assert_same(backbone, loaded, bound=0)
+    assert loaded.architecture == backbone.architecture
     about = json.loads(file.with_suffix(".json").read_text())
     assert about["results"]["pretrained"]["linear"] == 85.5
-    weights = (run_dir / "checkpoints/step-000006.ckpt").read_bytes()
-    assert about["sha256"] == hashlib.sha256(weights).hexdigest()
-    assert about["architecture"] == ours.architecture
+    checkpoint = (run_dir / "checkpoints/step-000006.ckpt").read_bytes()
+    assert about["sha256"] == hashlib.sha256(checkpoint).hexdigest()
+    assert about["architecture"] == backbone.architecture
     assert about["preprocess"]["mean"] == [0.485, 0.456, 0.406]
     assert file.stat().st_mode == file.with_suffix(".json").stat().st_mode
-    assert sorted(p.name for p in file.parent.iterdir()) == [
-        "lr-0.001.json", "lr-0.001.safetensors",
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "lr-0.001-huggingface", "lr-0.001-timm.safetensors", "lr-0.001.json",
+        "lr-0.001.safetensors",
     ]  # fmt: skip
 
 
-def test_timm_and_back(run_dir, capsys):
-    assert run("export", "ckpt=lr-0.001", "format=timm") == 0
-    model = executed(told(capsys.readouterr().out))["model"].eval()
-    ours = load_backbone(run_dir)
-    assert_same(ours, model)
-    back = load_backbone(run_dir / "export/lr-0.001-timm.safetensors")
-    assert all(torch.equal(v, ours.state_dict()[k]) for k, v in back.state_dict().items())
+def test_timm_and_back(backbone, exported):
+    output, folder = exported
+    assert_same(backbone, executed(output, "timm")["model"].eval())
+    loaded = load_backbone(folder / "lr-0.001-timm.safetensors").state_dict()
+    assert all(torch.equal(v, backbone.state_dict()[k]) for k, v in loaded.items())
 
 
-def test_a_published_size_has_timms_name(tmp_path, capsys):
+def test_a_published_size_has_timms_name(tmp_path):
     torch.manual_seed(0)
     model = create_model("xcit_nano_12_p8", in_chans=2, num_classes=7).eval()
     model.preprocess = {"channels": 2, "mean": [0.1, 0.2], "std": [1.0, 2.0]}
-    torch.save(
-        {"state_dict": {f"teacher.backbone.{k}": v for k, v in model.state_dict().items()},
-         "architecture": model.architecture, "preprocess": model.preprocess},
-        "nano.ckpt",
-    )  # fmt: skip
-    assert run("export", "ckpt=nano.ckpt", "format=timm") == 0
-    out = capsys.readouterr().out
-    assert 'create_model("xcit_nano_12_p8_224", num_classes=0, in_chans=2, checkpoint_path=' in out
-    assert "its classifier is left out" in out
-    other = timm.create_model(
-        "xcit_nano_12_p8_224", num_classes=0, in_chans=2,
-        checkpoint_path="export/nano-timm.safetensors",
-    )  # fmt: skip
+    use = safetensors_files.timm(Weights(model, "nano", {}), tmp_path / "nano").use
+    name = "xcit_nano_12_p8_224"
+    assert f'create_model("{name}", num_classes=0, in_chans=2, checkpoint_path=' in use
+    path = tmp_path / "nano-timm.safetensors"
+    other = timm.create_model(name, num_classes=0, in_chans=2, checkpoint_path=path)
     assert_same(model, other.eval())
 
 
@@ -135,10 +152,10 @@ def test_timms_name_is_of_the_whole_architecture():
     """The nano size with norms over all tokens is not timm's nano."""
     for name, (dim, depth, heads, eta, tokens_norm) in SIZES.items():
         with torch.device("meta"):
-            here = [
-                XCiT(dim, depth, heads, 16, eta, norm) for norm in (tokens_norm, not tokens_norm)
-            ]
-        same, other = (timm_arguments(Weights(backbone, "x", {})) for backbone in here)
+            same, other = (
+                timm_arguments(Weights(XCiT(dim, depth, heads, 16, eta, norm), "x", {}))
+                for norm in (tokens_norm, not tokens_norm)
+            )
         assert same == (f"xcit_{name}_p16_224", {"num_classes": 0})
         assert other[1]["tokens_norm"] is not tokens_norm
     torch.manual_seed(0)
@@ -152,20 +169,18 @@ def test_timms_name_is_of_the_whole_architecture():
     assert_same(backbone, model)
 
 
-def test_huggingface_by_transformers_timm_and_us(run_dir, capsys, monkeypatch):
+def test_huggingface_by_transformers_timm_and_us(backbone, exported, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert run("export", "ckpt=lr-0.001", "format=huggingface") == 0
-    out = capsys.readouterr().out
-    folder = run_dir / "export/lr-0.001-huggingface"
-    from transformers import AutoImageProcessor, AutoModel
+    output, folder = exported[0], exported[1] / "lr-0.001-huggingface"
+    from transformers import AutoImageProcessor
 
-    ours = load_backbone(run_dir)
-    model = AutoModel.from_pretrained(folder).eval()
-    assert_same(ours, lambda x: model(pixel_values=x).pooler_output)
-    assert_same(ours, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
-    assert_same(ours, load_backbone(folder), bound=0)
-    scope = executed([*told(out)[:2], "import torch"])
-    assert type(scope["model"]).__name__ == "TimmWrapperModel"
+    variables = executed(output, "huggingface")
+    model = variables["model"]
+    assert type(model).__name__ == "TimmWrapperModel"
+    assert torch.equal(variables["features"], model(pixel_values=inputs()[0]).pooler_output)
+    assert_same(backbone, lambda x: model(pixel_values=x).pooler_output)
+    assert_same(backbone, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+    assert_same(backbone, load_backbone(folder), bound=0)
     card = (folder / "README.md").read_text()
     assert "| k-NN 20 | 81.0 | 78.0–84.0 |" in card
     assert "linear_lr" not in card
@@ -176,19 +191,19 @@ def test_huggingface_by_transformers_timm_and_us(run_dir, capsys, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 3), np.uint8)
     pixels = np.asarray(Image.fromarray(pixels).resize((400, 300)))
     theirs = AutoImageProcessor.from_pretrained(folder)(Image.fromarray(pixels))["pixel_values"][0]
-    mine = torch.from_numpy(resize_center_crop(pixels, resize, size).transpose(2, 0, 1).copy())
-    mine = normalise(mine, Weights(ours, "", {}).how)
-    assert (theirs - mine).abs().max() < 0.03  # a grey level or two of rounding
+    ours = torch.from_numpy(resize_center_crop(pixels, resize, size).transpose(2, 0, 1).copy())
+    ours = normalise(ours, Weights(backbone, "", {}).preprocess)
+    assert (theirs - ours).abs().max() < 0.03  # a grey level or two of rounding
 
 
 def test_crops_are_as_large_as_evaluations():
     """timm rounds down what it divides."""
     for size in range(16, 400, 4):
         for resize in range(size, 2 * size):
-            assert math.floor(size / crop_share(resize, size)) == resize
+            assert math.floor(size / huggingface.crop_share(resize, size)) == resize
 
 
-def neighbours_agree(network, train, test, k=20, temperature=0.07):
+def knn_accuracy(network, train, test, k=20, temperature=0.07):
     """k-NN in percent, as the protocol reads."""
 
     def features(files):
@@ -240,10 +255,10 @@ def check_programs(ours, out):
         x = torch.randn(shape)
         with torch.no_grad():
             expected = ours.forward_features(x)
-            found = [[torch.from_numpy(t) for t in session.run(None, {"images": x.numpy()})]]
+            outputs = [[torch.from_numpy(t) for t in session.run(None, {"images": x.numpy()})]]
             if min(shape[2:]) >= 5:
-                found.append(program(x))
-        for theirs in found:
+                outputs.append(program(x))
+        for theirs in outputs:
             for one, other in zip(expected, theirs, strict=True):
                 assert (one - other).abs().max() < 1e-5 * one.abs().max(), shape
         rounded = [torch.from_numpy(t) for t in low.run(None, {"images": x.numpy()})]
@@ -275,21 +290,21 @@ def check_rounded(ours, out):
     files = [sorted(Path(part).rglob("*.png")) for part in ("train", "test")]
     for name, network in (("int8", int8), ("bf16", low)):
         about = json.loads(Path(f"here/w.0-{name}.json").read_text())
-        found = about[name]["knn_k20"]
-        assert found["float32"] == pytest.approx(neighbours_agree(ours, *files))
-        assert found[name] == pytest.approx(neighbours_agree(network, *files), abs=100 / 24 + 1e-6)
-        told = f"float32 {found['float32']:.1f}, {name} {found[name]:.1f}, a difference of "
-        assert f"{told}{found[name] - found['float32']:+.1f}" in out
+        scores = about[name]["knn_k20"]
+        assert scores["float32"] == pytest.approx(knn_accuracy(ours, *files))
+        assert scores[name] == pytest.approx(knn_accuracy(network, *files), abs=100 / 24 + 1e-6)
+        words = f"float32 {scores['float32']:.1f}, {name} {scores[name]:.1f}, a difference of "
+        assert f"{words}{scores[name] - scores['float32']:+.1f}" in out
         assert 0.2 < about[name]["size_of_float32"] < 0.9
         assert f"{about[name]['times_as_fast']:.2f} times as fast" in out
 
 
 def test_images_of_other_channels_are_read_as_the_weights_want(capsys):
     torch.manual_seed(0)
-    backbone = XCiT(32, 1, 2, patch_size=8, in_chans=5).eval()
-    how = {"channels": 5, "mean": [0.5] * 5, "std": [0.3] * 5, "value_range": [0, 10_000]}
+    backbone = XCiT(32, 1, 2, patch_size=8, in_chans=5, num_classes=3).eval()
+    preprocess = {"channels": 5, "mean": [0.5] * 5, "std": [0.3] * 5, "value_range": [0, 10_000]}
     state = {f"teacher.backbone.{k}": v for k, v in backbone.state_dict().items()}
-    content = {"state_dict": state, "architecture": backbone.architecture, "preprocess": how}
+    content = {"state_dict": state, "architecture": backbone.architecture, "preprocess": preprocess}
     torch.save(content, "w.ckpt")
     rng = np.random.default_rng(0)
     for label in "ab":
@@ -299,50 +314,56 @@ def test_images_of_other_channels_are_read_as_the_weights_want(capsys):
     words = ["eval_data=folder", "eval_data.root=bands", "eval_data.resize=32", "eval_data.size=32"]
     assert run("export", "ckpt=w.ckpt", "format=[timm,bf16]", *words) == 0
     out = capsys.readouterr().out
+    assert "its classifier is left out" in out
     assert "num_classes=0, in_chans=5" in out
     assert "k-NN 20 in %: float32 " in out
     assert json.loads(Path("export/w-bf16.json").read_text())["preprocess"]["channels"] == 5
 
 
-def test_numbers_are_of_the_very_weights(run_dir):
+def test_numbers_are_of_the_very_weights(run_dir, backbone, tmp_path):
     """Neither the student nor an earlier checkpoint has the final numbers, or the final name."""
-    first = "ckpt=lr-0.001/checkpoints/step-000003.ckpt"
-    assert run("export", first, "format=safetensors") == 0
-    assert run("export", "ckpt=lr-0.001", "format=huggingface", "which=student") == 0
-    assert run("export", "ckpt=lr-0.001", "format=huggingface") == 0
-    place = run_dir / "export"
-    about = json.loads((place / "lr-0.001-step-000003.json").read_text())
-    assert (about["results"], about["steps"]) == ({}, 3)
-    cards = [
-        (place / f"lr-0.001{end}-huggingface/README.md").read_text() for end in ("-student", "")
-    ]
-    assert ["It was not measured" in card for card in cards] == [True, False]
+    first, last = (run_dir / f"checkpoints/step-00000{step}.ckpt" for step in (3, 6))
+    about = describe("teacher", first, run_dir, "XCiT")
+    assert (about["results"], about["steps"], about["epochs"]) == ({}, 3, 1.5)
+    assert export_name(first, run_dir, "teacher") == "lr-0.001-step-000003"
+    for which in ("student", "teacher"):
+        weights = Weights(backbone, "x", describe(which, last, run_dir, "XCiT"))
+        card = huggingface.card(weights, "x", None)
+        assert ("It was not measured" in card) == (which == "student")
+    assert run("export", f"ckpt={run_dir}", "format=safetensors", "which=student", "out=./") == 0
     student = load_backbone(run_dir, which="student")
-    assert_same(student, load_backbone(place / "lr-0.001-student-huggingface"), bound=0)
+    assert_same(student, load_backbone("lr-0.001-student.safetensors"), bound=0)
     # measured by `ssl-xcit eval`
-    digest = hashlib.sha256((run_dir / "checkpoints/step-000003.ckpt").read_bytes()).hexdigest()
+    digest = hashlib.sha256(first.read_bytes()).hexdigest()
     results = {"pretrained": {"knn_k20": 40.0}}
     content = {"weights_sha256": digest, "which": "teacher", "results": results, "data": "/a/b c"}
     (run_dir / "results.json").write_text(json.dumps(content))
-    assert run("export", first, "format=safetensors") == 0
-    about = json.loads((place / "lr-0.001-step-000003.json").read_text())
+    about = describe("teacher", first, run_dir, "XCiT")
     assert (about["results"], about["data"]) == (results, "b c")
 
 
-def test_what_is_given_away_names_no_folders():
-    assert command.last_parts("data.root=/home/me/photos") == "data.root=photos"
-    assert command.last_parts("data.root=[/a/b,~/c/d.txt]") == "data.root=[b,d.txt]"
-    assert command.last_parts("built-in photos") == "built-in photos"
+def test_exported_files_name_no_folders():
+    assert last_parts("data.root=/home/me/photos") == "data.root=photos"
+    assert last_parts("data.root=[/a/b,~/c/d.txt]") == "data.root=[b,d.txt]"
+    assert last_parts("built-in photos") == "built-in photos"
 
 
-def test_a_run_folder_is_also_here(run_dir, monkeypatch):
+def test_where_files_go(run_dir, weights, tmp_path, monkeypatch):
+    exported = huggingface.huggingface(weights, Path("card"))
+    assert exported.paths == [Path("card-huggingface")]
+    file = checkpoint_path("card-huggingface")
+    name = export_name(file, None, "teacher")
+    assert output_path(None, file, None, name) == Path("card-huggingface/export/card-huggingface")
+    with pytest.raises(UserError, match="holds export, which this command has not written"):
+        huggingface.huggingface(weights, Path("card"))
+    assert output_path("deep/x.0", file, None, name) == Path("deep/x.0")
+    assert output_path("deep", file, None, name) == Path("deep/card-huggingface")
+    with pytest.raises(UserError, match=r"out=x\.onnx: give the path without ending"):
+        output_path("x.onnx", file, None, name)
     monkeypatch.chdir(run_dir)
-    assert run("export", "ckpt=.", "format=safetensors") == 0
-    assert Path("export/lr-0.001.safetensors").is_file()
-    assert run("export", "ckpt=.", "format=huggingface", "out=card") == 0
-    assert run("export", "ckpt=card-huggingface", "format=safetensors") == 0
-    assert Path("card-huggingface/export/card-huggingface.safetensors").is_file()
-    assert run("export", "ckpt=.", "format=huggingface", "out=card") == 2  # others' files are in it
+    path, here = checkpoint_path("."), Path(".")
+    name = export_name(path, here, "teacher")
+    assert output_path(None, path, here, name) == Path("export/lr-0.001")
 
 
 def test_what_differs_is_not_exported(tmp_path):
@@ -351,10 +372,11 @@ def test_what_differs_is_not_exported(tmp_path):
         compare(weights, sharp_backbone(1))
     with pytest.raises(RunFailed, match="not finite: nothing is exported"):
         compare(weights, lambda x: weights.backbone(x) * float("nan"))
-    with pytest.raises(RunFailed, match="came out"):
+    with pytest.raises(RunFailed, match="features have the shapes"):
         compare(weights, lambda x: weights.backbone(x)[:, :5])
-    with pytest.raises(RunFailed, match="do not bear the rounding"):
-        cost(weights, "int8", (weights.backbone, lambda x: -weights.backbone(x)), (2, 1), None)
+    runs = weights.backbone, lambda x: -weights.backbone(x)
+    with pytest.raises(RunFailed, match=r"cosine similarity to float32 fell to -1\.00"):
+        compare_rounded(weights, "int8", runs, (2, 1), None)
 
     def doubled(x):
         cls, patches = weights.backbone.forward_features(x)
@@ -364,7 +386,7 @@ def test_what_differs_is_not_exported(tmp_path):
         compare(weights, doubled, patches=True)
 
     def half():
-        with beside(tmp_path / "x.onnx") as part:
+        with replacing_path(tmp_path / "x.onnx") as part:
             part.write_text("half")
             raise RunFailed("")
 
@@ -382,68 +404,78 @@ def test_weights_that_diverged(capsys):
     assert not list(Path("export").iterdir())
 
 
-def test_a_broken_off_export_leaves_what_was_there(run_dir, monkeypatch):
-    words = ["export", "ckpt=lr-0.001", "format=[huggingface,safetensors]"]
-    assert run(*words) == 0
-    before = {p: p.read_bytes() for p in (run_dir / "export").rglob("*") if p.is_file()}
-    for trouble, code in ((RunFailed("x"), 1), (KeyboardInterrupt(), 130)):
+def test_a_broken_off_export_leaves_what_was_there(weights, tmp_path, monkeypatch):
+    formats = (huggingface.huggingface, safetensors_files.safetensors)
+    for export in formats:
+        export(weights, tmp_path / "x")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for trouble in (RunFailed("x"), KeyboardInterrupt()):
 
         def fail(*_, trouble=trouble):
             raise trouble
 
-        monkeypatch.setattr("ssl_xcit.export.exported.real_images", fail)
-        assert run(*words) == code
-        after = {p: p.read_bytes() for p in (run_dir / "export").rglob("*") if p.is_file()}
-        assert after == before
+        monkeypatch.setattr("ssl_xcit.export.comparison.real_images", fail)
+        for export in formats:
+            with pytest.raises(type(trouble)):
+                export(weights, tmp_path / "x")
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["format=tflite"], "format=tflite: one of safetensors, timm, huggingface, onnx"),
-        (["format=[]"], "one or several of"),
-        ([], "format is needed"),
-        (["format=onnx", "out=x.onnx"], "without ending"),
-        (["format=onnx", "which=both"], "teacher or student"),
-        (["format=huggingface", "formats.huggingface.push=name"], "USER/NAME"),
-    ],
-)
-def test_bad_words(words, message, run_dir, capsys):
-    assert run("export", "ckpt=lr-0.001", *words) == 2
+def test_a_format_that_is_not_known(run_dir, capsys):
+    assert run("export", f"ckpt={run_dir}", "format=tflite") == 2
     error = capsys.readouterr().err
-    assert message in error
+    assert "format=tflite must be one of safetensors, timm, huggingface, onnx" in error
     assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("word", "module", "extra"),
+    ("change", "message"),
     [
-        ("onnx", "onnxscript", "onnx"), ("int8", "onnxruntime", "onnx"), ("timm", "timm", "timm"),
-        ("huggingface", "transformers", "transformers"),
+        ({"format": []}, r"format=\[\] must be one or several of onnx"),
+        ({"format": 3}, "format=3 must be text or a list of texts"),
+        ({"which": "both"}, "which=both must be teacher or student"),
+        ({"formats": {"onnx": {"_target_": "ssl_xcit.export.programs.onnx", "patches": 2}}},
+         r"formats\.onnx\.patches=2 must be true or false"),
+        ({"knn": {"_target_": "ssl_xcit.eval.evaluators.exported_knn.ExportedKNN", "k": 0}},
+         r"knn\.k=0 must be a whole number of at least 1"),
     ],
 )  # fmt: skip
-def test_a_missing_library(word, module, extra, run_dir, monkeypatch, capsys):
+def test_settings_out_of_range(change, message):
+    settings = {
+        "main": "x", "ckpt": "x", "format": "onnx", "which": "teacher", "out": None,
+        "formats": {"onnx": {"_target_": "ssl_xcit.export.programs.onnx"}}, "knn": {},
+    }  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        _ = parse(ExportSettings, OmegaConf.create(settings | change)).chosen
+
+
+@pytest.mark.parametrize(
+    ("export", "module", "extra"),
+    [
+        (programs.onnx, "onnxscript", "onnx"), (programs.int8, "onnxruntime", "onnx"),
+        (safetensors_files.timm, "timm", "timm"),
+        (huggingface.huggingface, "transformers", "transformers"),
+    ],
+)  # fmt: skip
+def test_a_missing_library(export, module, extra, weights, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    assert run("export", "ckpt=lr-0.001", f"format={word}") == 2
-    assert f"pip install 'ssl-xcit[{extra}]'" in capsys.readouterr().err
-    assert not list((run_dir / "export").glob("*"))
+    with pytest.raises(UserError, match=rf"pip install 'ssl-xcit\[{extra}\]'"):
+        export(weights, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
-def test_what_a_format_cannot_hold(tmp_path, capsys):
+def test_what_a_format_cannot_hold(weights, capsys):
     torch.save(XCiT(32, 1, 2, patch_size=4).state_dict(), "p4.pth")
-    assert run("export", "ckpt=p4.pth", "format=timm") == 2
-    assert "timm's XCiT has patches of 8 and 16" in capsys.readouterr().err
     assert run("export", "ckpt=p4.pth", "format=[timm,safetensors]") == 2
     captured = capsys.readouterr()
-    assert "timm: not exported: timm's XCiT" in captured.out
+    assert "timm: not exported: timm's XCiT has patches of 8 and 16" in captured.out
     assert "1 of 2 formats were not exported" in captured.err
     assert Path("export/p4.safetensors").is_file()
-    published(tmp_path / "w.pth")
-    assert run("export", "ckpt=w.pth", "format=bf16") == 0
-    assert "k-NN was not measured: there are no labelled images" in capsys.readouterr().out
+    notes = safetensors_files.bfloat16(weights, Path("x")).notes
+    assert "k-NN was not measured: there are no labelled images (eval_data.root=DIR)" in notes
 
 
-def test_push_only_when_asked(run_dir, monkeypatch, capsys):
+def test_push_only_when_asked(weights, tmp_path, monkeypatch):
     sent = []
 
     class Hub:
@@ -457,28 +489,26 @@ def test_push_only_when_asked(run_dir, monkeypatch, capsys):
             sent.append(sorted(p.name for p in Path(folder_path).iterdir()))
             return f"https://hub/{repo_id}"
 
-    words = ["export", "ckpt=lr-0.001", "format=huggingface"]
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    assert run(*words) == 0
+    with pytest.raises(UserError, match="push=name must be USER/NAME"):
+        huggingface.huggingface(weights, tmp_path / "x", push="name")
+    assert not list(tmp_path.iterdir())
+    huggingface.huggingface(weights, tmp_path / "x")
     assert not sent
-    assert run(*words, "formats.huggingface.push=me/net") == 0
-    assert "pushed: https://hub/me/net" in capsys.readouterr().out
+    exported = huggingface.huggingface(weights, tmp_path / "x", push="me/net")
+    assert "pushed: https://hub/me/net" in exported.notes
     assert sent == [("me/net", True), ["README.md", "config.json", "model.safetensors"]]
-    card = (run_dir / "export/lr-0.001-huggingface/README.md").read_text()
-    assert 'from_pretrained("me/net")' in card
-    assert run(*words, "formats.huggingface.push=me/net", "formats.huggingface.private=false") == 0
+    assert 'from_pretrained("me/net")' in (tmp_path / "x-huggingface/README.md").read_text()
+    huggingface.huggingface(weights, tmp_path / "x", push="me/net", private=False)
     assert sent[2] == ("me/net", False)
 
 
-def test_push_without_network(run_dir, monkeypatch, capsys):
+def test_push_without_network(weights, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    words = ["export", "ckpt=lr-0.001", "format=huggingface", "formats.huggingface.push=me/net"]
-    assert run(*words) == 1
-    error = capsys.readouterr().err
-    assert "push=me/net: " in error
-    assert "`hf upload me/net" in error
-    assert error.count("\n") == 1
-    assert (run_dir / "export/lr-0.001-huggingface/model.safetensors").is_file()
+    with pytest.raises(RunFailed, match=r"push=me/net: .*`hf upload me/net") as error:
+        huggingface.huggingface(weights, tmp_path / "x", push="me/net")
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "x-huggingface/model.safetensors").is_file()
 
 
 def test_exported_programs_agree_with_float64_where_the_backbone_takes_the_gram_form():

@@ -1,6 +1,5 @@
 """The projection head against torch's own weight normalisation."""
 
-import pytest
 import torch
 
 from ssl_xcit.models.head import DINOHead
@@ -46,8 +45,3 @@ def test_gain_is_frozen_at_one_by_default():
     assert not head.last_layer.weight_g.requires_grad
     assert (head.last_layer.weight_g == 1).all()
     assert head(torch.randn(4, 12)).abs().max() <= 1.0 + 1e-5  # cosines
-
-
-def test_one_prototype_is_refused():
-    with pytest.raises(ValueError, match="num_prototypes=1"):
-        DINOHead(12, 1)

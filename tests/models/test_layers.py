@@ -127,18 +127,18 @@ def test_recomputed_blocks_are_the_same_step(low):
     plain = small(drop_path=0.4)
     again = deepcopy(plain)
     again.checkpoint_blocks = True
-    x, found = torch.randn(6, 3, 24, 24), []
+    x, steps = torch.randn(6, 3, 24, 24), []
     for model in (plain, again):
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             out = model(x)
         out.square().sum().backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
-        found.append(
+        steps.append(
             {"out": out, "next": torch.rand(3), **gradients, **dict(model.named_buffers())}
         )
-    for name, value in found[0].items():
-        assert torch.equal(found[1][name], value), name
+    for name, value in steps[0].items():
+        assert torch.equal(steps[1][name], value), name
 
 
 def test_recomputed_blocks_twice():

@@ -14,12 +14,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from ssl_xcit.eval.run import folder_of
 
 from ssl_xcit import create_model, load_backbone
 from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.eval.checkpoints import folder_of
 from ssl_xcit.models import download, published
-from ssl_xcit.models.download import fetched
+from ssl_xcit.models.download import fetch
 
 BODY = np.random.default_rng(0).bytes(3_000_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -38,12 +38,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         start = 0
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        server.asked.append((self.path, asked and int(asked[1])))
+        start_at = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        server.requests.append((self.path, start_at and int(start_at[1])))
         if server.status != 200:
             return self.send_error(server.status)
-        if asked and server.ranges and self.headers.get("If-Range") == server.etag:
-            start = int(asked[1])
+        if start_at and server.ranges and self.headers.get("If-Range") == server.etag:
+            start = int(start_at[1])
             if start >= len(server.body):
                 return self.send_error(416)
             self.send_response(206)
@@ -71,7 +71,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setattr(download, "PAUSE", 0.01)
     made = Server(("127.0.0.1", 0), Handler)
-    made.asked = []
+    made.requests = []
     thread = threading.Thread(target=made.serve_forever, args=(0.02,))
     thread.start()
     made.address = f"http://127.0.0.1:{made.server_port}/w.pth"
@@ -82,44 +82,44 @@ def server(monkeypatch):
 
 
 def test_once_and_then_from_the_disk(server, tmp_path):
-    path = fetched(server.address, tmp_path / "w.pth", SHA256)
+    path = fetch(server.address, tmp_path / "w.pth", SHA256)
     assert path.read_bytes() == BODY
     assert (tmp_path / "w.pth.sha256").read_text() == f"{SHA256}  w.pth\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["w.pth", "w.pth.sha256"]
-    fetched(server.address, path)
-    assert len(server.asked) == 1
+    fetch(server.address, path)
+    assert len(server.requests) == 1
 
 
 def test_what_breaks_off_goes_on_where_it_was(server, tmp_path):
     server.breaks = [700_000, 1_000_000, 0, 400_000]
-    path = fetched(server.address, tmp_path / "w.pth")
+    path = fetch(server.address, tmp_path / "w.pth")
     assert path.read_bytes() == BODY
-    assert [at for _, at in server.asked] == [None, 700_000, 1_700_000, 1_700_000, 2_100_000]
+    assert [at for _, at in server.requests] == [None, 700_000, 1_700_000, 1_700_000, 2_100_000]
 
 
-@pytest.mark.parametrize("how", ["no ranges", "no etag", "another file"])
-def test_what_cannot_go_on_starts_again(server, tmp_path, how):
+@pytest.mark.parametrize("fault", ["no ranges", "no etag", "another file"])
+def test_what_cannot_go_on_starts_again(server, tmp_path, fault):
     part = tmp_path / ".w.pth.download"
     part.write_bytes(b"x" * 900_000)
-    etag = {"no etag": None}.get(how, '"one"')
+    etag = {"no etag": None}.get(fault, '"one"')
     (tmp_path / ".w.pth.download.json").write_text(f'{{"etag": "{etag}", "total": 3000000}}')
-    server.ranges = how != "no ranges"
-    server.etag = {"no etag": None, "another file": '"two"'}.get(how, '"one"')
-    assert fetched(server.address, tmp_path / "w.pth").read_bytes() == BODY
+    server.ranges = fault != "no ranges"
+    server.etag = {"no etag": None, "another file": '"two"'}.get(fault, '"one"')
+    assert fetch(server.address, tmp_path / "w.pth").read_bytes() == BODY
 
 
 def test_more_than_there_is(server, tmp_path):
     (tmp_path / ".w.pth.download").write_bytes(b"x" * 4_000_000)
     (tmp_path / ".w.pth.download.json").write_text('{"etag": "\\"one\\"", "total": 5000000}')
-    assert fetched(server.address, tmp_path / "w.pth").read_bytes() == BODY
-    assert [at for _, at in server.asked] == [4_000_000, None]
+    assert fetch(server.address, tmp_path / "w.pth").read_bytes() == BODY
+    assert [at for _, at in server.requests] == [4_000_000, None]
 
 
 KILLED = """
 import sys
 from pathlib import Path
-from ssl_xcit.models.download import fetched
-fetched(sys.argv[1], Path(sys.argv[2]))
+from ssl_xcit.models.download import fetch
+fetch(sys.argv[1], Path(sys.argv[2]))
 """
 
 
@@ -136,27 +136,27 @@ def test_a_killed_process_leaves_what_the_next_goes_on_from(server, tmp_path):
     server.slow = 0.0
     there = part.stat().st_size
     assert not (tmp_path / "w.pth").exists()
-    assert fetched(server.address, tmp_path / "w.pth").read_bytes() == BODY
-    assert server.asked[-1][1] == there > 0
+    assert fetch(server.address, tmp_path / "w.pth").read_bytes() == BODY
+    assert server.requests[-1][1] == there > 0
 
 
 def test_two_processes_download_once(server, tmp_path):
     server.slow = 0.02
     context = multiprocessing.get_context("fork")
-    other = context.Process(target=fetched, args=(server.address, tmp_path / "w.pth"))
+    other = context.Process(target=fetch, args=(server.address, tmp_path / "w.pth"))
     other.start()
-    fetched(server.address, tmp_path / "w.pth")
+    fetch(server.address, tmp_path / "w.pth")
     other.join(60)
     assert other.exitcode == 0
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"status": 404}, r"404 Not Found\): bring the file by other means as"),
+        ({"status": 404}, r"404 Not Found\): copy the file by other means to"),
         ({"status": 503}, r"503"),
-        ({"etag": f'"{"0" * 32}"'}, "the server says 0000"),
+        ({"etag": f'"{"0" * 32}"'}, "not the server's 0000"),
         ({"length": 4_000_000}, "cannot be downloaded"),
     ],
 )
@@ -164,7 +164,7 @@ def test_a_server_that_errs(server, tmp_path, change, message):
     for name, value in change.items():
         setattr(server, name, value)
     with pytest.raises(UserError, match=message):
-        fetched(server.address, tmp_path / "w.pth")
+        fetch(server.address, tmp_path / "w.pth")
     assert not (tmp_path / "w.pth").exists()
     if "etag" in change:
         assert not list(tmp_path.glob(".w.pth.download*"))
@@ -172,39 +172,39 @@ def test_a_server_that_errs(server, tmp_path, change, message):
 
 def test_a_part_from_elsewhere_is_not_joined(server, tmp_path):
     server.breaks, server.shifted = [700_000], 100
-    assert fetched(server.address, tmp_path / "w.pth").read_bytes() == BODY
-    assert [at for _, at in server.asked] == [None, 700_000, None]
+    assert fetch(server.address, tmp_path / "w.pth").read_bytes() == BODY
+    assert [at for _, at in server.requests] == [None, 700_000, None]
 
 
 def test_a_page_that_asks_to_log_in_is_no_weights(server, tmp_path):
     server.body = b"\n<!DOCTYPE html><html>Welcome to the hotel"
-    with pytest.raises(UserError, match="the text of a web page; it is not kept"):
-        fetched(server.address, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="the text of a web page; it was removed"):
+        fetch(server.address, tmp_path / "w.pth")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_is_full(server, tmp_path):
     (tmp_path / ".w.pth.download").symlink_to("/dev/full")
     with pytest.raises(RunFailed, match=r"No space left on device.*make room"):
-        fetched(server.address, tmp_path / "w.pth")
+        fetch(server.address, tmp_path / "w.pth")
 
 
 def test_an_md5_that_is_right(server, tmp_path):
     server.etag = f'"{hashlib.md5(BODY).hexdigest()}"'
-    assert fetched(server.address, tmp_path / "w.pth").read_bytes() == BODY
+    assert fetch(server.address, tmp_path / "w.pth").read_bytes() == BODY
 
 
 def test_a_checksum_that_is_wrong_and_a_file_that_changed(server, tmp_path):
     wrong = "0" * 64
-    with pytest.raises(UserError, match=f"SHA-256 {SHA256}, not {wrong}; it is not kept"):
-        fetched(server.address, tmp_path / "w.pth", wrong)
+    with pytest.raises(UserError, match=f"SHA-256 {SHA256}, not {wrong}; it was removed"):
+        fetch(server.address, tmp_path / "w.pth", wrong)
     assert not list(tmp_path.glob("*w.pth*"))
-    path = fetched(server.address, tmp_path / "w.pth")
+    path = fetch(server.address, tmp_path / "w.pth")
     with pytest.raises(UserError, match=f"not {wrong}: remove it"):
-        fetched(server.address, path, wrong)
+        fetch(server.address, path, wrong)
     path.write_bytes(BODY[:-1] + b"?")
     with pytest.raises(UserError, match="has changed since it was downloaded"):
-        fetched(server.address, path)
+        fetch(server.address, path)
 
 
 def test_names_and_addresses_load(server, cache, monkeypatch, tmp_path):
@@ -217,7 +217,7 @@ def test_names_and_addresses_load(server, cache, monkeypatch, tmp_path):
     monkeypatch.setattr(published, "SUPERVISED", base + "/{}.pth")
     loaded = load_backbone(f"xcit_nano_12_p16_224#sha256={digest}")
     assert torch.equal(loaded.cls_token, model.cls_token)
-    assert server.asked[0][0] == "/xcit_nano_12_p16_224.pth"
+    assert server.requests[0][0] == "/xcit_nano_12_p16_224.pth"
     path = cache / "weights/xcit_nano_12_p16_224.pth"
     assert folder_of(path) == folder_of(path.parent / "timm/xcit_nano_12_p16_224/model.safetensors")
     loaded = load_backbone(f"{base}/mine.pth")
@@ -239,7 +239,7 @@ def test_names_and_addresses_load(server, cache, monkeypatch, tmp_path):
 
 
 def test_the_addresses_are_the_public_ones():
-    known = published.published()
+    known = published.released_addresses()
     assert len(known) == 50
     assert known["dino_xcit_small_12_p8"] == (
         "https://dl.fbaipublicfiles.com/dino/dino_xcit_small_12_p8_pretrain/"
@@ -261,16 +261,16 @@ def test_the_addresses_are_the_public_ones():
     [
         (
             "dino_xcit_small_12_p16",
-            r"pretrain\.pth cannot be downloaded .* bring .*ckpt=FILE",
+            r"pretrain\.pth cannot be downloaded .* copy .*ckpt=FILE",
         ),
         ("dino_xcit_small_12_p61", "did you mean dino_xcit_small_12_p16"),
         ("xcit_small_12_p16", "name of an architecture, and released weights of it are dino_xcit"),
         ("xcit_small_12_p4", "released weights of it are none"),
         ("xcit_nano_12_p8_224#sha256=12", "64 hexadecimal digits"),
-        ("timm/xcit_nano_12_p16_224.fb_in1k", "cannot be had from the Hugging Face hub"),
+        ("timm/xcit_nano_12_p16_224.fb_in1k", "cannot be downloaded from the Hugging Face hub"),
         ("runs/none.pth", "ckpt=runs/none.pth: no such file or run folder$"),
         ("dinosaur", "names of released weights are such as dino_xcit_small_12_p16"),
-        ("https://example.com", "no file's address"),
+        ("https://example.com", "not the address of a file"),
     ],
 )
 def test_what_cannot_be_had(word, message, cache, monkeypatch):

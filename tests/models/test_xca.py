@@ -56,9 +56,9 @@ def test_forms_agree_over_shapes_and_scales(seed):
     direct, gram = both(made, x)
     assert relative(gram.double(), expected) < 2e-5
     assert relative(gram.double(), expected) < 10 * relative(direct.double(), expected) + 1e-6
-    found = torch.autograd.grad((gram * weights.float()).sum(), [x, *made.parameters()])
+    ours = torch.autograd.grad((gram * weights.float()).sum(), [x, *made.parameters()])
     plain = torch.autograd.grad((direct * weights.float()).sum(), [x, *made.parameters()])
-    for a, b, c in zip(found, plain, wanted, strict=True):
+    for a, b, c in zip(ours, plain, wanted, strict=True):
         assert relative(a.double(), c) < 20 * relative(b.double(), c) + 2e-4
 
 

@@ -7,8 +7,10 @@ import timm
 import torch
 
 from ssl_xcit import create_model
-from ssl_xcit.models.weights import from_timm_names
-from ssl_xcit.models.xcit import SIZES, XCiT
+from ssl_xcit.errors import UserError
+from ssl_xcit.models.timm_keys import from_timm_names
+from ssl_xcit.models.xcit import SIZES, Stem, XCiT
+from ssl_xcit.utils.validation import Checker
 
 PUBLISHED = [f"xcit_{size}_p{patch}" for size in SIZES for patch in (16, 8)]
 PARAMETERS = {"xcit_small_12_p16": 25_868_304, "xcit_medium_24_p16": 83_882_752}
@@ -38,10 +40,13 @@ def randomise_(model: torch.nn.Module) -> None:
                 buffer.zero_()
 
 
-def pair(name: str, seed: int = 0) -> tuple[XCiT, torch.nn.Module]:
-    torch.manual_seed(seed)
+def pair(name: str, depth: int | None = None) -> tuple[XCiT, torch.nn.Module]:
+    torch.manual_seed(0)
     with torch.device("meta"):  # initial values of the large ones take half a minute
-        theirs, ours = timm.create_model(f"{name}_224", num_classes=0), create_model(name)
+        architecture = create_model(name).architecture
+        depth = architecture["depth"] if depth is None else depth
+        theirs = timm.create_model(f"{name}_224", num_classes=0, depth=depth)
+        ours = XCiT(**{**architecture, "depth": depth})
     randomise_(theirs.to_empty(device="cpu"))
     ours.to_empty(device="cpu")
     ours.load_state_dict(from_timm_names(theirs.state_dict()), strict=True)
@@ -52,14 +57,18 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-LARGE = ("xcit_medium_24_p8", "xcit_large_24_p8")  # whose other patch size is compared too
+SMALL = ("xcit_nano_12_p16", "xcit_tiny_12_p8", "xcit_small_12_p16")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in PUBLISHED]
+    ("name", "depth"),
+    [
+        *((name, 2) for name in PUBLISHED),
+        *(pytest.param(n, None, marks=() if n in SMALL else pytest.mark.slow) for n in PUBLISHED),
+    ],
 )
-def test_agrees_with_timm(name):
-    ours, theirs = pair(name)
+def test_agrees_with_timm(name, depth):
+    ours, theirs = pair(name, depth)
     size = 32 if name.endswith("p8") else 64
     for train in (False, True):
         ours.train(train), theirs.train(train)
@@ -73,21 +82,21 @@ def test_agrees_with_timm(name):
         assert relative(x_ours.grad, x_theirs.grad) < 1e-5
 
 
-@pytest.mark.parametrize("size", [(97, 97), (160, 320), (33, 71)])
 @pytest.mark.parametrize("name", ["xcit_nano_12_p16", "xcit_tiny_12_p8"])
-def test_agrees_with_timm_at_odd_sizes(name, size):
+def test_agrees_with_timm_at_odd_sizes(name):
     ours, theirs = pair(name)
     ours.eval(), theirs.eval()
-    x = torch.randn(2, 3, *size)
     patch = ours.patch_size
-    with torch.no_grad():
-        features = ours.forward_features(x)
-        tokens = theirs.forward_features(x)
-    grid = (-(-size[0] // patch), -(-size[1] // patch))
-    assert features.patches.shape == (2, ours.embed_dim, *grid)
-    assert relative(features.cls, tokens[:, 0]) < 1e-5
-    assert relative(features.patches.flatten(2).mT, tokens[:, 1:]) < 1e-5
-    assert relative(ours(x), features.cls) < 1e-6
+    for size in ((97, 97), (128, 192), (33, 71)):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            features = ours.forward_features(x)
+            tokens = theirs.forward_features(x)
+            assert relative(ours(x), features.cls) < 1e-6
+        grid = (-(-size[0] // patch), -(-size[1] // patch))
+        assert features.patches.shape == (2, ours.embed_dim, *grid)
+        assert relative(features.cls, tokens[:, 0]) < 1e-5
+        assert relative(features.patches.flatten(2).mT, tokens[:, 1:]) < 1e-5
 
 
 def test_parameter_gradients_agree_with_timm():
@@ -104,13 +113,13 @@ def test_attention_is_the_published_softmax():
     """Recomputed from the input of the last class-attention layer, with the full N + 1 queries."""
     ours, _ = pair("xcit_tiny_12_p16")
     ours.eval()
-    seen = {}
+    inputs = []
     layer = ours.cls_attn_blocks[-1]
-    layer.norm1.register_forward_hook(lambda module, args, out: seen.update(x=out.detach()))
+    layer.norm1.register_forward_hook(lambda module, args, out: inputs.append(out.detach()))
     x = torch.randn(2, 3, 64, 96)
     maps = ours.attention(x)
     C, heads = ours.embed_dim, layer.attn.num_heads
-    qkv = seen["x"] @ layer.attn.qkv.weight.T + layer.attn.qkv.bias
+    qkv = inputs[0] @ layer.attn.qkv.weight.T + layer.attn.qkv.bias
     q, k, _ = qkv.split(C, dim=-1)
     for head in range(heads):
         d = slice(head * C // heads, (head + 1) * C // heads)
@@ -126,13 +135,14 @@ def test_parameter_counts_are_the_published_ones(name, count):
         assert sum(p.numel() for p in create_model(name).parameters()) == count
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_patch_4_of_each_size(size):
+def test_patch_4_of_each_size():
     with torch.device("meta"):
-        model = create_model(f"xcit_{size}_p4", in_chans=5)
-        features = model.forward_features(torch.empty(2, 5, 32, 28))
-    assert features.cls.shape == (2, model.embed_dim)
-    assert features.patches.shape == (2, model.embed_dim, 8, 7)
+        x = torch.empty(2, 5, 32, 28)
+        for dim in {size[0] for size in SIZES.values()}:
+            assert Stem(4, 5, dim)(x).shape == (2, dim, 8, 7)
+        features = create_model("xcit_nano_12_p4", in_chans=5).forward_features(x)
+    assert features.cls.shape == (2, 128)
+    assert features.patches.shape == (2, 128, 8, 7)
 
 
 def test_drop_path_keeps_the_expectation_and_is_off_in_eval():
@@ -176,9 +186,25 @@ def test_gains_in_the_weights_are_gains_of_the_output():
         (lambda: XCiT(130, 2, 4), "multiple of 8"),
         (lambda: XCiT(136, 2, 3, patch_size=8), "num_heads=3"),
         (lambda: XCiT(128, 2, 4, patch_size=7), "4, 8 and 16"),
-        (lambda: XCiT(128, 2, 4, drop_path=1.0), "drop_path"),
     ],
 )
 def test_bad_arguments_name_the_fix(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize(
+    ("target", "setting", "message"),
+    [
+        ("xcit.XCiT", {"drop_path": 1.0}, "drop_path=1.0 must be a number of at least 0 and below"),
+        ("xcit.XCiT", {"embed_dim": 0}, "embed_dim=0 must be a whole number of at least 1"),
+        ("xcit.XCiT", {"tokens_norm": 1}, "tokens_norm=1 must be true or false"),
+        ("xcit.create_model", {"in_chans": 0}, "in_chans=0 must be a whole number of at least 1"),
+        ("xcit.create_model", {"num_classes": -1}, "num_classes=-1 must be"),
+        ("head.DINOHead", {"num_prototypes": 1}, "num_prototypes=1 must be a whole number of at"),
+        ("head.DINOHead", {"hidden": 1}, "model.hidden: no such setting; did you mean model.hid"),
+    ],
+)
+def test_settings_out_of_range(target, setting, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        Checker({}).target({"_target_": f"ssl_xcit.models.{target}", **setting}, "model")

@@ -133,9 +133,9 @@ class Place:
         self.runs.append(run)
         return run
 
-    def __call__(self, *more, timeout=60, **how):
+    def __call__(self, *more, timeout=60, **preprocess):
         """Start and wait; (exit status, what it wrote to stderr)."""
-        run = self.start(*more, **how)
+        run = self.start(*more, **preprocess)
         return run.wait(timeout), run.err
 
     def records(self, rank=0):

@@ -106,15 +106,15 @@ def test_row_19_a_nan_on_one_rank(place):
     assert [r["state"] for r in place.records(0)] == [r["state"] for r in place.records(1)]
 
 
-@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
-def test_row_26_a_rank_is_stopped(place, how):
+@pytest.mark.parametrize("accident", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
+def test_row_26_a_rank_is_stopped(place, accident):
     """The other exits 1 within the collective timeout, and leaves no process behind."""
     run = place.start(*TWO, *hold(8))
     holding = place.run_dir / "holding-0"
     place.until(holding.exists, run, 90)
     place.until(lambda: len(place.records(1)) >= 7, run)
     other = place.records(1)[-1]["pid"]
-    os.kill(other, how)
+    os.kill(other, accident)
     holding.unlink()
     assert run.wait(30) == 1
     assert "collective_timeout" in run.err

@@ -48,7 +48,7 @@ class Record(lightning.Callback):
         row = {
             "step": trainer.global_step,
             "images": trainer.datamodule.indices.tolist(),
-            "loss": float(outputs["loss"]).hex(),
+            "loss": float(module.output.loss).hex(),
             "before": self.before,
             "hash": digest(module.student, module.teacher, module.center),
             "state": digest_of_optimizer(trainer.optimizers[0]),
@@ -118,13 +118,13 @@ class Hold(lightning.Callback):
 
 def die_within_a_write():
     """SIGKILL after WRITE_BYTES bytes of the WRITE_NUMBER-th checkpoint, or before its rename."""
-    from ssl_xcit import files
     from ssl_xcit.training import checkpoint
+    from ssl_xcit.utils import files
 
     number, limit = int(os.environ["WRITE_NUMBER"]), int(os.environ["WRITE_BYTES"])
     counts = {"files": 0, "bytes": 0}
 
-    class Deadly(files.Hashing):
+    class Deadly(files.HashingWriter):
         def __init__(self, file):
             super().__init__(file)
             counts["files"] += 1
@@ -138,15 +138,15 @@ def die_within_a_write():
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().write(data)
 
-    checkpoint.Hashing = Deadly
-    enter = checkpoint.enter
+    checkpoint.HashingWriter = Deadly
+    enter = checkpoint.add_entry
 
     def deadly(*args):
         enter(*args)
         if counts["files"] == number and limit < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.enter = deadly
+    checkpoint.add_entry = deadly
 
 
 def die_behind_a_write():
@@ -171,7 +171,7 @@ def full_when_dropping():
     def fail(folder):
         raise OSError(28, "No space left on device")
 
-    checkpoint.forget_lost = fail
+    checkpoint.drop_lost_entries = fail
 
 
 def slow_writes():
@@ -208,7 +208,7 @@ def lying_disk():
 
 def signal_before_training():
     """SIGTERM while the images are being looked at."""
-    from ssl_xcit import pretrain
+    from ssl_xcit.commands import pretrain
     from ssl_xcit.training import preemption
 
     make = pretrain.MultiCropData
@@ -250,7 +250,7 @@ def no_centering():
 
 def signal_after_training():
     """SIGTERM when the features are to be measured."""
-    from ssl_xcit import pretrain
+    from ssl_xcit.commands import pretrain
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.Signals[os.environ.get("THE_SIGNAL", "SIGTERM")])
@@ -260,7 +260,7 @@ def signal_after_training():
 
 def no_room():
     """The settings cannot be written."""
-    from ssl_xcit import pretrain
+    from ssl_xcit.commands import pretrain
 
     def fail(*args):
         raise OSError(28, "No space left on device")

@@ -20,7 +20,7 @@ def main():
     torch.set_num_threads(1)
     import tricks
 
-    for name in ("pretrain", "eval.online", "eval.run"):
+    for name in ("commands.pretrain", "eval.online", "eval.runner"):
         importlib.import_module(f"ssl_xcit.{name}")
     from ssl_xcit import cli
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ssl_xcit.sweeps import driver, job
 from ssl_xcit.sweeps.driver import Sweep, Watcher
 from ssl_xcit.sweeps.launchers import Basic, Joblib
 from ssl_xcit.sweeps.searches import Grid
@@ -13,20 +14,20 @@ from ssl_xcit.sweeps.space import Choice, Space
 TOY = Path(__file__).resolve().parent / "toy.py"
 
 
-class Told(Watcher):
+class Recorder(Watcher):
     """Keeps what it is told."""
 
     def __init__(self):
         self.lines = []
 
-    def begins(self, trial):
-        self.lines.append(("begins", trial.number))
+    def started(self, trial):
+        self.lines.append(("started", trial.number))
 
-    def ends(self, trial, state, value, words):
-        self.lines.append((state, trial.number, value, words))
+    def ended(self, trial, state, value, error):
+        self.lines.append((state, trial.number, value, error))
 
-    def says(self, words):
-        self.lines.append(("says", words))
+    def message(self, text):
+        self.lines.append(("message", text))
 
 
 def toy_words(trial, *more):
@@ -37,17 +38,17 @@ def toy_words(trial, *more):
 def swept(
     folder, values=("1", "2", "3"), more=(), launcher=None, search=None, space=None, retry=True
 ):
-    """(exit code, what was told)."""
-    told, launcher, search = Told(), launcher or Basic(), search or Grid()
+    """(exit code, lines of the recorder)."""
+    recorder, launcher, search = Recorder(), launcher or Basic(), search or Grid()
     search.start(space or Space((), {"lr": Choice(tuple(values))}), folder)
     launcher.start(folder)
     try:
-        sweep = Sweep(search, launcher, lambda t: toy_words(t, *more), "knn_k20", retry, told)
+        sweep = Sweep(search, launcher, lambda t: toy_words(t, *more), "knn_k20", retry, recorder)
         code = sweep.run()
     finally:
         launcher.close()
         search.close()
-    return code, told
+    return code, recorder.lines
 
 
 def process(folder, jobs=1, values="1,2,3,4,5,6", more="sleep=0.05"):
@@ -60,6 +61,7 @@ def process(folder, jobs=1, values="1,2,3,4,5,6", more="sleep=0.05"):
 
 
 if __name__ == "__main__":
+    driver.POLL = job.POLL = 0.02
     launcher = Basic() if sys.argv[2] == "1" else Joblib(int(sys.argv[2]), [])
     print("ready", flush=True)
     sys.exit(swept(Path(sys.argv[1]), sys.argv[3].split(","), sys.argv[4:], launcher)[0])

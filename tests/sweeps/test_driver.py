@@ -1,24 +1,25 @@
 """The loop of a sweep, with toys for trials: what is skipped, resumed, marked, waited for."""
 
-import fcntl
 import json
 import os
+import runpy
 import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from commands import held_by_another
 from sweeping import process, swept, toy_words
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.sweeps import trial as trials
 from ssl_xcit.sweeps.driver import Sweep
-from ssl_xcit.sweeps.job import Job
+from ssl_xcit.sweeps.job import IN_USE, PARENT, Job
 from ssl_xcit.sweeps.launchers import Basic, Joblib, Local, Submitit
 from ssl_xcit.sweeps.searches import Grid
 from ssl_xcit.sweeps.space import Choice, Space
+from ssl_xcit.utils.locks import InUse
 
 
 def folders(folder):
@@ -42,15 +43,19 @@ def wait_for(condition, seconds=20):
 
 
 def test_all_trials_and_a_rerun_does_nothing(tmp_path):
-    code, told = swept(tmp_path)
+    code, lines = swept(tmp_path)
     assert code == 0
-    assert [line for line in told.lines if line[0] == "finished"] == [
+    assert [line for line in lines if line[0] == "finished"] == [
         ("finished", 0, 80.0, ""), ("finished", 1, 90.0, ""), ("finished", 2, 100.0, ""),
     ]  # fmt: skip
+    content = json.loads((tmp_path / "lr-2/trial.json").read_text())
+    assert (content["overrides"], content["number"]) == (["lr=2"], 1)
+    assert (content["state"], content["exit_code"]) == ("finished", 0)
+    assert [start["seconds"] >= 0 for start in content["starts"]] == [True]
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    code, told = swept(tmp_path)
+    code, lines = swept(tmp_path)
     assert code == 0
-    assert {line[0] for line in told.lines} == {"finished"}
+    assert {line[0] for line in lines} == {"finished"}
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     swept(tmp_path, ("1", "2", "3", "4"))  # one more value: one more trial
     assert len(folders(tmp_path)) == 4
@@ -68,25 +73,25 @@ def test_a_failed_trial_is_marked_and_the_others_run(tmp_path):
     assert sweep.run() == 1
     launcher.close()
     assert states(tmp_path) == ["finished", "failed", "failed"]
-    said = [trials.read(p).get("error") for p in folders(tmp_path)]
-    assert said == [None, "optim.lr=huge: a number below 10", "killed by SIGKILL: out of memory?"]
-    code, told = swept(tmp_path, retry=False)
+    errors = [trials.read(p).get("error") for p in folders(tmp_path)]
+    assert errors == [None, "optim.lr=huge: a number below 10", "killed by SIGKILL: out of memory?"]
+    code, lines = swept(tmp_path, retry=False)
     assert code == 1
-    assert [line[0] for line in told.lines] == ["finished", "failed", "failed"]
+    assert [line[0] for line in lines] == ["finished", "failed", "failed"]
     assert swept(tmp_path)[0] == 0  # tried again, and now nothing is in the way
     assert states(tmp_path) == ["finished"] * 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("how", ["driver", "group"])
-def test_killed_twice_no_step_is_taken_twice(tmp_path, jobs, how):
+@pytest.mark.parametrize("victim", ["driver", "group"])
+def test_killed_twice_no_step_is_taken_twice(tmp_path, jobs, victim):
     """SIGKILL of the sweep alone, or of its group; the third start ends with six results."""
     for wanted in (1, 3):
         sweep = process(tmp_path, jobs)
         wait_for(lambda n=wanted: len(list(tmp_path.glob("*/summary.json"))) >= n)
         wait_for(lambda: "running" in states(tmp_path))
-        if how == "driver":
+        if victim == "driver":
             sweep.kill()
         else:
             os.killpg(sweep.pid, signal.SIGKILL)
@@ -111,24 +116,46 @@ def test_asked_to_stop_every_trial_saves(tmp_path, number, code):
 
 def test_another_sweeps_trial_is_waited_for(tmp_path):
     """By the lock of its run folder: two sweeps of the same trials share them out."""
-    folder = tmp_path / "lr-2"
-    folder.mkdir()
-    holder = os.fork()
-    if holder == 0:  # a lock of this process would not keep this process out
-        with (folder / ".lock").open("w") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            file.write("process 1 on elsewhere")
-            file.flush()
-            time.sleep(2)
-            (folder / "summary.json").write_text(json.dumps({"results": {"p": {"knn_k20": 7.0}}}))
-            os._exit(0)
-    wait_for(lambda: (folder / ".lock").exists() and (folder / ".lock").read_text())
-    code, told = swept(tmp_path)
-    os.waitpid(holder, 0)
+    folder, summary = tmp_path / "lr-2", {"results": {"p": {"knn_k20": 7.0}}}
+
+    def finish(holder):
+        (folder / "summary.json").write_text(json.dumps(summary))
+        os.kill(holder, signal.SIGKILL)
+
+    with held_by_another(folder / ".lock") as holder:
+        threading.Timer(0.5, finish, [holder]).start()
+        code, lines = swept(tmp_path)
     assert code == 0
-    assert ("says", "lr=2: waiting for process 1 on elsewhere") in told.lines
-    assert told.lines[-1] == ("finished", 1, 7.0, "")
+    assert any(line[1].startswith(f"lr=2: waiting for process {holder} on") for line in lines
+               if line[0] == "message")  # fmt: skip
+    assert lines[-1] == ("finished", 1, 7.0, "")
     assert not (folder / "steps.txt").exists()
+
+
+def test_a_trial_whose_lock_is_taken_at_its_start_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("ssl_xcit.sweeps.driver.lock_holder", lambda folder: "")
+    with held_by_another(tmp_path / "lr-1/.lock") as holder:
+        threading.Timer(0.5, os.kill, [holder, signal.SIGKILL]).start()
+        code, lines = swept(tmp_path, ("1",), ["steps=2"])
+    assert code == 0
+    assert lines[-1] == ("finished", 0, 80.0, "")
+    assert "in use by process" in (tmp_path / "lr-1/output.txt").read_text()
+
+
+def test_a_trial_says_by_its_exit_code_that_its_folder_is_in_use(monkeypatch):
+    def fail():
+        try:
+            raise InUse("x")
+        except InUse:
+            raise SystemExit(2)  # noqa: B904
+
+    monkeypatch.setattr("ssl_xcit.cli.main", fail)
+    monkeypatch.setattr("ssl_xcit.sweeps.job.end_with", lambda *_: None)
+    for parent, code in (("1", IN_USE), ("", 2)):
+        monkeypatch.setenv(PARENT, parent)
+        with pytest.raises(SystemExit) as ending:
+            runpy.run_module("ssl_xcit", run_name="__main__")
+        assert ending.value.code == code
 
 
 def test_trials_on_one_machine_share_its_gpus_and_cores(tmp_path, monkeypatch):
@@ -139,9 +166,9 @@ def test_trials_on_one_machine_share_its_gpus_and_cores(tmp_path, monkeypatch):
     assert launcher.overrides() == ["num_workers=3"]
     started = time.monotonic()
     assert swept(tmp_path, ("1", "2", "3", "4"), ["rest=0.5"], launcher)[0] == 0
-    seen = [json.loads((p / "summary.json").read_text()) for p in folders(tmp_path)]
-    assert {s["visible"] for s in seen} == {"0,1", "2,3"}
-    assert {s["threads"] for s in seen} == {"4"}
+    summaries = [json.loads((p / "summary.json").read_text()) for p in folders(tmp_path)]
+    assert {s["visible"] for s in summaries} == {"0,1", "2,3"}
+    assert {s["threads"] for s in summaries} == {"4"}
     assert time.monotonic() - started < 20
     with pytest.raises(UserError, match=r"set launcher\.n_jobs=1"):
         Local(3, [0, 1], 2)
@@ -163,7 +190,6 @@ def test_submitit_without_slurm(tmp_path):
     [
         (None, {}, "no SLURM here"),
         ("local", {"timeout": 5}, "timeout"),
-        ("moon", {}, "launcher.cluster=moon"),
     ],
 )
 def test_submitit_that_cannot_start(tmp_path, cluster, parameters, message):
@@ -181,12 +207,3 @@ def test_a_job_whose_launcher_ends_is_stopped(tmp_path):
     (tmp_path / ".stop").write_text(str(int(signal.SIGTERM)))
     thread.join(10)
     assert codes == [-signal.SIGTERM]
-
-
-def test_each_trial_says_what_it_is(tmp_path):
-    swept(tmp_path, ("2",), ["steps=3"])
-    content = json.loads((Path(tmp_path) / "lr-2" / "trial.json").read_text())
-    assert content["overrides"] == ["lr=2"]
-    assert (content["number"], content["state"], content["exit_code"]) == (0, "finished", 0)
-    assert len(content["starts"]) == 1
-    assert content["starts"][0]["seconds"] >= 0

@@ -1,6 +1,7 @@
 """`pretrain -m` as a person types it, with toys for trials."""
 
 import json
+import re
 import sys
 import types
 from concurrent.futures import Future
@@ -8,14 +9,19 @@ from pathlib import Path
 
 import pytest
 from commands import run
-from sweeping import TOY
+from sweeping import TOY, swept
 from test_driver import folders, states
+
+from ssl_xcit.errors import UserError
+from ssl_xcit.sweeps.launchers import Ray, Submitit
+from ssl_xcit.sweeps.tpe import Optuna
+from ssl_xcit.utils.validation import Checker
 
 
 @pytest.fixture(autouse=True)
 def toys(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ssl_xcit.sweeps.command.PROGRAM", (sys.executable, str(TOY)))
+    monkeypatch.setattr("ssl_xcit.commands.multirun.PROGRAM", (sys.executable, str(TOY)))
 
 
 def test_a_grid_and_one_value_more(capsys):
@@ -37,16 +43,16 @@ def test_a_grid_and_one_value_more(capsys):
 
 
 def test_what_all_trials_get(monkeypatch):
-    given = []
+    commands = []
     monkeypatch.setattr(
         "ssl_xcit.sweeps.launchers.Basic.submit",
-        lambda self, job: given.append(job.words) or Future(),
+        lambda self, job: commands.append(job.words) or Future(),
     )
-    monkeypatch.setattr("ssl_xcit.sweeps.driver.Sweep.look", lambda self: self.started.clear())
+    monkeypatch.setattr("ssl_xcit.sweeps.driver.Sweep.poll", lambda self: self.active.clear())
     Path("mine").mkdir()
     words = ["seed=0,1", "name=s", "logger=wandb", "sweep.metric=linear", "--config-dir", "mine"]
     assert run("pretrain", "-m", *words) == 0
-    for number, job in enumerate(given):
+    for number, job in enumerate(commands):
         assert job[2:] == (
             "pretrain", "--config-dir", "mine", "logger=wandb", f"seed={number}",
             "++logger.wandb.group='s'", "report=null", "out='runs/s'", f"name='seed-{number}'",
@@ -54,13 +60,22 @@ def test_what_all_trials_get(monkeypatch):
 
 
 def test_failures_end_with_1_and_are_told(capsys):
-    assert run("pretrain", "-m", "optim.lr=1,2", "name=f", "+fail=1") == 1
+    words = ["pretrain", "-m", "optim.lr=1,2", "name=f", "+trainer.fail=1"]
+    assert run(*words) == 1
     out = capsys.readouterr().out
     assert "optim.lr=1: failed; optim.lr=huge: a number below 10; see runs/f/optim.lr-1" in out
     assert "runs/f: 2 failed" in out
     assert "the same command starts them again" in out
     assert (
-        run("pretrain", "-m", "optim.lr=1,2", "name=f", "+fail=1", "sweep.retry_failed=false") == 1
+        run(
+            "pretrain",
+            "-m",
+            "optim.lr=1,2",
+            "name=f",
+            "+trainer.fail=1",
+            "sweep.retry_failed=false",
+        )
+        == 1
     )
     assert "leaves them as they are" in capsys.readouterr().out
     assert states(Path("runs/f")) == ["failed"] * 2
@@ -69,21 +84,14 @@ def test_failures_end_with_1_and_are_told(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["optim.lr=1,nothing"], "optim.lr=nothing: a number above 0"),
+        (["optim.lr=1,nothing"], "optim.lr=nothing must be a number above 0"),
         (["optim.lt=1,2"], "optim.lt: no such setting; did you mean optim.lr?"),
         (["model=xcit_small_12_p16,xcit_smal"], "no such option"),
-        (["optim.lr=interval(0.1,1)"], "sweep=random or sweep=optuna"),
-        (["optim.lr=1,2", "sweep=bayes"], "sweep=bayes: no such option"),
         (["optim.lr=1,2", "launcher=dask"], "launcher=dask: no such option; there are basic"),
-        (["optim.lr=1,2", "hydra/launcher=joblib"], "launcher=basic, joblib, submitit or ray"),
-        (["optim.lr=1,2", "launcher=joblib", "launcher.n_jobs=0"], "launcher.n_jobs=0"),
-        (["optim.lr=1,2", "launcher=submitit"], "no SLURM here"),
-        (["sweep=optuna"], "nothing to search"),
-        (["sweep=random", "seed=1,2", "sweep.search.num_trials=0"], "num_trials=0"),
         (["sweep=optuna", "seed=1,2", "sweep.search.pruning.first=2"], "pruning.first=2"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_starts(words, message, capsys):
+def test_errors_come_before_anything_starts(words, message, capsys):
     assert run("pretrain", "-m", *words) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -101,19 +109,39 @@ def test_another_sweep_under_the_same_name(capsys):
     assert "runs/r is a run, not a sweep" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("extra", ["ray", "submitit"])
-def test_a_launcher_that_is_not_installed(extra, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("target", "settings", "message"),
+    [
+        ("searches.Halving", {"first": 0}, "first=0 must be a number of at least 0.001 and below"),
+        ("searches.Halving", {"first": 1.5}, "first=1.5 must be a number"),
+        ("searches.Halving", {"factor": 1}, "factor=1 must be a whole number of at least 2"),
+        ("searches.Random", {"num_trials": 0}, "num_trials=0 must be a whole number"),
+        ("searches.Random", {"seed": -1}, "seed=-1 must be a whole number"),
+        ("tpe.Optuna", {"startup_trials": 0}, "startup_trials=0 must be a whole number"),
+        ("launchers.Joblib", {"n_jobs": 0}, "n_jobs=0 must be a whole number of at least 1 or nu"),
+        ("launchers.Joblib", {"gpus": "some"}, "gpus=some must be a list of whole numbers or auto"),
+        ("launchers.Submitit", {"cluster": "moon"}, "cluster=moon must be slurm or local or null"),
+        ("launchers.Ray", {"num_cpus": 0}, "num_cpus=0 must be a number above 0"),
+    ],
+)
+def test_settings_out_of_range(target, settings, message):
+    with pytest.raises(UserError, match=re.escape(f"sweep.{message}")):
+        Checker({}).target({"_target_": f"ssl_xcit.sweeps.{target}", **settings}, "sweep")
+
+
+@pytest.mark.parametrize("extra", ["ray", "submitit", "optuna"])
+def test_a_library_that_is_not_installed(extra, monkeypatch):
     monkeypatch.setitem(sys.modules, extra, None)
-    assert run("pretrain", "-m", "optim.lr=1,2", f"launcher={extra}") == 2
-    assert f"pip install 'ssl-xcit[{extra}]'" in capsys.readouterr().err
+    with pytest.raises(UserError, match=rf"pip install 'ssl-xcit\[{extra}\]'"):
+        {"ray": Ray, "submitit": Submitit, "optuna": Optuna}[extra]()
 
 
 def test_ray_gets_resources_and_jobs(tmp_path, monkeypatch):
-    """Ray itself is not installed for the tests; what it would be told is."""
-    told = {}
+    """Ray itself is not installed for the tests; a stand-in records its arguments."""
+    arguments = {}
 
     def remote(**resources):
-        told.update(resources)
+        arguments.update(resources)
 
         def make(function):
             def call(job):
@@ -126,13 +154,14 @@ def test_ray_gets_resources_and_jobs(tmp_path, monkeypatch):
         return make
 
     fake = types.SimpleNamespace(
-        init=lambda **k: told.update(k), remote=remote, shutdown=lambda: told.update(down=True)
+        init=lambda **k: arguments.update(k),
+        remote=remote,
+        shutdown=lambda: arguments.update(down=True),
     )
     monkeypatch.setitem(sys.modules, "ray", fake)
-    words = ["launcher=ray", "launcher.num_cpus=3", "launcher.num_gpus=0.5"]
-    assert run("pretrain", "-m", "optim.lr=1,2", "name=r", *words) == 0
-    assert told == {
+    assert swept(tmp_path, ("1", "2"), ["steps=1"], Ray(num_cpus=3, num_gpus=0.5))[0] == 0
+    assert arguments == {
         "address": None, "log_to_driver": False, "ignore_reinit_error": True,
         "num_cpus": 3, "num_gpus": 0.5, "down": True,
     }  # fmt: skip
-    assert states(Path("runs/r")) == ["finished"] * 2
+    assert states(tmp_path) == ["finished"] * 2

@@ -12,19 +12,17 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from ssl_xcit.errors import UserError
-from ssl_xcit.locks import exclusive
-from ssl_xcit.sweeps.job import PARENT, end_with
+from ssl_xcit.sweeps.job import IN_USE, PARENT, end_with
+from ssl_xcit.utils.locks import InUse, exclusive
 
-settings = {
-    k.lstrip("+"): v.strip("'") for k, _, v in (word.partition("=") for word in sys.argv[2:])
-}
+words = (word.partition("=") for word in sys.argv[2:])
+settings = {k.lstrip("+").removeprefix("trainer."): v.strip("'") for k, _, v in words}
 folder = Path(settings["out"]) / settings["name"]
 total = int(settings.get("steps", 8))
 lr = float(settings.get("lr") or settings.get("optim.lr"))
-asked = []
+received = []
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda n, _: asked.append(n))
+    signal.signal(number, lambda n, _: received.append(n))
 if PARENT in os.environ:
     end_with(int(os.environ[PARENT]), signal.SIGTERM)
 if settings.get("fail") == "1":
@@ -35,9 +33,9 @@ if settings.get("fail") == "9":
 held = ExitStack()
 try:
     held.enter_context(exclusive(folder / ".lock", str(folder)))
-except UserError as error:
+except InUse as error:
     print(f"ssl-xcit: {error}", flush=True)
-    sys.exit(2)
+    sys.exit(IN_USE)
 (folder / "run.json").write_text(json.dumps({"plan": {"total_steps": total}}))
 taken = folder / "steps.txt"
 done = len(taken.read_text().split()) if taken.exists() else 0
@@ -51,8 +49,8 @@ for step in range(done + 1, total + 1):
     value = 100 - abs(lr - 3) * 10 - (total - step)
     with metrics.open("a") as file:
         file.write(f"{step},{1 / step},{value}\n")
-    if asked:
-        sys.exit({signal.SIGTERM: 75, signal.SIGINT: 130}[asked[0]])
+    if received:
+        sys.exit({signal.SIGTERM: 75, signal.SIGINT: 130}[received[0]])
 time.sleep(float(settings.get("rest", 0)))
 results = {"random weights": {"knn_k20": 1.0}, "pretrained": {"knn_k20": 100 - abs(lr - 3) * 10}}
 facts = {

@@ -11,9 +11,8 @@ from ssl_xcit.training.health import (
     HEALTHY,
     ONE_PROTOTYPE,
     UNIFORM,
-    Health,
+    BufferSnapshot,
     Queue,
-    Statistics,
     effective_number,
     feature_std,
     grad_norm_groups,
@@ -96,22 +95,17 @@ def test_groups_of_gradients():
     ]  # fmt: skip
 
 
-def test_running_statistics_are_put_back():
+def test_running_statistics_are_restored():
     norm = torch.nn.BatchNorm1d(4)
-    statistics = Statistics(norm)
+    statistics = BufferSnapshot(norm)
     for _ in range(2):
         statistics.keep()
         before = {k: v.clone() for k, v in norm.state_dict().items()}
         norm(torch.full((8, 4), float("nan")))
         assert norm.running_mean.isnan().all()
-        statistics.put_back()
+        statistics.restore()
         assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
         norm(torch.randn(8, 4))
-
-
-def test_settings_out_of_range():
-    with pytest.raises(ValueError, match=r"~callbacks\.health"):
-        Health(queue=1)
 
 
 def test_what_fits_is_found_by_halves():

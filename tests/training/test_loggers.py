@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from omegaconf import OmegaConf
 
-from ssl_xcit.training.loggers import Tolerant, give_images, takes_images
+from ssl_xcit.training.loggers import FailsafeLogger, give_images, takes_images
 
 PICTURE = np.zeros((8, 12, 3), np.uint8)
 
@@ -36,7 +36,7 @@ class BoardLogger(CSVLogger):
 
 def test_tensorboard_gets_rows_by_columns_by_channels():
     inner = BoardLogger()
-    logger = Tolerant("tensorboard", [lambda: inner])
+    logger = FailsafeLogger("tensorboard", [lambda: inner])
     logger.log_image("pictures", [PICTURE], 7)
     logger.log_image("two", [PICTURE, PICTURE], 8)
     assert inner.board.added == [
@@ -51,7 +51,7 @@ def test_tensorboard_writes_what_its_own_reader_finds(tmp_path):
 
     text = (resources.files("ssl_xcit.conf") / "logger" / "tensorboard.yaml").read_text()
     settings = OmegaConf.create(text).tensorboard
-    logger = Tolerant("tensorboard", [lambda: instantiate(settings, save_dir=str(tmp_path))])
+    logger = FailsafeLogger("tensorboard", [lambda: instantiate(settings, save_dir=str(tmp_path))])
     logger.log_metrics({"loss": 2.5}, 7)
     logger.log_image("pictures", [PICTURE], 7)
     logger.finalize("success")
@@ -64,7 +64,7 @@ def test_tensorboard_writes_what_its_own_reader_finds(tmp_path):
 
 def test_wandb_gets_files(tmp_path):
     inner = WandbLogger(save_dir=str(tmp_path), offline=True, project="p")
-    logger = Tolerant("wandb", [lambda: inner])
+    logger = FailsafeLogger("wandb", [lambda: inner])
     try:
         logger.log_image("pictures", [PICTURE], 7)
     finally:
@@ -78,7 +78,7 @@ def test_loggers_without_pictures_are_left_alone(tmp_path, caplog):
     assert not takes_images(plain)
     assert takes_images(BoardLogger())
     give_images(plain, "pictures", [PICTURE], 0)
-    logger = Tolerant("csv", [lambda: plain])
+    logger = FailsafeLogger("csv", [lambda: plain])
     logger.log_image("pictures", [PICTURE], 0)
     assert logger.inner is plain
     assert not caplog.records
@@ -88,7 +88,7 @@ def test_loggers_without_pictures_are_left_alone(tmp_path, caplog):
 def test_one_that_fails_is_said_once_and_left_out(caplog):
     inner = BoardLogger()
     inner.board.add_image = None  # calling it fails
-    logger = Tolerant("tensorboard", [lambda: inner])
+    logger = FailsafeLogger("tensorboard", [lambda: inner])
     with caplog.at_level(logging.WARNING):
         logger.log_image("pictures", [PICTURE], 0)
         logger.log_image("pictures", [PICTURE], 1)
@@ -101,6 +101,6 @@ def test_without_any_logger_nothing_happens():
     def fail():
         raise OSError("no server")
 
-    logger = Tolerant("wandb", [fail])
+    logger = FailsafeLogger("wandb", [fail])
     logger.log_image("pictures", [PICTURE], 0)
     assert logger.inner is None

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from ssl_xcit.data.decode import RGB
-from ssl_xcit.data.module import MultiCropData
 from ssl_xcit.data.multicrop import TorchvisionMultiCrop
 from ssl_xcit.data.sources import Subset
 from ssl_xcit.models.head import DINOHead
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.training.datamodule import MultiCropData
 from ssl_xcit.training.module import DINO, Schedules, make_networks
 from ssl_xcit.training.optim import parameter_groups
 from ssl_xcit.training.schedules import Cosine
@@ -59,8 +59,8 @@ class Watch(lightning.Callback):
         self.expected = deepcopy(module.teacher)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.losses.append(outputs["loss"].item())
-        self.targets = outputs["targets"]
+        self.losses.append(module.output.loss.item())
+        self.targets = module.output.targets
         with torch.no_grad():
             for mine, student in zip(
                 self.expected.parameters(), module.student.parameters(), strict=True

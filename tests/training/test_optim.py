@@ -7,8 +7,7 @@ import torch
 
 from ssl_xcit.models.head import DINOHead
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.training.ema import ema_update_
-from ssl_xcit.training.optim import clip_each_, parameter_groups
+from ssl_xcit.training.optim import clip_each_, ema_update_, parameter_groups
 
 
 def small():

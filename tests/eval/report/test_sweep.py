@@ -8,9 +8,9 @@ import pytest
 from commands import run
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.inspection import partial_dependence
+
 from ssl_xcit.eval.report.importance import importance
 from ssl_xcit.eval.report.sweep import read_sweep
-
 from ssl_xcit.sweeps.trial import STATES
 
 
@@ -71,7 +71,7 @@ def test_leaderboard(swept, capsys):
     assert "failed: optim.lr=1 objective.teacher_temp=0.04: loss is <not> finite" in out
     best = "ssl-xcit pretrain epochs=2 'data.root='\"'\"'a b'\"'\"'' optim.lr=0.003"
     assert best in out
-    assert "what decides: optim.lr 9" in out
+    assert "hyper-parameter importance: optim.lr 9" in out
     page = (swept / "sweep.html").read_text()
     assert "loss is &lt;not&gt; finite" in page
     assert "</script><" not in json.dumps(out)

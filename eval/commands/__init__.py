@@ -1,0 +1,1 @@
+"""The commands of evaluation, one file each: settings in, a room called, results printed."""

@@ -1,0 +1,1 @@
+"""Measures on frozen features: k-NN, linear and logistic probes, clustering, retrieval."""

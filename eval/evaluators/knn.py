@@ -1,0 +1,221 @@
+"""Weighted k-nearest-neighbour classification (DINO's protocol, arXiv:2104.14294, section 4.1; Wu
+et al. 2018): cosine similarity, and a neighbour votes for its class with exp(similarity /
+temperature).
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import numpy as np
+from annotated_types import Gt, Le
+from jaxtyping import Bool, Float, Float64, Int64
+
+from ssl_xcit.data.labels import Labels
+from ssl_xcit.utils.validation import Count, Positive
+
+from ..features.extract import FeatureSet
+from ..features.neighbors import (
+    ROUNDING,
+    Approximate,
+    Bank,
+    Indices,
+    Queries,
+    Similarity,
+    nearest,
+    similarities,
+)
+from ..statistics import Estimate
+from .protocol import Evaluator, OneOrMore, Seed, as_list
+
+
+def votes(
+    similarity: Similarity, classes: Int64[np.ndarray, "Q k"], num_classes: int, temperature: float
+) -> Float64[np.ndarray, "Q K"]:
+    """Sums of exp(similarity / temperature) by class, relative to the nearest neighbour's.
+
+    Class -1 is no neighbour.
+    """
+    # relative, so that small temperatures do not overflow
+    near = (similarity - similarity[:, :1]).astype(np.float64)
+    weight = np.where(classes < 0, 0.0, np.exp(near / temperature))
+    Q = len(classes)
+    flat = classes.clip(0) + num_classes * np.arange(Q)[:, None]
+    sums = np.bincount(flat.ravel(), weight.ravel(), minlength=Q * num_classes)
+    return sums.reshape(Q, num_classes)
+
+
+def is_close(sums: Float64[np.ndarray, "Q K"], temperature: float) -> Bool[np.ndarray, " Q"]:
+    """Queries where rounding in float32 could have made another class the first."""
+    if sums.shape[1] < 2:
+        return np.zeros(len(sums), bool)
+    two = np.partition(sums, -2, axis=1)[:, -2:]
+    return two[:, 1] - two[:, 0] <= (2 * ROUNDING / temperature + 1e-9) * two[:, 1]
+
+
+def elected(
+    bank: Bank,
+    classes: Labels,
+    queries: Queries,
+    near: tuple[Similarity, Indices],
+    num_classes: int,
+    temperature: float,
+) -> Int64[np.ndarray, " Q"]:
+    """The class with the most votes, of equals the lowest; close elections are held in float64.
+
+    Args:
+        bank: (N, C).
+        classes: (N,) from 0.
+        queries: (Q, C).
+        near: similarities and indices (Q, k) of those that vote.
+        num_classes: K.
+        temperature: above 0.
+    """
+    similarity, indices = near
+    winner = np.empty(len(queries), np.int64)
+    at_once = max(1, 16_000_000 // num_classes)
+    for start in range(0, len(queries), at_once):
+        here = slice(start, start + at_once)
+        chosen = indices[here]
+        voters = np.where(chosen < 0, -1, classes[chosen])
+        sums = votes(similarity[here], voters, num_classes, temperature)
+        winner[here] = sums.argmax(axis=1)
+        close = np.flatnonzero(is_close(sums, temperature) & (chosen >= 0).all(axis=1))
+        if len(close):
+            exact = similarities(bank, queries[here][close], chosen[close])
+            again = votes(exact, voters[close], num_classes, temperature)
+            winner[start + close] = again.argmax(axis=1)
+    return winner
+
+
+def knn_predict(
+    bank: Bank, labels: Labels, queries: Queries, k: int, temperature: float = 0.07
+) -> Int64[np.ndarray, " Q"]:
+    """Class ids of the queries by their k nearest rows of the bank.
+
+    The same as brute force in float64; of equally similar neighbours the first in the bank, of
+    classes with equal votes the lowest.
+
+    Args:
+        bank: (N, C) features.
+        labels: (N,) class ids; any integers.
+        queries: (Q, C) features.
+        k: neighbours that vote; more than N means all.
+        temperature: above 0.
+    """
+    names, classes = np.unique(labels, return_inverse=True)
+    near = nearest(bank, queries, k)
+    return names[elected(bank, classes, queries, near, len(names), temperature)]
+
+
+class KNN(Evaluator):
+    """Top-1 accuracy for several k and temperatures from one search: `knn_k10`, `knn_k20`, ..., and
+    `knn_k20_t0.02` for temperatures after the first.
+
+    Where there is one set only, each image is classified by all others.
+
+    Args:
+        k: how many neighbours vote; values above the number of training images are taken down to
+            it.
+        temperature: of the votes, one or several; the paper has 0.07.
+        index: `ivf` or `hnsw`, for banks of more than `exact_up_to` rows; None: always exact.
+        exact_up_to: rows.
+        recall: share of the exact neighbours that an index must find.
+    """
+
+    def __init__(
+        self,
+        k: OneOrMore[Count] = (10, 20, 100, 200),
+        temperature: OneOrMore[Positive] = 0.07,
+        index: Literal["ivf", "hnsw"] | None = "ivf",
+        exact_up_to: Count = 2_000_000,
+        recall: Annotated[float, Gt(0), Le(1)] = 0.95,
+    ):
+        self.k = sorted(as_list(k))
+        self.temperatures = as_list(temperature)
+        self.index = None if index is None else Approximate(index, recall)
+        self.exact_up_to = exact_up_to
+
+    def __call__(self, features: FeatureSet) -> Iterator[tuple[str, float]]:
+        """(name, percent) for each k and temperature."""
+        bank, queries = features.train, features.test
+        names, classes = np.unique(features.train_labels, return_inverse=True)
+        itself = np.arange(len(bank)) if features.one_set else None
+        if self.index is not None and len(bank) > self.exact_up_to:
+            similarity, indices, recall = self.index.nearest(bank, queries, self.k[-1], itself)
+            yield "knn_recall", recall
+        else:
+            similarity, indices = nearest(bank, queries, self.k[-1], self.k, itself)
+        for place, temperature in enumerate(self.temperatures):
+            for k in self.k:
+                few = similarity[:, :k], indices[:, :k]
+                winner = elected(bank, classes, queries, few, len(names), temperature)
+                suffix = f"_t{temperature:g}" if place else ""
+                yield f"knn_k{k}{suffix}", Estimate(names[winner] == features.test_labels)
+
+
+class FewShot(Evaluator):
+    """k-NN with a few training images of each class, as many neighbours voting: `fewshot_1`, ... is
+    the mean accuracy over random draws of them, `fewshot_1_std` the deviation between draws.
+
+    Args:
+        shots: images of each class; where a class has fewer, all of them.
+        draws: how many times they are drawn.
+        temperature: of the votes.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self,
+        shots: OneOrMore[Count] = (1, 2, 5, 10),
+        draws: Count = 10,
+        temperature: Positive = 0.07,
+        seed: Seed = 0,
+    ):
+        self.shots = sorted(as_list(shots))
+        self.draws = draws
+        self.temperature = temperature
+        self.seed = seed
+
+    def __call__(self, features: FeatureSet) -> Iterator[tuple[str, float]]:
+        """(name, percent) for each number of shots."""
+        names, classes = np.unique(features.train_labels, return_inverse=True)
+        if features.one_set:
+            return  # what is drawn would be tested on itself
+        generator = np.random.Generator(np.random.Philox(self.seed))
+        right = {n: np.zeros((len(features.test), self.draws), bool) for n in self.shots}
+        for draw in range(self.draws):
+            place = place_in_class(classes, generator)
+            for n in self.shots:
+                rows = np.flatnonzero(place < n)
+                bank = np.asarray(features.train[rows], np.float32)
+                near = nearest(bank, features.test, n)
+                winner = elected(
+                    bank, classes[rows], features.test, near, len(names), self.temperature
+                )
+                right[n][:, draw] = names[winner] == features.test_labels
+        for n in self.shots:
+            yield f"fewshot_{n}", Estimate(right[n].astype(np.float64))
+            spread = 100.0 * right[n].mean(axis=0)
+            yield f"fewshot_{n}_std", float(spread.std(ddof=1)) if self.draws > 1 else 0.0
+
+
+def place_in_class(classes: Labels, generator: np.random.Generator) -> Int64[np.ndarray, " N"]:
+    """Each image's place in a random order of its class; smaller draws lie within larger ones."""
+    order = generator.permutation(len(classes))
+    order = order[np.argsort(classes[order], kind="stable")]
+    _, starts, counts = np.unique(classes[order], return_index=True, return_counts=True)
+    place = np.empty(len(classes), np.int64)
+    place[order] = np.arange(len(classes)) - np.repeat(starts, counts)
+    return place
+
+
+def accuracy_by_class(
+    items: Float[np.ndarray, " Q"] | Bool[np.ndarray, " Q"], labels: Labels
+) -> dict[int, tuple[float, int]]:
+    """Percent and number of test images of each class id; items may be the mean of draws."""
+    ids, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    sums = np.bincount(classes, items.astype(np.float64))
+    return {
+        int(i): (100.0 * float(s) / int(n), int(n))
+        for i, s, n in zip(ids, sums, counts, strict=True)
+    }

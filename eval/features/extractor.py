@@ -1,0 +1,111 @@
+"""A frozen backbone, and what evaluators need to extract features with it."""
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from ssl_xcit.data.decode import RGB
+from ssl_xcit.data.loader import default_workers
+from ssl_xcit.data.preprocess import Preprocess, normalise
+from ssl_xcit.data.sources import LabelledPair
+from ssl_xcit.errors import UserError
+from ssl_xcit.models.xcit import XCiT
+
+Device = torch.device | str
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """A backbone with the settings it is fed by.
+
+    Args:
+        backbone: in eval mode within `inference`.
+        preprocess: from files to pixels to its input.
+        device: where it is.
+        batch_size: images at once, on each device.
+        num_workers: loader processes; None: one a core, less one.
+        pair: the labelled images, if there are any.
+        show: progress bars.
+        cache: folder where features are kept; None: nowhere.
+        more_devices: others that extract features beside `device`, each with a copy.
+        ranks: all ranks of the process group are here, and each takes a share.
+    """
+
+    backbone: XCiT
+    preprocess: Preprocess = RGB
+    device: Device = "cpu"
+    batch_size: int = 64
+    num_workers: int | None = None
+    pair: LabelledPair | None = None
+    show: bool = False
+    cache: Path | None = None
+    more_devices: Sequence[Device] = ()
+    ranks: bool = False
+
+    @property
+    def workers(self) -> int:
+        """Number of loader processes."""
+        return default_workers() if self.num_workers is None else self.num_workers
+
+    @cached_property
+    def replicas(self) -> list[tuple[XCiT, Device]]:
+        """The backbone on every device."""
+        copies = [(copy.deepcopy(self.backbone).to(d), d) for d in self.more_devices]
+        return [(self.backbone, self.device), *copies]
+
+    def images(self, *pixels: UInt8[np.ndarray, "H W channels"]) -> Float[Tensor, "B channels H W"]:
+        """Decoded pixels of one size as the backbone's input, on its device."""
+        stacked = torch.from_numpy(np.stack([np.moveaxis(p, -1, 0) for p in pixels]))
+        return normalise(stacked.to(self.device), self.preprocess)
+
+    @contextmanager
+    def in_eval_mode(self) -> Iterator[XCiT]:
+        """The backbone in eval mode for the time being; afterwards as it was."""
+        modes = [(part, part.training) for part in self.backbone.modules()]
+        self.backbone.eval()
+        try:
+            yield self.backbone
+        finally:
+            for part, was_training in modes:
+                part.training = was_training
+
+    @contextmanager
+    def inference(self) -> Iterator[XCiT]:
+        """The backbone in eval mode without gradients; afterwards as it was."""
+        with self.in_eval_mode() as backbone, torch.inference_mode():
+            yield backbone
+
+
+def placed(backbone: nn.Module, device: str) -> list[torch.device]:
+    """Move the backbone to the first of the devices that a setting names; return all of them.
+
+    `auto` is every GPU there is (under torchrun the rank's own), or else the CPU; several are
+    joined by `+` (cuda:0+cuda:1).
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if device == "auto":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        names = [f"cuda:{i}" for i in range(count)] or ["cpu"]
+        if count and "LOCAL_RANK" in os.environ:  # of torchrun's ranks each has its own
+            names = [f"cuda:{int(os.environ['LOCAL_RANK']) % count}"]
+    else:
+        names = device.split("+")
+    try:
+        devices = [torch.device(name) for name in names]
+        for one in reversed(devices):  # every one is tried, and it ends up on the first
+            backbone.to(one)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={device}: {reason}; try device=cpu") from error
+    return devices

@@ -1,0 +1,351 @@
+"""Read a run folder, also where it is incomplete: a run that is still going on, was stopped or has
+damaged files.
+
+Nothing here raises because of the content of a file: what cannot be read is left out and noted in
+`Run.problems`.
+"""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ssl_xcit.data import bad
+from ssl_xcit.data.multicrop import Replaced
+from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.models.manifest import read_manifest
+from ssl_xcit.models.weights import checkpoints_of
+from ssl_xcit.utils.locks import lock_holder
+
+Curve = tuple[list[int], list[float]]  # steps and values; a value may be infinite or no number
+Numbers = dict[str, dict[str, float]]  # row -> metric -> value
+Intervals = dict[str, dict[str, tuple[float, float]]]
+FINISHED, RUNNING, STOPPED, FAILED = "finished", "running", "stopped", "failed"
+FILES = ("config.yaml", "run.json", "metrics.csv", "summary.json", "checkpoints")
+
+
+@dataclass
+class Results:
+    """Final numbers: a row for the backbone, and for each baseline."""
+
+    source: str  # the file that they are from
+    numbers: Numbers  # row -> metric -> value
+    intervals: Intervals  # row -> metric -> 95 %
+    content: dict[str, Any]  # all of the file
+
+    @property
+    def backbone(self) -> tuple[str, dict[str, float], dict[str, tuple[float, float]]]:
+        """The row behind the baselines: its name, values and intervals."""
+        row = list(self.numbers)[-1]
+        return row, self.numbers[row], self.intervals.get(row, {})
+
+
+@dataclass
+class Run:
+    """The content of a run folder."""
+
+    path: Path  # its folder
+    config: dict[str, Any] = field(default_factory=dict)  # settings as they were used, nested
+    about: dict[str, Any] = field(default_factory=dict)  # `run.json`: overrides, plan, versions
+    summary: dict[str, Any] = field(default_factory=dict)  # numbers of its end
+    results: Results | None = None  # final numbers on the run's own data
+    elsewhere: list[Results] = field(default_factory=list)  # those on other data
+    curves: dict[str, Curve] = field(default_factory=dict)  # by column of `metrics.csv`
+    bad: list[Replaced] = field(default_factory=list)  # images that could not be used
+    state: str = STOPPED  # finished, running, stopped or failed
+    words: str = ""  # the state in words
+    problems: list[str] = field(default_factory=list)  # what is missing or damaged
+    name: str = ""  # of the folder; beside a run of that name more of the path
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.path.resolve().name
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Numbers that the run derived from its settings."""
+        plan = self.about.get("plan") or self.summary.get("plan")
+        return plan if isinstance(plan, dict) else {}
+
+    @property
+    def step(self) -> int:
+        """The last that was reported or saved."""
+        reported = [steps[-1] for steps, _ in self.curves.values() if steps]
+        saved = [int(path.stem.partition("-")[2]) for path in checkpoints_of(self.path)[-1:]]
+        return max(reported + saved, default=0)
+
+    @property
+    def model(self) -> str:
+        """The name of the model, or the option that was chosen."""
+        return str(self.summary.get("model") or self.choices.get("model") or "unknown model")
+
+    @property
+    def data(self) -> str:
+        """The data that it learns from."""
+        chosen = str(self.choices.get("data") or self.summary.get("data") or "unknown data")
+        root = self.setting("data", "root")
+        return f"{chosen}, {root}" if isinstance(root, str) else chosen
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Options of the config groups."""
+        choices = self.about.get("choices")
+        return choices if isinstance(choices, dict) else {}
+
+    @property
+    def overrides(self) -> list[str]:
+        """The words of its command line."""
+        words = self.about.get("overrides")
+        return [str(word) for word in words] if isinstance(words, list) else []
+
+    def setting(self, group: str, key: str) -> Any:
+        """A setting of a group; None where it is not known."""
+        settings = self.config.get(group)
+        return settings.get(key) if isinstance(settings, dict) else None
+
+    def last(self, column: str) -> float | None:
+        """The last value of a curve."""
+        return self.curves[column][1][-1] if self.curves.get(column, ([], []))[1] else None
+
+    def newest_digest(self) -> str | None:
+        """SHA-256 of the newest checkpoint, by its manifest; None where it is not known."""
+        newest = checkpoints_of(self.path)[-1:]
+        entry = read_manifest(self.path / "checkpoints").get(newest[0].name) if newest else None
+        return entry.sha256 if entry else None
+
+    def seconds(self) -> float | None:
+        """Seconds spent in training, over all parts of the run: images over images per second, and
+        the time of online evaluation; None where it is not known.
+        """
+        rates = dict(zip(*self.curves.get("images_per_second", ([], [])), strict=True))
+        epochs = dict(zip(*self.curves.get("epoch", ([], [])), strict=True))
+        images, total, before = self.plan.get("num_images"), 0.0, 0.0
+        if not isinstance(images, int) or not rates:
+            return None
+        for step, rate in rates.items():
+            if step in epochs and rate > 0:
+                total += max(0.0, epochs[step] - before) * images / rate
+                before = epochs[step]
+        total += sum(self.curves.get("online_seconds", ([], []))[1])
+        last_part = self.summary.get("seconds")
+        return max(total, float(last_part)) if is_number(last_part) else total  # type: ignore[arg-type]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and no switch."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def read_run(path: Path) -> Run:
+    """Read everything that can be read.
+
+    Raises:
+        MissingPath: no such folder.
+        UserError: it is no run folder.
+    """
+    if not path.is_dir():
+        raise MissingPath(f"run={path}: no such folder")
+    if not any((path / name).exists() for name in FILES):
+        raise UserError(
+            f"run={path} is no run folder: none of {', '.join(FILES)} is there; name a folder that "
+            "ssl-xcit pretrain has made, such as runs/photos"
+        )
+    run = Run(path)
+    run.about = content_of(run, "run.json", needed=True)
+    run.summary = content_of(run, "summary.json")
+    run.config = settings_of(run)
+    read_metrics(run)
+    read_results(run)
+    with suppress(OSError):
+        run.bad = bad.read(path / bad.FILE)
+    run.state, run.words = state_of(run)
+    if not checkpoints_of(path):
+        run.problems.append(
+            "there is no checkpoint, so nothing can be drawn of what it has learned"
+        )
+    return run
+
+
+def tell_apart(runs: Sequence[Run]) -> None:
+    """Give the runs names that no two share: as much of their paths as that takes."""
+    parts, count = [run.path.resolve().parts for run in runs], 1
+    while len({path[-count:] for path in parts}) < len({*parts}):
+        count += 1
+    for run, path in zip(runs, parts, strict=True):
+        run.name = str(Path(*path[-count:]))
+
+
+def content_of(run: Run, name: str, needed: bool = False) -> dict[str, Any]:
+    """The content of a JSON file of the folder; empty where there is none."""
+    try:
+        content = json.loads((run.path / name).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no object")
+    except FileNotFoundError:
+        if needed:
+            run.problems.append(f"{name} is missing")
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        run.problems.append(f"{name} cannot be read: {error}")
+        return {}
+    return content
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """The content of `config.yaml`; empty where there is none."""
+    path = run.path / "config.yaml"
+    if not path.is_file():
+        run.problems.append("config.yaml is missing")
+        return {}
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if not isinstance(content, dict):
+            raise ValueError("no settings")
+    except Exception as error:  # yaml and OmegaConf raise a dozen types
+        run.problems.append(f"config.yaml cannot be read: {one_line(error)}")
+        return {}
+    return {str(key): value for key, value in content.items()}
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, or else its kind."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_metrics(run: Run) -> None:
+    """Read `metrics.csv` line by line, without damaged lines and a last one that is being
+    written.
+    """
+    try:
+        text = (run.path / "metrics.csv").read_bytes().decode("utf-8", "replace")
+    except FileNotFoundError:
+        run.problems.append("metrics.csv is missing: there are no curves")
+        return
+    except OSError as error:
+        run.problems.append(f"metrics.csv cannot be read: {one_line(error)}")
+        return
+    lines = text.split("\n")
+    columns, damaged, last = cells_of(lines[0]), 0, -1
+    if "step" not in columns:
+        run.problems.append("metrics.csv has no column step: there are no curves")
+        return
+    for line in lines[1:-1]:  # what follows the last line's end is cut off
+        row = cells_of(line)
+        try:
+            numbers = {k: float(v) for k, v in zip(columns, row, strict=True) if v != ""}
+            step = int(numbers.pop("step"))
+            if step < last:
+                raise ValueError("steps go back")
+        except (ValueError, KeyError, OverflowError):
+            damaged += 1
+            continue
+        last = step
+        for name, value in numbers.items():
+            steps, values = run.curves.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(value)
+    if damaged:
+        lines_are = "line is" if damaged == 1 else "lines are"
+        run.problems.append(f"metrics.csv: {damaged} {lines_are} damaged and left out")
+    if not run.curves:
+        run.problems.append("metrics.csv holds no numbers yet")
+
+
+def cells_of(line: str) -> list[str]:
+    """Cells of a line; none where it cannot be parsed."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
+
+
+def read_results(run: Run) -> None:
+    """Read the numbers of `results.json` if they are of the newest weights, those of `summary.json`
+    that the former lacks, and those on other data.
+    """
+    own = as_results("results.json", content_of(run, "results.json"), run)
+    end = as_results("summary.json", run.summary, run)
+    if own is not None and (other := of_other_weights(run, own)):
+        run.problems.append(f"results.json is of other weights than the newest: {other}")
+        own = None if end is not None else own
+    run.results = merged(own, end) if own is not None and end is not None else own or end
+    for file in sorted(run.path.glob("results-*.json")):
+        if results := as_results(file.name, content_of(run, file.name), run):
+            run.elsewhere.append(results)
+
+
+def merged(own: Results, end: Results) -> Results:
+    """All numbers of `own`, and those of `end` that it has not measured."""
+    numbers, intervals = dict[str, dict[str, float]](), dict[str, dict[str, tuple[float, float]]]()
+    for row in [*end.numbers, *(row for row in own.numbers if row not in end.numbers)]:
+        numbers[row] = end.numbers.get(row, {}) | own.numbers.get(row, {})
+        known = end.intervals.get(row, {})  # of a number measured again only its own interval
+        kept = {m: v for m, v in known.items() if m not in own.numbers.get(row, {})}
+        intervals[row] = kept | own.intervals.get(row, {})
+    more = any(set(end.numbers[row]) - set(own.numbers.get(row, {})) for row in end.numbers)
+    source = f"{own.source} and {end.source}" if more else own.source
+    return Results(source, numbers, intervals, end.content | own.content)
+
+
+def as_results(source: str, content: Mapping[str, Any], run: Run) -> Results | None:
+    """The numbers that have the right form; None where there are none."""
+    rows = content.get("results")
+    numbers = {
+        str(row): {str(m): float(v) for m, v in values.items() if is_number(v)}
+        for row, values in (rows.items() if isinstance(rows, dict) else ())
+        if isinstance(values, dict)
+    }
+    numbers = {row: values for row, values in numbers.items() if values}
+    if not numbers:
+        if rows:
+            run.problems.append(f"{source}: results are no numbers by row and metric")
+        return None
+    known = content.get("intervals")
+    intervals: Intervals = {}
+    for row, values in known.items() if isinstance(known, dict) else ():
+        if isinstance(values, dict):
+            pairs = {m: v for m, v in values.items() if isinstance(v, list) and len(v) == 2}
+            intervals[str(row)] = {
+                str(m): (float(v[0]), float(v[1]))
+                for m, v in pairs.items()
+                if all(map(is_number, v))
+            }
+    return Results(source, numbers, intervals, dict(content))
+
+
+def of_other_weights(run: Run, results: Results) -> str:
+    """The weights of the results, where the manifest says that they are not the newest checkpoint's
+    teacher; else nothing.
+    """
+    if results.content.get("which") == "student":
+        return "the student"
+    newest, digest = run.newest_digest(), results.content.get("weights_sha256")
+    if newest is None or not isinstance(digest, str) or digest == newest:
+        return ""
+    return str(results.content.get("weights"))
+
+
+def state_of(run: Run) -> tuple[str, str]:
+    """The state of a run, and the words for it."""
+    total = run.plan.get("total_steps")
+    where = f"step {run.step:,}" + (f" of {total:,}" if isinstance(total, int) else "")
+    if run.summary:  # first: this process may hold the lock of a run that it has just finished
+        return FINISHED, "finished"
+    if holder := lock_holder(run.path):
+        return RUNNING, f"still running, at {where}; {holder}"
+    tried = [
+        int(m[1])
+        for f in run.path.glob("nonfinite-step-*-rank*.json")
+        if (m := re.search(r"step-(\d+)", f.name))
+    ]
+    if tried and max(tried) >= run.step:
+        return FAILED, f"failed at {where}: loss or gradient was not finite"
+    if isinstance(total, int) and run.step >= total:
+        return STOPPED, "trained to the last step, but not evaluated: the same command does that"
+    return STOPPED, f"stopped at {where}; the same command goes on"

@@ -1,0 +1,1 @@
+"""Dense and retrieval tasks on data of their own."""

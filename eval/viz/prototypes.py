@@ -1,0 +1,180 @@
+"""Show what the prototypes of a projection head stand for: the images that each takes most of.
+
+For every image the teacher's probabilities over its K prototypes, softmax((logits - center) /
+temperature) as in training (DINO, arXiv:2104.14294, section 3.1). A prototype's share is the mean
+of its probability over the images. Differs from training: the middle of each image instead of
+random crops; the center is the one of the checkpoint and stays.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ssl_xcit.errors import UserError
+from ssl_xcit.models.head import DINOHead
+from ssl_xcit.models.weights import load_strictly, read_checkpoint
+from ssl_xcit.objectives.dino import Center
+from ssl_xcit.training.schedules import LinearByEpoch
+
+from ..checkpoints import folder_of
+from .dataset import ImageFeatures
+from .grids import GridCell, GridRow
+
+CHUNK = 1 << 24  # probabilities at once
+HEAD = "teacher.head."
+PLAN = ("teacher_temp_start", "teacher_temp", "teacher_temp_epochs", "steps_per_epoch")
+
+
+class Teacher(NamedTuple):
+    """Head and center, which make probabilities over K prototypes from class tokens."""
+
+    head: DINOHead
+    center: Center
+    temperature: float
+
+    def probabilities(self, features: Float[Tensor, "n C"]) -> Float[Tensor, "n K"]:
+        """Probabilities of the prototypes; rows sum to 1."""
+        return self.center.targets(self.head(features)[None], self.temperature)[0]
+
+
+class Shares(NamedTuple):
+    """Shares of K prototypes in N images."""
+
+    mass: Float[Tensor, " K"]  # shares of all probability; they sum to 1
+    firsts: Int64[Tensor, " K"]  # number of images that it is the most probable of
+    top: Float[Tensor, "K n"]  # probabilities of the images that it takes most of, descending
+    images: Int64[Tensor, "K n"]  # rows of those images
+
+    def effective(self) -> float:
+        """Effective number of prototypes: exp of the entropy of the shares."""
+        return torch.special.entr(self.mass).sum().exp().item()
+
+    def used(self) -> int:
+        """Number of prototypes that are the most probable one of some image."""
+        return int((self.firsts > 0).sum())
+
+
+def load_teacher(path: Path, which: str, temperature: float | None) -> Teacher:
+    """Head and center of a checkpoint of ours, with the temperature of its step.
+
+    Args:
+        path: the file.
+        which: of the networks; only the teacher's head is compared with the center.
+        temperature: of the softmax; None: the run's, from `run.json` and the step.
+
+    Raises:
+        UserError: the file has no head, or nothing tells the temperature.
+    """
+    if which != "teacher":
+        raise UserError(
+            f"prototypes: which={which} has no center, only the teacher has; set which=teacher"
+        )
+    content = read_checkpoint(path)
+    state = content.get("state_dict", {})
+    weights = {k.removeprefix(HEAD): v for k, v in state.items() if k.startswith(HEAD)}
+    if "last_layer.weight_v" not in weights or "center.center" not in state:
+        raise UserError(
+            f"prototypes: {path} has no projection head; attention, pca, channels and neighbours "
+            "need none"
+        )
+    hidden, width = weights["mlp.0.weight"].shape
+    number, bottleneck = weights["last_layer.weight_v"].shape
+    head = DINOHead(width, number, hidden, bottleneck)
+    load_strictly(head, weights, path)
+    center = Center(number)
+    center.center.copy_(state["center.center"])
+    if temperature is None:
+        temperature = temperature_of(path, int(content.get("global_step", 0)))
+    return Teacher(head.eval(), center, temperature)
+
+
+def temperature_of(path: Path, step: int) -> float:
+    """The teacher's temperature in step `step` of a run, from its plan.
+
+    Raises:
+        UserError: `run.json` is not there, or does not tell.
+    """
+    file = folder_of(path) / "run.json"
+    try:
+        plan = json.loads(file.read_text())["plan"]
+        start, end, epochs, steps_per_epoch = (float(plan[key]) for key in PLAN)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"prototypes: {file} does not tell the teacher's temperature; set it by "
+            "teacher_temp=0.04, or the value of the run"
+        ) from error
+    return LinearByEpoch(start, end, epochs, steps_per_epoch)(max(0, step - 1))
+
+
+@torch.inference_mode()
+def prototype_shares(
+    teacher: Teacher,
+    features: Float[np.ndarray, "N C"],
+    num_top: int,
+    device: torch.device | str = "cpu",
+) -> Shares:
+    """Shares over all images, in one pass over them.
+
+    Args:
+        teacher: of K prototypes.
+        features: (N, C) class tokens.
+        num_top: images kept of each prototype; at most N.
+        device: where it is computed.
+    """
+    teacher.head.to(device)
+    teacher.center.to(device)
+    K = len(teacher.center.center)
+    mass = torch.zeros(K, dtype=torch.float64, device=device)
+    firsts = torch.zeros(K, dtype=torch.int64, device=device)
+    top, images = mass.new_zeros(0, K), firsts.new_zeros(0, K)
+    at_once = max(1, CHUNK // K)
+    for start in range(0, len(features), at_once):
+        part = torch.from_numpy(np.array(features[start : start + at_once], dtype=np.float32))
+        exact = teacher.probabilities(part.to(device)).double()
+        mass += exact.sum(dim=0)
+        firsts += exact.argmax(dim=1).bincount(minlength=K)
+        here = torch.arange(start, start + len(exact), device=device)[:, None].expand(-1, K)
+        top, images = torch.cat((top, exact)), torch.cat((images, here))
+        top, order = top.topk(min(num_top, len(top)), dim=0)
+        images = images.gather(0, order)
+    mass /= mass.sum()
+    return Shares(mass.cpu(), firsts.cpu(), top.T.cpu(), images.T.cpu())
+
+
+def prototype_rows(
+    bank: ImageFeatures, shares: Shares, most: int
+) -> tuple[list[GridRow], dict[str, Any]]:
+    """A row of images for each of the prototypes with the largest shares, and the same in
+    numbers.
+    """
+    rows, largest = [], []
+    for prototype in shares.mass.argsort(descending=True, stable=True)[:most].tolist():
+        mass, firsts = shares.mass[prototype].item(), int(shares.firsts[prototype])
+        heading = (
+            f"prototype {prototype}: {mass:.1%} of the probability, first choice of {firsts:,} "
+            f"image{'s' * (firsts != 1)}"
+        )
+        cells, images = [], []
+        for i, value in zip(
+            shares.images[prototype].tolist(), shares.top[prototype].tolist(), strict=True
+        ):
+            own = bank.class_of(i)
+            words = f"{value:.2f} {own or ''}".rstrip()
+            cells.append(GridCell(bank.picture(i), words, bank.short_name(i)))
+            images.append({"image": bank.name(i), "probability": round(value, 6), "class": own})
+        rows.append(GridRow(heading, None, cells))
+        largest.append(
+            {"prototype": prototype, "share": round(mass, 6), "first_of": firsts, "images": images}
+        )
+    return rows, {
+        "images": len(bank),
+        "prototypes": len(shares.mass),
+        "used": shares.used(),
+        "effective": round(shares.effective(), 3),
+        "largest": largest,
+    }

@@ -1,0 +1,1 @@
+"""The commands, one file each: settings in, a room called, results printed."""

@@ -1,0 +1,76 @@
+"""Build student, teacher and schedules from the settings of a run."""
+
+import torch
+from hydra.utils import instantiate
+
+from ssl_xcit.data.preprocess import Preprocess
+from ssl_xcit.errors import UserError
+from ssl_xcit.models.weights import TrainingWeights
+from ssl_xcit.training.init_weights import start_backbone, start_head
+from ssl_xcit.training.module import DINO, Schedules, make_networks
+from ssl_xcit.training.plan import Plan
+from ssl_xcit.training.schedules import BackboneUnfreezeSchedule, Cosine, LinearByEpoch
+from ssl_xcit.training.settings import PretrainSettings
+
+
+def make_module(
+    settings: PretrainSettings,
+    plan: Plan,
+    preprocess: Preprocess,
+    start: TrainingWeights | None = None,
+) -> DINO:
+    """Student, teacher, schedules; fresh weights by `seed`, but for those to start from."""
+    torch.manual_seed(settings.seed)
+    backbone = instantiate(settings.model)
+    head = instantiate(settings.objective.head)(backbone.embed_dim, plan.num_prototypes)
+    in_chans = backbone.architecture["in_chans"]
+    if in_chans != preprocess.channels:
+        raise UserError(
+            f"model.in_chans={in_chans} and preprocess.channels={preprocess.channels}: set "
+            "model.in_chans alone, the other follows"
+        )
+    if start is not None:
+        start_backbone(backbone, start, preprocess, str(settings.init.ckpt))
+        if settings.init.head == "kept":
+            start_head(head, start, str(settings.init.ckpt))
+    student, teacher = make_networks(backbone, head, instantiate(settings.model, drop_path=0.0))
+    for network in (student, teacher):
+        network.backbone.preprocess = preprocess.of_weights()
+        network.backbone.checkpoint_blocks = settings.checkpoint_blocks
+    optim = settings.optim
+    module = DINO(
+        student,
+        teacher,
+        plan.num_prototypes,
+        Schedules(
+            lr=Cosine(
+                plan.lr, optim.min_lr, plan.total_steps, plan.warmup_steps, optim.warmup_start
+            ),
+            weight_decay=Cosine(optim.weight_decay, optim.weight_decay_end, plan.total_steps),
+            ema=Cosine(plan.ema, 1.0, plan.total_steps),
+            teacher_temp=LinearByEpoch(
+                plan.teacher_temp_start,
+                plan.teacher_temp,
+                plan.teacher_temp_epochs,
+                plan.steps_per_epoch,
+            ),
+            backbone=BackboneUnfreezeSchedule(plan.backbone_freeze_steps, plan.warmup_steps)
+            if plan.backbone_freeze_steps
+            else None,
+        ),
+        instantiate(optim.optimizer),
+        student_temp=settings.objective.student_temp,
+        center_momentum=settings.objective.center_momentum,
+        clip_norm=settings.objective.clip_norm,
+        freeze_steps=plan.freeze_steps,
+        seed=settings.seed,
+        accumulate=settings.trainer.accumulate,
+        max_skipped=settings.max_skipped,
+    )
+    if start is not None and settings.init.head == "kept" and start.center is not None:
+        module.center.center.copy_(start.center)
+    try:
+        module.configure_optimizers()
+    except (TypeError, ValueError) as error:  # torch's own words on its arguments
+        raise UserError(f"optim.optimizer: {error}") from error
+    return module

@@ -1,0 +1,147 @@
+"""The LightningDataModule: multi-crop batches of a run, whose only state is a position."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ssl_xcit.data.bad import FILE, BadSamples
+from ssl_xcit.data.datasets import MAX_REPLACEMENTS, CropDataset, stack
+from ssl_xcit.data.loader import ResilientLoader, default_workers, loader_options
+from ssl_xcit.data.multicrop import Crops, MultiCrop
+from ssl_xcit.data.order import Positions
+from ssl_xcit.data.preprocess import Preprocess, to_views
+from ssl_xcit.data.sources import LabelledPair, Source
+from ssl_xcit.errors import RunFailed
+
+
+class MultiCropData(lightning.LightningDataModule):
+    """Multi-crop batches of one source over a whole run.
+
+    Args:
+        source: the images.
+        augment: picture and seed to crops.
+        batch_size: images a step on each rank.
+        total_steps: optimizer steps of the run.
+        seed: of order and crops.
+        preprocess: from files to pixels to the network's input.
+        num_workers: loader processes; None: one a core, less one.
+        eval_data: labelled images for online evaluation, if there are any.
+        run_dir: where bad images are listed; None: nowhere.
+        max_bad_fraction: share of bad images that a run bears.
+        timeout: seconds after which a loader that gives nothing is started again.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        augment: MultiCrop,
+        batch_size: int,
+        total_steps: int,
+        seed: int,
+        preprocess: Preprocess,
+        num_workers: int | None = None,
+        eval_data: LabelledPair | None = None,
+        run_dir: Path | None = None,
+        max_bad_fraction: float = 0.01,
+        timeout: float = 300.0,
+    ):
+        super().__init__()
+        self.dataset = CropDataset(source, augment, seed, preprocess)
+        self.batch_size = batch_size
+        self.total_steps = total_steps
+        self.num_workers = default_workers() if num_workers is None else num_workers
+        self.eval_data = eval_data
+        self.start_step = 0
+        self.timeout = timeout
+        self.loader: ResilientLoader[Crops] | None = None
+        self.indices: Tensor | int = -1  # of the batch at hand
+        file = None if run_dir is None else run_dir / FILE
+        self.bad = BadSamples(file, len(source), max_bad_fraction)
+
+    def passes(self, step: int) -> float:
+        """How many times the images have been seen after so many steps."""
+        world_size = self.trainer.world_size if self.trainer else 1
+        return step * self.batch_size * world_size / len(self.dataset.source)
+
+    def train_dataloader(self) -> ResilientLoader[Crops]:
+        """The rest of the run as one epoch of Lightning's: passes over the data are counted from
+        the step.
+        """
+        rank, world_size = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
+
+        def make(step: int) -> DataLoader:
+            return DataLoader(
+                self.dataset,
+                batch_size=self.batch_size,
+                sampler=Positions(step, self.total_steps, self.batch_size, rank, world_size),
+                collate_fn=stack,
+                pin_memory=torch.cuda.is_available(),
+                prefetch_factor=4 if self.num_workers else None,
+                generator=torch.Generator(),
+                **loader_options(self.num_workers),
+            )
+
+        self.loader = ResilientLoader(make, self.total_steps, self.start_step, self.timeout)
+        return self.loader
+
+    @property
+    def running_loader(self) -> ResilientLoader[Crops]:
+        """The loader of a run that has begun."""
+        assert self.loader is not None
+        return self.loader
+
+    def on_before_batch_transfer(self, batch: Crops, dataloader_idx: int) -> Crops:
+        """List what was bad.
+
+        Raises:
+            RunFailed: too much was.
+        """
+        self.indices = batch.indices
+        self.bad.add(batch.replaced)
+        if isinstance(batch.indices, int):
+            bad = batch.replaced[-1]
+            raise RunFailed(
+                f"none of {MAX_REPLACEMENTS} images tried one after another can be read, the last "
+                f"{bad.name} ({bad.reason}): is the disk still there?"
+            )
+        return batch
+
+    def batch_names(self) -> list[str]:
+        """Of the images in the batch at hand."""
+        if not isinstance(self.indices, Tensor):
+            return []
+        return [self.dataset.source.name(i) for i in self.indices.tolist()]
+
+    def on_after_batch_transfer(self, batch: Crops, dataloader_idx: int) -> list[Tensor]:
+        """One (V, B, channels, h, w) tensor a resolution, normalised: global views, then local ones
+        if there are any.
+        """
+        parts = (batch.global_crops, batch.local_crops)
+        return [to_views(part, self.dataset.preprocess) for part in parts if part.shape[1]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The only state of the data: how many steps are done."""
+        return {"step": self.trainer.global_step if self.trainer else self.start_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind the steps that are done."""
+        self.start_step = int(state_dict["step"])
+
+
+def data_of(trainer: lightning.Trainer) -> MultiCropData:
+    """The data of a run, typed."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, MultiCropData)
+    return data
+
+
+def names_of_batch(trainer: lightning.Trainer) -> list[str]:
+    """Names of the images in the batch at hand, where a data module knows them."""
+    data = getattr(trainer, "datamodule", None)
+    return data.batch_names() if isinstance(data, MultiCropData) else []

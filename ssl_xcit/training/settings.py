@@ -1,0 +1,167 @@
+"""The settings of `ssl-xcit pretrain`: what is allowed, and which of them make a run another run
+(all that are not FREE).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Lt
+
+from ssl_xcit.data.settings import DataSettings
+from ssl_xcit.errors import UserError
+from ssl_xcit.utils.validation import (
+    FREE,
+    PLACE,
+    REST,
+    Count,
+    Network,
+    Node,
+    NonNegative,
+    Positive,
+    Share,
+    Text,
+    Workers,
+    marked,
+    marked_parameters,
+)
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """`conf/optim/`."""
+
+    optimizer: Node
+    lr: Positive
+    min_lr: NonNegative
+    warmup_start: NonNegative
+    warmup_epochs: NonNegative
+    max_warmup: Share
+    weight_decay: NonNegative
+    weight_decay_end: NonNegative
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """`conf/objective/`; what is null comes from `by_images`."""
+
+    student_temp: Positive
+    center_momentum: Annotated[float, Ge(0), Lt(1)]
+    clip_norm: Positive
+    freeze_epochs: NonNegative
+    teacher_temp_epochs: NonNegative
+    max_warmup: Share
+    head: Node
+    num_prototypes: Annotated[int, Ge(2)] | None
+    ema: Share | None
+    teacher_temp_start: Positive | None
+    teacher_temp: Positive | None
+    by_images: Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class InitSettings:
+    """Weights to start from."""
+
+    ckpt: Text | None
+    needed: bool
+    which: Network
+    head: Literal["fresh", "kept"]
+    freeze_epochs: NonNegative
+    max_freeze: Share
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """`conf/trainer/`: Lightning's own settings, and how a device computes its share of a batch."""
+
+    accelerator: Annotated[str, FREE]
+    devices: Annotated[int | str | Sequence[int], FREE]
+    num_nodes: Annotated[Count, FREE]
+    strategy: Annotated[Any, FREE]
+    accumulate: Count
+    precision: str
+    options: Annotated[Mapping[str, Any], REST]
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """`conf/sweep/`."""
+
+    search: Node
+    metric: str
+    maximize: bool
+    retry_failed: bool
+
+
+@dataclass(frozen=True)
+class ResumeSettings:
+    """How a run goes on."""
+
+    data: Literal["same", "changed"]
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """`conf/pretrain.yaml`."""
+
+    main: Annotated[str, FREE]
+    sweeper: Annotated[str, FREE]
+    model: Node
+    preprocess: Node
+    augment: Node
+    objective: ObjectiveSettings
+    optim: OptimSettings
+    trainer: TrainerSettings
+    evaluation: Node
+    callbacks: Annotated[Mapping[str, Node | None], FREE]
+    data: DataSettings
+    sweep: Annotated[SweepSettings, FREE]
+    launcher: Annotated[Node, FREE]
+    epochs: Positive
+    batch_size: Count
+    seed: Annotated[int, Ge(0)]
+    init: InitSettings
+    out: Annotated[Text, FREE]
+    name: Annotated[Text | None, FREE]
+    num_workers: Annotated[Workers, FREE]
+    worker_timeout: Annotated[Positive, FREE]
+    max_skipped: Annotated[Count, FREE]
+    collective_timeout: Annotated[Positive, FREE]
+    run_id: Annotated[Text | None, FREE]
+    compile: Annotated[bool, FREE]
+    checkpoint_blocks: Annotated[bool, FREE]
+    resume: Annotated[ResumeSettings, FREE]
+    by_model: Annotated[Mapping[str, Any] | None, FREE] = None  # of a recipe, whose values it sets
+    logger: Annotated[Mapping[str, Any] | None, FREE] = None  # these three may be left out by ~
+    eval_data: Node | None = None
+    report: Annotated[Node | None, FREE] = None
+
+    def __post_init__(self) -> None:
+        """Settings that exclude each other."""
+        if self.compile and self.checkpoint_blocks:
+            raise UserError(
+                "compile=true and checkpoint_blocks=true: a compiled program decides by itself "
+                "what it computes again; set one of them"
+            )
+
+
+FREE_KEYS = (*marked(PretrainSettings, FREE), "hydra")
+
+
+def place_keys(settings: Any) -> list[str]:
+    """Keys that say where images lie, not which they are, as the signatures of the sources and of
+    `preprocess` mark them.
+    """
+    nodes = {
+        "data": settings["data"]["source"],
+        "data.source": settings["data"]["source"],
+        "eval_data": settings.get("eval_data") or {},
+        "preprocess": settings.get("preprocess") or {},
+    }
+    return [
+        f"{group}.{name}"
+        for group, node in nodes.items()
+        for name in (marked_parameters(str(node["_target_"]), PLACE) if node else ())
+    ]

@@ -1,0 +1,118 @@
+"""Lightning's Trainer as our runs need it, and the other ranks that it starts."""
+
+import os
+import signal
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from hydra.utils import instantiate
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from ssl_xcit.errors import UserError
+from ssl_xcit.training.checkpoint import CheckpointFiles, SaveCheckpoints
+from ssl_xcit.training.loggers import FailsafeLogger
+from ssl_xcit.training.metrics import CSVMetrics, LogMetrics
+from ssl_xcit.training.preemption import StopOnSignal
+from ssl_xcit.training.settings import PretrainSettings, TrainerSettings
+from ssl_xcit.utils.validation import Node, as_plain
+
+
+def runs_on_cpu(trainer: TrainerSettings) -> bool:
+    """Whether the trainer will find no GPU, or was told to leave it."""
+    return trainer.accelerator == "cpu" or not torch.cuda.is_available()
+
+
+def make_trainer(
+    settings: PretrainSettings, run_dir: Path, run_id: str
+) -> tuple[lightning.Trainer, StopOnSignal]:
+    """Lightning's Trainer with our callbacks and loggers, and what listens to signals.
+
+    Raises:
+        UserError: more devices than there are, or a precision that the step is not written for.
+    """
+    for key, ours in (
+        ("gradient_clip_val", "objective.clip_norm"),
+        ("accumulate_grad_batches", "trainer.accumulate"),
+    ):
+        if settings.trainer.options.get(key):
+            raise UserError(f"trainer.{key} is not supported with manual optimisation; set {ours}")
+    devices, on_cpu = settings.trainer.devices, runs_on_cpu(settings.trainer)
+    cores = os.cpu_count() or 1
+    if on_cpu and isinstance(devices, int) and devices > cores:
+        raise UserError(
+            f"trainer.devices={devices}: this machine has {cores} CPU cores and no GPU; "
+            "set trainer.devices=1"
+        )
+    callbacks = [c for c in instantiate(settings.callbacks).values() if c is not None]
+    checkpoints = next((c for c in callbacks if isinstance(c, SaveCheckpoints)), None)
+    if checkpoints is None or not any(isinstance(c, LogMetrics) for c in callbacks):
+        raise UserError(
+            "callbacks.checkpoints and callbacks.metrics are required callbacks: do not remove them"
+        )
+    stop = StopOnSignal(checkpoints)
+    plugins: list[Any] = [CheckpointFiles()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    loggers = [
+        make_logger(name, node, run_dir, run_id) for name, node in (settings.logger or {}).items()
+    ]
+    lightning_settings = as_plain(settings.trainer)
+    del lightning_settings["accumulate"]
+    try:
+        trainer = instantiate(
+            lightning_settings,
+            # what is done at a step is done before the step is saved
+            callbacks=[*(c for c in callbacks if c is not checkpoints), checkpoints, stop],
+            plugins=plugins,
+            logger=[CSVMetrics(run_dir), *loggers],
+            default_root_dir=str(run_dir),
+            max_epochs=-1,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            sync_batchnorm=not on_cpu,  # torch has it for GPUs; without several it does nothing
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+    except Exception as error:  # Hydra wraps what the Trainer raises
+        cause = error.__cause__ or error
+        if isinstance(cause, MisconfigurationException | ValueError):
+            raise UserError(f"trainer: {str(cause).strip().splitlines()[0]}") from error
+        raise
+    # Lightning's handler talks to other ranks from wherever it interrupts
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy._timeout = timedelta(seconds=settings.collective_timeout)
+    return trainer, stop
+
+
+def make_logger(name: str, node: Node, run_dir: Path, run_id: str) -> FailsafeLogger:
+    """A logger of the settings; one that knows `offline` goes there when it reaches nobody."""
+    if node.get("id", "") is None:  # a run that goes on is the same run there
+        node = {**node, "id": run_id}
+    ways = [partial(instantiate, node, save_dir=str(run_dir))]
+    if node.get("offline") is False:
+        # wandb remembers the first mode and is still trying the first id
+        offline = {"offline": True, "mode": "offline", "id": f"{node['id']}-offline"}
+        ways.append(partial(instantiate, node, save_dir=str(run_dir), **offline))
+    return FailsafeLogger(name, ways)
+
+
+def watched_child(trainer: lightning.Trainer) -> bool:
+    """A rank that Lightning has started: when one ends with anything but 0, Lightning kills all."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return not trainer.is_global_zero and isinstance(environment, LightningEnvironment)
+
+
+def kill_children(trainer: lightning.Trainer) -> None:
+    """Ranks that this process has started must not wait for it."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.kill(signal.SIGKILL)

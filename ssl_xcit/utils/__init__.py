@@ -1,0 +1,1 @@
+"""Files, locks, hardware, terminal output and tables, for every room."""

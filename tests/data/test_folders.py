@@ -1,0 +1,281 @@
+"""Folders: any tree, or a folder a class; which files are images; listings that are cached."""
+
+import re
+import shutil
+import unicodedata
+
+import numpy as np
+import pytest
+from samples import HEIC, classes, logged, photo, put
+
+from ssl_xcit.data import folders, formats
+from ssl_xcit.data.decode import decode
+from ssl_xcit.data.folders import class_folders, folder, image_files, labelled_folders
+from ssl_xcit.data.formats import image_format
+from ssl_xcit.data.sets import (
+    torchvision_set,
+)
+from ssl_xcit.utils.files import default_cache
+
+
+def test_any_tree_of_several_roots(tmp_path):
+    for name in ("a/1.png", "a/deep/er/2.JPG", "b/3.webp", "b/.hidden.png", "b/.cache/4.png"):
+        put(tmp_path / name)
+    (tmp_path / "a/notes.txt").write_text("no image")
+    source = folder([str(tmp_path / "b"), str(tmp_path / "a")])
+    assert [source.name(i)[len(str(tmp_path)) :] for i in range(len(source))] == [
+        "/b/3.webp",
+        "/a/1.png",
+        "/a/deep/er/2.JPG",
+    ]
+    assert source.labels is None
+
+
+def test_classes_are_first_level_folders_and_shared_between_sets(tmp_path):
+    for name in ("train/cat/1.png", "train/dog/x/2.png", "test/dog/3.png", "test/newt/4.png"):
+        put(tmp_path / name)
+    pair = labelled_folders(str(tmp_path / "train"), str(tmp_path / "test"))
+    assert pair.train.labels.tolist() == [0, 1]
+    assert pair.test.labels.tolist() == [1, 2]
+    assert pair.test.class_names == ("cat", "dog", "newt")
+
+
+def test_a_share_of_each_class_is_held_out(tmp_path):
+    for i in range(10):
+        put(tmp_path / f"a/{i}.png"), put(tmp_path / f"b/{i}.png")
+    put(tmp_path / "single/0.png")
+    pair = labelled_folders(str(tmp_path), test_fraction=0.3)
+    assert np.bincount(pair.test.labels, minlength=3).tolist() == [3, 3, 0]
+    names = [[s.name(i) for i in range(len(s))] for s in (pair.train, pair.test)]
+    assert not set(names[0]) & set(names[1])
+    assert len(names[0]) + len(names[1]) == 21
+    again = labelled_folders(str(tmp_path), test_fraction=0.3)
+    assert again.test.indices.tolist() == pair.test.indices.tolist()
+
+
+def test_without_root_there_are_no_labels():
+    assert labelled_folders(None) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: folder(str(p / "none")), "no such folder"),
+        (lambda p: folder(str(p / "empty")), "no images in it or below (no files)"),
+        (lambda p: folder(str(p / "text")), "no images in it or below (left out: 1 .txt file)"),
+        (lambda p: folder([]), "at least one folder"),
+        (lambda p: class_folders(p / "flat"), "2 images lie in it, outside class folders"),
+        (lambda p: class_folders(p / "one"), "one class only (a)"),
+        (lambda p: labelled_folders(None, str(p)), "without eval_data.root"),
+        (lambda p: torchvision_set("CIFAR10", str(p), "train", False), "data.download=true"),
+        (lambda p: torchvision_set("CIFAR10", str(p / "c"), "train", True), "no network?"),
+        (lambda p: torchvision_set("STL10", str(p), "unlabeled", False), "data.download=true"),
+        (lambda p: torchvision_set("ImageNet", str(p), "train", False), "ILSVRC2012_devkit_t12"),
+    ],
+)
+def test_bad_input_names_the_fix(tmp_path, make, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("")
+    put(tmp_path / "flat/1.png"), put(tmp_path / "flat/2.png")
+    put(tmp_path / "one/a/1.png")
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(message)):
+        make(tmp_path)
+
+
+def test_a_large_listing_is_kept_until_a_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr("ssl_xcit.data.folders.WORTH_KEEPING", 3)
+    monkeypatch.setattr("ssl_xcit.data.folders.SETTLED", 0)
+    for name in ("a/1.png", "a/2.png", "b/c/3.png"):
+        put(tmp_path / name)
+    first = list(image_files(tmp_path))
+    assert first == ["a/1.png", "a/2.png", "b/c/3.png"]
+    counted = []
+    whole = folders.scan
+    monkeypatch.setattr("ssl_xcit.data.folders.scan", lambda *r: counted.append(r) or whole(*r))
+    assert list(image_files(tmp_path)) == first
+    assert not counted
+    for change in (
+        lambda: put(tmp_path / "b/c/4.png"),
+        lambda: (tmp_path / "a/1.png").unlink(),
+        lambda: put(tmp_path / "d/5.png"),
+        lambda: shutil.rmtree(tmp_path / "b"),
+    ):
+        change()
+        counted.clear()
+        assert list(image_files(tmp_path)) == sorted(
+            str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.png")
+        )
+        assert counted
+    kept = next((default_cache() / "folders").iterdir())
+    for damaged in (kept.read_bytes()[:200], b"", b"no zip"):
+        kept.write_bytes(damaged)
+        assert len(image_files(tmp_path)) == 2
+
+
+def test_a_listing_is_not_trusted_within_the_clocks_grain(tmp_path, monkeypatch):
+    monkeypatch.setattr("ssl_xcit.data.folders.WORTH_KEEPING", 1)
+    put(tmp_path / "1.png")
+    for i in range(2, 6):
+        image_files(tmp_path)
+        put(tmp_path / f"{i}.png")  # perhaps in the same tick
+        assert len(image_files(tmp_path)) == i
+
+
+def test_links_are_followed_once(tmp_path):
+    put(tmp_path / "a/1.png")
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "2.png").symlink_to(tmp_path / "a/1.png")
+    assert list(image_files(tmp_path)) == ["2.png", "a/1.png"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    assert set(image_files(tmp_path)) >= {"2.png", "a/1.png"}
+
+
+def test_images_are_told_by_their_first_bytes(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(formats, "readable_formats", lambda: formats.FORMATS)
+    put(tmp_path / "x/a.PNG")
+    for i in range(3):
+        put(tmp_path / f"x/web{i}.jfif", photo(i, kind="JPEG"))
+        put(tmp_path / f"x/plain{i}", photo(i, kind="JPEG"))
+        put(tmp_path / f"x/IMG_{i}.HEIC", HEIC)
+    for name, kind in (("b.jpe", "JPEG"), ("c.tif8", "TIFF"), ("d.jpg_large", "JPEG"),
+                       ("e.download", "WEBP"), ("f.2023-07-01", "GIF"), ("g.x", "BMP"),
+                       ("h", "JPEG2000"), ("i.gtiff", "TIFF"), ("j.dib", "BMP")):  # fmt: skip
+        put(tmp_path / "x" / name, photo(9, kind=kind))
+    put(tmp_path / "x/notes.txt", b"BM is not a picture")
+    put(tmp_path / "x/README", b"BMW and other cars, in a text that has no ending")
+    put(tmp_path / "x/raw.CR2", photo(1, kind="TIFF"))  # its first bytes are those of a TIFF
+    put(tmp_path / "x/empty", b"")
+    source = folder(str(tmp_path))
+    assert len(source) == 7 + 9
+    for i in range(len(source)):
+        assert decode(source.read(i)).shape == (12, 12, 3)
+    assert logged(caplog) == [
+        f"{tmp_path}: left out: 3 .HEIC files (they need pillow-heif: pip install "
+        "'ssl-xcit[heic]'), 2 files without a known ending, 1 .CR2 file (camera raw, to be "
+        "developed to TIFF or JPEG first), 1 .txt file"
+    ]
+    caplog.clear()
+    folder(str(tmp_path))  # is said once
+    assert not logged(caplog)
+
+
+def test_what_was_left_out_is_known_of_a_kept_listing_too(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("ssl_xcit.data.folders.WORTH_KEEPING", 1)
+    monkeypatch.setattr("ssl_xcit.data.folders.SETTLED", 0)
+    put(tmp_path / "a.png"), put(tmp_path / "b.mp4", b"film")
+    image_files(tmp_path)
+    folders.said.clear()
+    monkeypatch.setattr("ssl_xcit.data.folders.scan", None)
+    assert list(image_files(tmp_path)) == ["a.png"]
+    assert logged(caplog) == [f"{tmp_path}: left out: 1 .mp4 file"] * 2
+
+
+@pytest.mark.parametrize(
+    ("head", "known"),
+    [
+        (photo(0, kind="AVIF")[:32], "AVIF"),
+        (HEIC[:32], "HEIF"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JXL"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0isommp42", None),  # a film
+        (b"BM", None),
+        (b"", None),
+    ],
+)
+def test_first_bytes(head, known):
+    assert image_format(head) == known
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("train", "val"), ("Training", "Validation"), ("train", "test")]
+)
+def test_a_training_and_a_test_folder_are_no_classes(tmp_path, caplog, train, test):
+    classes(tmp_path / train, ["ant", "bee", "cat"], 4)
+    classes(tmp_path / test, ["ant", "bee", "cat"], 2, seed=50)
+    pair = labelled_folders(str(tmp_path))
+    assert pair.train.class_names == pair.test.class_names == ("ant", "bee", "cat")
+    assert (len(pair.train), len(pair.test)) == (12, 6)
+    assert f"{test} the test images" in logged(caplog)[0]
+    for make in (lambda: class_folders(tmp_path), lambda: labelled_folders(str(tmp_path), "x"),
+                 lambda: folder(str(tmp_path), labels=True)):  # fmt: skip
+        with pytest.raises(ValueError, match="which are no classes: name one of them"):
+            make()
+    caplog.clear()
+    assert len(folder(str(tmp_path))) == 18
+    assert f"root={tmp_path / train} takes the training images alone" in logged(caplog)[0]
+
+
+def test_of_two_test_folders_one_is_used_and_classes_that_are_called_so_stay(tmp_path, caplog):
+    for part in ("train", "val", "test"):
+        classes(tmp_path / "a" / part, ["x", "y"], 2)
+    assert labelled_folders(str(tmp_path / "a")).test.root.endswith("test")
+    assert "val is not used" in logged(caplog)[0]
+    classes(tmp_path / "b", ["train", "bus", "test"], 2)  # a vehicle, and an exam
+    assert class_folders(tmp_path / "b").class_names == ("bus", "test", "train")
+
+
+def test_class_names_that_look_alike_are_one_class(tmp_path, caplog):
+    names = ["caf\u00e9", "na\u00efve", "plain"]
+    classes(tmp_path / "nfc", [unicodedata.normalize("NFC", n) for n in names], 2)
+    classes(tmp_path / "nfd", [unicodedata.normalize("NFD", n) for n in names], 2, seed=50)
+    pair = labelled_folders(str(tmp_path / "nfc"), str(tmp_path / "nfd"))
+    assert pair.train.class_names == pair.test.class_names == tuple(names)
+    assert sorted(pair.test.labels) == [0, 0, 1, 1, 2, 2]
+    assert not logged(caplog)
+    classes(tmp_path / "spaces", ["ant", "ant ", "Bee", "bee"], 1)
+    source = class_folders(tmp_path / "spaces")
+    assert source.class_names == ("Bee", "ant", "bee")
+    assert [decode(source.read(i)).shape for i in range(4)] == [(12, 12, 3)] * 4
+    assert logged(caplog) == [
+        "the labels 'ant' and 'ant ' are one class",
+        "the labels 'Bee' and 'bee' are two classes: only capitals differ",
+    ]
+
+
+def test_own_folders_are_not_looked_into(tmp_path, caplog, monkeypatch):
+    put(tmp_path / "a.png"), put(tmp_path / "cats/run.json", b"{}"), put(tmp_path / "cats/b.png")
+    put(tmp_path / "cats/config.yaml", b"")  # of a data set, and no run's
+    for name in ("config.yaml", "run.json", "images.npz"):
+        put(tmp_path / "runs/x" / name, b"{}")
+    put(tmp_path / "venv/pyvenv.cfg", b"")
+    for name in ("runs/x/pictures/1.png", "venv/lib/1.png", "out/1.png", "cache/ssl_xcit/1.png"):
+        put(tmp_path / name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert list(image_files(".", out="out")) == ["a.png", "cats/b.png"]
+    assert "4 folders of runs, results or caches, such as " in logged(caplog)[0]
+    for name in ("config.yaml", "run.json", "images.npz"):
+        put(tmp_path / name, b"{}")
+    assert "a.png" in list(image_files("."))  # what is asked for by name is looked into
+    assert list(image_files("cats", out=".")) == ["b.png"]  # the results lie above
+
+
+def test_a_split_beside_other_folders(tmp_path, caplog):
+    for part in ("train", "val"):
+        classes(tmp_path / part, ["a", "b"], 3)
+    put(tmp_path / "annotations/train.json", b"{}"), put(tmp_path / "masks/1.png")
+    for name in ("run.json", "config.yaml", "images.npz"):
+        put(tmp_path / "runs/x" / name, b"{}")
+    put(tmp_path / "runs/x/1.png")
+    pair = labelled_folders(str(tmp_path))
+    assert pair.train.class_names == ("a", "b")
+    assert (len(pair.train), len(pair.test)) == (6, 6)
+    for i in range(3):
+        put(tmp_path / f"test/{i}.png")  # without labels, as of a competition
+    assert labelled_folders(str(tmp_path)).test.root.endswith("val")
+
+
+def test_a_listing_is_made_again_when_more_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("ssl_xcit.data.folders.WORTH_KEEPING", 1)
+    monkeypatch.setattr("ssl_xcit.data.folders.SETTLED", 0)
+    put(tmp_path / "a.png"), put(tmp_path / "b.heic", HEIC)
+    for readable, count in ((formats.FORMATS, 1), ((*formats.FORMATS, "HEIF"), 2)):
+        for module in ("formats", "folders"):
+            monkeypatch.setattr(f"ssl_xcit.data.{module}.readable_formats", lambda r=readable: r)
+        assert len(image_files(tmp_path)) == count
+    put(tmp_path / "c", b"")  # being copied
+    assert len(image_files(tmp_path)) == 2
+    (tmp_path / "c").write_bytes(photo(1))
+    assert len(image_files(tmp_path)) == 3

@@ -1,0 +1,200 @@
+"""k-NN against brute force in float64, written out."""
+
+import numpy as np
+import pytest
+from sklearn.neighbors import KNeighborsClassifier
+
+from ssl_xcit.eval.evaluators.knn import (
+    KNN,
+    FewShot,
+    accuracy_by_class,
+    knn_predict,
+    place_in_class,
+)
+from ssl_xcit.eval.features import neighbors as search
+from ssl_xcit.eval.features.extract import FeatureSet
+
+
+def cosines(bank, query):
+    bank, query = bank.astype(np.float64), query.astype(np.float64)
+    bank = bank / np.maximum(np.linalg.norm(bank, axis=1, keepdims=True), 1e-12)
+    return (bank * (query / max(np.linalg.norm(query), 1e-12))).sum(axis=1)
+
+
+def exact_neighbours(bank, query, k):
+    return np.lexsort((np.arange(len(bank)), -cosines(bank, query)))[:k]
+
+
+def election(bank, labels, query, neighbours, temperature=0.07):
+    similarity, votes = cosines(bank, query), {}
+    for i in neighbours:
+        weight = np.exp((similarity[i] - similarity[neighbours[0]]) / temperature)
+        votes[labels[i]] = votes.get(labels[i], 0.0) + weight
+    return min(votes, key=lambda label: (-votes[label], label))
+
+
+def brute_force(bank, labels, queries, k, temperature):
+    return np.array(
+        [election(bank, labels, q, exact_neighbours(bank, q, k), temperature) for q in queries]
+    )
+
+
+def clusters(seed=0, n=400, q=150, dim=16, classes=(3, 7, 100)):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(len(classes), dim))
+    which, which_q = rng.integers(len(classes), size=n), rng.integers(len(classes), size=q)
+    bank = (centres[which] + 1.5 * rng.normal(size=(n, dim))).astype(np.float32)
+    queries = (centres[which_q] + 1.5 * rng.normal(size=(q, dim))).astype(np.float32)
+    ids = np.array(classes)
+    return bank, ids[which], queries, ids[which_q]
+
+
+@pytest.mark.parametrize("k", [1, 10, 200, 1000])
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+def test_agrees_with_brute_force(k, temperature):
+    """Class ids have gaps, and k may exceed the bank."""
+    bank, labels, queries, _ = clusters()
+    ours = knn_predict(bank, labels, queries, k, temperature)
+    assert np.array_equal(ours, brute_force(bank, labels, queries, k, temperature))
+
+
+def test_agrees_with_scikit_learn():
+    bank, labels, queries, _ = clusters(1)
+
+    def unit(rows):
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    reference = KNeighborsClassifier(
+        20, algorithm="brute", weights=lambda distance: np.exp((1 - distance**2 / 2) / 0.07)
+    ).fit(unit(bank), labels)
+    assert np.array_equal(
+        knn_predict(bank, labels, queries, 20, 0.07), reference.predict(unit(queries))
+    )
+
+
+def test_a_tie_goes_to_the_lowest_class():
+    bank = np.array([[1, 0], [0, 1]], np.float32)
+    query = np.array([[1, 1]], np.float32)
+    assert knn_predict(bank, np.array([9, 4]), query, 2).tolist() == [4]
+
+
+@pytest.mark.parametrize("k", [1, 7, 20, 400])
+@pytest.mark.parametrize("block", [1 << 29, 4 * 16 * 70])
+def test_ties_go_as_brute_force_has_them(k, block, monkeypatch):
+    """Rows that stand five times in the bank, and whole numbers with many equal cosines; in one
+    block of the bank and in several.
+    """
+    monkeypatch.setattr(search, "BLOCK", block)
+    rng = np.random.default_rng(0)
+    repeated = np.repeat(rng.normal(size=(100, 16)), 5, axis=0), rng.normal(size=(60, 16))
+    whole = rng.integers(-1, 2, size=(500, 4)), rng.integers(-1, 2, size=(60, 4))
+    for bank, queries in (repeated, whole):
+        bank, queries = bank.astype(np.float32), queries.astype(np.float32)
+        labels = rng.integers(5, size=len(bank))
+        neighbours = [exact_neighbours(bank, query, k) for query in queries]
+        found = search.nearest(bank, queries, k)[1]
+        assert all(set(a) == set(b) for a, b in zip(found, neighbours, strict=True))
+        expected = [election(bank, labels, q, n) for q, n in zip(queries, neighbours, strict=True)]
+        assert knn_predict(bank, labels, queries, k).tolist() == expected
+
+
+def test_one_set_leaves_each_image_out_of_its_own_neighbours():
+    bank, labels, _, _ = clusters()
+    bank[7] = bank[3]  # an equal row is a neighbour like any other
+    values = dict(KNN([1, 10])(FeatureSet(bank, labels, bank, labels)))
+    for k in (1, 10):
+        right = []
+        for i, query in enumerate(bank):
+            others = np.delete(np.arange(len(bank)), i)
+            near = others[exact_neighbours(bank[others], query, k)]
+            right.append(election(bank, labels, query, near) == labels[i])
+        assert values[f"knn_k{k}"] == pytest.approx(100 * np.mean(right))
+
+
+def test_several_temperatures_from_one_search(monkeypatch):
+    bank, labels, queries, truth = clusters()
+    calls = []
+    monkeypatch.setattr(
+        search.faiss, "knn", lambda *a, _f=search.faiss.knn, **k: calls.append(1) or _f(*a, **k)
+    )
+    values = dict(KNN([20, 5], [0.07, 0.02])(FeatureSet(bank, labels, queries, truth)))
+    assert len(calls) == 1
+    assert list(values) == ["knn_k5", "knn_k20", "knn_k5_t0.02", "knn_k20_t0.02"]
+    for k, t, name in ((5, 0.07, "knn_k5"), (20, 0.02, "knn_k20_t0.02")):
+        expected = brute_force(bank, labels, queries, k, t) == truth
+        assert values[name] == pytest.approx(100 * expected.mean())
+        assert values[name].items.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+@pytest.mark.parametrize("one_set", [False, True])
+def test_large_banks_are_searched_by_an_index_whose_recall_is_said(kind, one_set, capsys):
+    bank, labels, queries, truth = clusters(n=3000, q=200)
+    data = FeatureSet(bank, labels, *((bank, labels) if one_set else (queries, truth)))
+    found = dict(KNN([10], index=kind, exact_up_to=1000, recall=0.9)(data))
+    assert 90 <= found["knn_recall"] <= 100
+    assert f"k-NN by {kind.upper()} in 3,000 rows" in capsys.readouterr().out
+    exact = dict(KNN([10], index=None)(data))
+    assert found["knn_k10"] == pytest.approx(exact["knn_k10"], abs=3)
+
+
+def test_few_shot_is_k_nn_on_the_images_drawn():
+    bank, labels, queries, truth = clusters()
+    values = dict(FewShot(shots=[1, 5, 1000], draws=3)(FeatureSet(bank, labels, queries, truth)))
+    right = []
+    generator = np.random.Generator(np.random.Philox(0))
+    classes = np.unique(labels, return_inverse=True)[1]
+    for _ in range(3):
+        rows = np.flatnonzero(place_in_class(classes, generator) < 5)
+        assert np.bincount(classes[rows]).tolist() == [5, 5, 5]
+        right.append(
+            100 * (brute_force(bank[rows], labels[rows], queries, 5, 0.07) == truth).mean()
+        )
+    assert values["fewshot_5"] == pytest.approx(np.mean(right))
+    assert values["fewshot_5_std"] == pytest.approx(np.std(right, ddof=1))
+    assert values["fewshot_1000"] == pytest.approx(
+        dict(KNN([1000])(FeatureSet(bank, labels, queries, truth)))["knn_k1000"]
+    )
+    assert values["fewshot_1000_std"] == 0
+
+
+def test_a_bank_in_half_precision_on_the_disk(tmp_path):
+    bank, labels, queries, _ = clusters()
+    np.save(tmp_path / "bank.npy", bank.astype(np.float16))
+    mapped = np.load(tmp_path / "bank.npy", mmap_mode="r")
+    assert np.array_equal(
+        knn_predict(mapped, labels, queries, 20),
+        brute_force(bank.astype(np.float16), labels, queries, 20, 0.07),
+    )
+
+
+def test_nearly_equal_features_are_told_apart_in_float64():
+    """As those of an untrained deep network: all cosines within float32's rounding."""
+    rng = np.random.default_rng(0)
+    rows = (1.0 + 1e-4 * rng.normal(size=(700, 32))).astype(np.float32)
+    bank, queries, labels = rows[:600], rows[600:], rng.integers(4, size=600)
+    found = search.nearest(bank, queries, 20)[1]
+    for query, places in zip(queries, found, strict=True):
+        assert set(places) == set(exact_neighbours(bank, query, 20))
+    assert np.array_equal(
+        knn_predict(bank, labels, queries, 20), brute_force(bank, labels, queries, 20, 0.07)
+    )
+
+
+def test_many_queries_are_taken_in_parts(monkeypatch):
+    bank = clusters()[0]
+    whole = search.nearest(bank, bank, 10, itself=np.arange(len(bank)))
+    monkeypatch.setattr(search, "QUERIES", 150)
+    parts = search.nearest(bank, bank, 10, itself=np.arange(len(bank)))
+    assert np.array_equal(whole[1], parts[1])
+
+
+def test_accuracy_by_class():
+    found = accuracy_by_class(np.array([True, False, True, True]), np.array([7, 7, 9, 9]))
+    assert found == {7: (50.0, 2), 9: (100.0, 2)}
+
+
+def test_tiny_temperature_does_not_overflow():
+    bank, labels, queries, _ = clusters()
+    nearest = knn_predict(bank, labels, queries, 1)
+    assert np.array_equal(knn_predict(bank, labels, queries, 50, 1e-4), nearest)

@@ -1,0 +1,155 @@
+"""Shares of prototypes against the formula in float64, and as `visualize` shows them."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import images, run
+from scipy.special import erf, log_softmax
+from scipy.stats import entropy
+from tiny_run import PLAN, K
+
+from ssl_xcit.data.decode import RGB, read_image
+from ssl_xcit.data.preprocess import normalise
+from ssl_xcit.errors import UserError
+from ssl_xcit.eval.viz import prototypes
+from ssl_xcit.models.weights import load_backbone
+
+QUICK = ["num_workers=0", "cache=false"]
+OWN = ["eval_data=folder", "eval_data.root=own", "eval_data.resize=48", "eval_data.size=48"]
+
+
+def textbook(file, features, temperature):
+    """softmax((logits - center) / temperature) from the tensors of a checkpoint, in float64."""
+    state = torch.load(file, weights_only=True)["state_dict"]
+    state = {k: v.double().numpy() for k, v in state.items()}
+    x = features.astype(np.float64)
+    for layer in (0, 2, 4):
+        name = f"teacher.head.mlp.{layer}"
+        x = x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+        if layer < 4:
+            x = x * (1 + erf(x / math.sqrt(2))) / 2
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    directions = state["teacher.head.last_layer.weight_v"]
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    logits = x @ (directions * state["teacher.head.last_layer.weight_g"]).T
+    return np.exp(log_softmax((logits - state["center.center"]) / temperature, axis=1))
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 7 * K])
+def test_shares_are_those_of_the_formula(tiny, monkeypatch, chunk):
+    monkeypatch.setattr(prototypes, "CHUNK", chunk)
+    file = tiny / "run" / "checkpoints" / "step-000006.ckpt"
+    features = np.random.default_rng(0).normal(size=(50, 32)).astype(np.float32)
+    found = prototypes.prototype_shares(prototypes.load_teacher(file, "teacher", 0.05), features, 5)
+    expected = textbook(file, features, 0.05)
+    mass = expected.mean(axis=0)
+    assert np.allclose(found.mass, mass, atol=1e-5)
+    assert found.mass.sum().item() == pytest.approx(1.0)
+    assert found.firsts.tolist() == np.bincount(expected.argmax(1), minlength=K).tolist()
+    assert found.used() == len(np.unique(expected.argmax(1)))
+    assert found.effective() == pytest.approx(math.exp(entropy(mass)), rel=1e-3)
+    assert 1.5 < found.effective() < K - 1
+    assert np.allclose(found.top, np.sort(expected, axis=0)[::-1][:5].T, atol=1e-5)
+    rows = np.take_along_axis(expected, found.images.numpy().T, axis=0).T
+    assert np.allclose(found.top, rows, atol=1e-5)
+
+
+def test_fewer_images_than_are_wanted(tiny):
+    file = tiny / "run" / "checkpoints" / "step-000006.ckpt"
+    features = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
+    found = prototypes.prototype_shares(prototypes.load_teacher(file, "teacher", 0.05), features, 5)
+    assert found.images.shape == (K, 2)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 0.02), (1, 0.02), (2, 0.02), (3, 0.04), (4, 0.04), (5, 0.06), (9, 0.06)],
+)
+def test_the_temperature_is_that_of_the_last_step(tmp_path, step, expected):
+    """Two steps an epoch, three epochs of 0.02, 0.04, 0.06."""
+    (tmp_path / "run.json").write_text(json.dumps({"plan": PLAN}))
+    assert prototypes.temperature_of(tmp_path / "last.ckpt", step) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"plan": {"teacher_temp": "hot"}}'])
+def test_without_a_temperature_it_is_asked_for(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"teacher_temp=0\.04"):
+        prototypes.temperature_of(tmp_path / "last.ckpt", 1)
+
+
+@pytest.fixture
+def own(here):
+    images(Path("own/a"), 5)
+    images(Path("own/b"), 4)
+
+
+def test_each_is_shown_by_its_images(own, capsys):
+    words = ["kinds=prototypes", *OWN, "eval_data.test_fraction=0", "columns=3"]
+    assert run("visualize", "ckpt=run", *words, "num_prototypes=4", *QUICK) == 0
+    content = json.loads(Path("run/visualize/visualize.json").read_text())
+    found = content["results"]["run"]["prototypes"]
+    files = sorted(str(f) for f in Path("own").rglob("*.png"))
+    pixels = np.stack([read_image(file).transpose(2, 0, 1) for file in files])
+    with torch.no_grad():
+        features = load_backbone("run")(normalise(torch.from_numpy(pixels), RGB)).numpy()
+    expected = textbook("run/checkpoints/step-000006.ckpt", features, 0.06)
+    mass = expected.mean(axis=0)
+    assert found["temperature"] == 0.06
+    assert found["effective"] == pytest.approx(math.exp(entropy(mass)), rel=1e-3)
+    assert len(found["largest"]) == 4
+    assert [p["share"] for p in found["largest"]] == pytest.approx(
+        np.sort(mass)[::-1][:4], abs=1e-5
+    )
+    for told in found["largest"]:
+        column = expected[:, told["prototype"]]
+        assert told["first_of"] == (expected.argmax(1) == told["prototype"]).sum()
+        assert [i["probability"] for i in told["images"]] == pytest.approx(
+            np.sort(column)[::-1][:3], abs=1e-5
+        )
+        for image in told["images"]:
+            assert column[files.index(image["image"])] == pytest.approx(
+                image["probability"], abs=1e-5
+            )
+            assert image["class"] == Path(image["image"]).parent.name
+    said = f"{found['used']} of 24 prototypes are the first choice of some of 9 images"
+    assert said in capsys.readouterr().out
+    assert said in Path("run/visualize/index.html").read_text()
+    assert Path("run/visualize/prototypes/grid.png").is_file()
+
+
+def test_a_checkpoint_without_a_head(own, capsys):
+
+    words = ["ckpt=net.pth", *OWN, *QUICK]
+    assert run("visualize", "kinds=[prototypes]", *words) == 2
+    error = capsys.readouterr().err
+    assert "net.pth has no projection head; attention, pca, channels and neighbours" in error
+    assert not Path("visualize").exists()
+    assert run("visualize", "kinds=[neighbours,prototypes]", *words) == 0
+    assert "has no projection head" in capsys.readouterr().err
+    content = json.loads(Path("visualize/visualize.json").read_text())
+    assert list(content["results"]["net"]) == ["neighbours"]
+    assert run("visualize", "kinds=[prototypes,pca]", "ckpt=net.pth", "images=own") == 0
+    content = json.loads(Path("visualize/visualize.json").read_text())
+    assert list(content["results"]["net"]) == ["pca"]  # and no data set was needed
+    words = ["kinds=[neighbours,prototypes]", "ckpt=[run,net.pth]", *OWN, *QUICK]
+    assert run("visualize", *words) == 0
+    content = json.loads(Path("run/visualize/visualize.json").read_text())
+    assert list(content["results"]["run"]) == ["neighbours", "prototypes"]
+    assert list(content["results"]["net"]) == ["neighbours"]
+
+
+def test_what_else_is_missing(own, capsys):
+    Path("run/run.json").unlink()
+    words = ["visualize", "ckpt=run", "kinds=[prototypes]", *OWN, *QUICK]
+    assert run(*words) == 2
+    assert "teacher_temp=0.04" in capsys.readouterr().err
+    assert run(*words, "teacher_temp=0.1") == 0
+    content = json.loads(Path("run/visualize/visualize.json").read_text())
+    assert content["results"]["run"]["prototypes"]["temperature"] == 0.1
+    assert run(*words, "teacher_temp=0.1", "which=student") == 2
+    assert "which=student has no center" in capsys.readouterr().err
