@@ -2,7 +2,7 @@
 
     python benchmarks/atlas.py [--parts places,page] [--points 1000,5000,20000]
 
-Places: clustered Gaussians in 192 dimensions, by `embed` (openTSNE) and by scikit-learn's TSNE with
+Places: clustered Gaussians in 192 dimensions, by `tsne` (openTSNE) and by scikit-learn's TSNE with
 as many iterations, in turns. Page: windows of the built-in photographs as often as needed, places
 at random around centres; opened in headless Chromium (Debian: chromium, chromium-driver), where 50
 frames are drawn at once and the pixels read back, of all dots and of thumbnails from near. Writes
@@ -26,7 +26,7 @@ from ssl_xcit.data.photos import photographs
 from ssl_xcit.eval.features.neighbors import unit64
 from ssl_xcit.eval.viz.atlas import Atlas, atlas_page, sprites
 from ssl_xcit.eval.viz.atlas_data import side_of
-from ssl_xcit.eval.viz.embedding import COMPONENTS, components, embed
+from ssl_xcit.eval.viz.embedding import COMPONENTS, components, tsne
 
 FRAMES = """
 const atlas = document.querySelector('.atlas').atlas, times = [];
@@ -62,9 +62,9 @@ def places(count: int, rounds: int) -> dict[str, object]:
         points = components(unit64(features), COMPONENTS)
         return TSNE(init="pca", random_state=0, max_iter=750).fit_transform(points)
 
-    sides = {"openTSNE": lambda: embed(features), "scikit-learn": theirs}
+    sides = {"openTSNE": lambda: tsne(features), "scikit-learn": theirs}
     found = compared(interleaved(sides, rounds, warm_up=0), "openTSNE", "scikit-learn")
-    found["purity"] = round(purity(embed(features), classes), 4)
+    found["purity"] = round(purity(tsne(features), classes), 4)
     print(f"{count:,} points: {line(found)}; {found['purity']:.1%} of neighbours of the same class")
     return found
 

@@ -70,7 +70,7 @@ PREPROCESS = {"_target_": "ssl_xcit.data.preprocess.preprocess"}
 
 def data(root="data", max_bad_fraction=0.01):
     source = {"_target_": "ssl_xcit.data.folders.folder", "root": root}
-    return DataSettings(source, max_bad_fraction, {})
+    return DataSettings(source=source, options={}, max_bad_fraction=max_bad_fraction)
 
 
 def inspect(num_workers=0, **options):
@@ -147,7 +147,7 @@ def test_check_counts_names_and_finds_repeats(capsys):
     Image.new("L", (9, 9)).save("data/grey.png")
     for name, content in bad_files().items():
         Path("data", name).write_bytes(content)
-    assert run("check", "data.root=data", "num_workers=2", "out=found") == 1
+    assert run("check", "data.root=data", "num_workers=2", "out=report") == 1
     captured = capsys.readouterr()
     assert "6 of 15 images are bad" in captured.err
     assert "2 not images" not in captured.out
@@ -159,13 +159,13 @@ def test_check_counts_names_and_finds_repeats(capsys):
         "1 images repeat another (1 groups)",
     ):
         assert line in captured.out
-    report = json.loads(Path("found/report.json").read_text())
+    report = json.loads(Path("report/report.json").read_text())
     assert report["bad_by_reason"] == {
         "truncated": 2, "too many pixels": 1, "corrupt": 1, "empty files": 1, "not images": 1,
     }  # fmt: skip
-    rows = [json.loads(x) for x in Path("found/bad_samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(x) for x in Path("report/bad_samples.jsonl").read_text().splitlines()]
     assert {Path(row["name"]).name for row in rows} == set(bad_files())
-    groups = [json.loads(x) for x in Path("found/duplicates.jsonl").read_text().splitlines()]
+    groups = [json.loads(x) for x in Path("report/duplicates.jsonl").read_text().splitlines()]
     assert groups == [["data/b/2.png", "data/b/again.png"]]
     inspect(max_bad_fraction=0.5)
 

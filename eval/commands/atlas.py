@@ -24,9 +24,16 @@ from ..checkpoints import checkpoints_in, expected_architecture, folder_of, shor
 from ..features.extractor import FeatureExtractor, placed
 from ..runner import cache_folder
 from ..viz.atlas import Atlas, atlas_page, sprites
-from ..viz.atlas_data import Clock, chosen_sources, classes_of, side_of, thumbnails, unread_names
+from ..viz.atlas_data import (
+    Stopwatch,
+    chosen_sources,
+    classes_of,
+    side_of,
+    thumbnails,
+    unread_names,
+)
 from ..viz.dataset import image_features, load_data_set
-from ..viz.embedding import embed
+from ..viz.embedding import tsne
 from ..viz.markup import html_path
 
 MOST_NAMES = 5  # of the images left out
@@ -54,7 +61,7 @@ class AtlasSettings:
     eval_data: Node | None = None
 
 
-def out_file(out: Text | None, path: Path) -> Path:
+def atlas_file(out: Text | None, path: Path) -> Path:
     """The file of the page, in a folder that can be written."""
     if not out:
         return writable_or_here(folder_of(path)) / "atlas.html"
@@ -70,9 +77,9 @@ def main(settings: AtlasSettings) -> None:
     if more:
         raise UserError(f"ckpt={s.ckpt}: one at a time; each checkpoint has its own map")
     path = checkpoint_path(ckpt)
-    out = out_file(s.out, path)
-    show, clock = shown_in_terminal(), Clock()
-    with clock.timed("weights"):
+    out = atlas_file(s.out, path)
+    show, watch = shown_in_terminal(), Stopwatch()
+    with watch.timed("weights"):
         backbone = load_backbone(path, s.which, expected_architecture(s.model))
         extractor = FeatureExtractor(
             backbone, of_weights(backbone.preprocess, s.max_pixels), placed(backbone, s.device)[0],
@@ -80,7 +87,7 @@ def main(settings: AtlasSettings) -> None:
         )  # fmt: skip
     data = load_data_set(s.eval_data, s.ckpt)
     sources = chosen_sources(data, s.part, s.max_images)
-    with clock.timed("features"):
+    with watch.timed("features"):
         sets = [
             image_features(extractor, source, data, f"{name} features".strip())
             for name, source in sources
@@ -92,14 +99,14 @@ def main(settings: AtlasSettings) -> None:
     ]
     features = np.concatenate([np.asarray(images.features, np.float32) for images in sets])
     side = side_of(len(features)) if s.thumbnail is None else s.thumbnail
-    with clock.timed("places"):
-        places = embed(features, s.perplexity, s.seed, show)
-    with clock.timed("thumbnails"):
+    with watch.timed("places"):
+        places = tsne(features, s.perplexity, s.seed, show)
+    with watch.timed("thumbnails"):
         sheets = sprites(thumbnails(sets, side, show), side)
     classes, class_names = classes_of(sets)
     names = [images.name(i) for images in sets for i in range(len(images))]
     count = f"{len(names):,} image{'s' * (len(names) != 1)}"
-    with clock.timed("page"), written_to(out), replacing(out) as part:
+    with watch.timed("page"), written_to(out), replacing(out) as part:
         atlas = Atlas(places, names, classes, class_names, sheets, side)
         title = f"{data.name}, seen by {short_names([path])[0]}"
         words = [
@@ -111,5 +118,5 @@ def main(settings: AtlasSettings) -> None:
         examples = ", ".join(unread[:MOST_NAMES]) + ", ..." * (len(unread) > MOST_NAMES)
         total = len(unread) + len(names)
         say(f"left out, they cannot be read: {len(unread):,} of {total:,} images ({examples})")
-    say(clock.in_words())
+    say(watch.in_words())
     say(f"written: {count}, {out.stat().st_size / 1e6:.1f} MB; open {out}")

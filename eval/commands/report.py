@@ -58,7 +58,7 @@ def folders_of(run: Text | Sequence[Text] | None, runs: Text | Sequence[Text] | 
     return folders
 
 
-def out_file(out: Text | None, folders: Sequence[Path]) -> Path:
+def report_file(out: Text | None, folders: Sequence[Path]) -> Path:
     """The file of the page: in the run folder; of several in the folder that they are in."""
     if out is not None:
         return html_path(out)
@@ -74,7 +74,7 @@ def main(settings: ReportSettings) -> None:
     """`ssl-xcit report`: writes one HTML file."""
     s = settings
     folders = folders_of(s.run, s.runs)
-    out = out_file(s.out, folders)
+    out = report_file(s.out, folders)
     runs = [read_run(folder) for folder in folders]
     if s.out is None:
         out = writable_or_here(out.parent) / out.name

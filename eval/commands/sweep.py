@@ -12,7 +12,7 @@ from ssl_xcit.utils.tables import console
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import Count, Text
 
-from ..report.sweep import Sweep, read_sweep
+from ..report.sweep import SweepResults, read_sweep
 from ..report.sweep_page import importance_of, leaderboard, write_sweep_page
 from ..viz.markup import html_path
 
@@ -28,7 +28,7 @@ class SweepSettings:
     out: Text | None
 
 
-def print_leaderboard(sweep: Sweep, most: int) -> None:
+def print_leaderboard(sweep: SweepResults, most: int) -> None:
     """Print the best trials, then the errors of those that failed."""
     left_out = f", the best {most} of {len(sweep.trials)}" if len(sweep.trials) > most else ""
     say(f"{sweep.path}: {sweep.in_words()}{left_out}")

@@ -32,7 +32,7 @@ from ..viz.dataset_panels import TITLES, GridOptions, draw_grids, in_words, with
 from ..viz.image_panels import KINDS, ImageTiles, PanelOptions, draw_panels
 from ..viz.pictures import folder_names
 from ..viz.visualize import (
-    Results,
+    Visualization,
     image_paths,
     label_checkpoints,
     read_checkpoints,
@@ -99,7 +99,7 @@ def make_folder(out: Text | None, path: Path) -> Path:
     return folder
 
 
-def files_of(settings: VisualizeSettings, kinds: Sequence[str]) -> list[Path]:
+def files_to_draw(settings: VisualizeSettings, kinds: Sequence[str]) -> list[Path]:
     """The images to draw; none where the data set's own are the queries."""
     images = settings.images
     if images is None and not set(kinds) & set(KINDS):
@@ -125,13 +125,13 @@ def main(settings: VisualizeSettings) -> None:
     no_head = without_heads(grids, kinds, paths)
     if len(no_head) == len(paths):
         kinds.remove("prototypes")
-    files = files_of(s, kinds)
+    files = files_to_draw(s, kinds)
     data = load_data_set(s.eval_data, s.ckpt) if set(kinds) & set(TITLES) else None
     out = make_folder(s.out, next(iter(paths.values())))
     with written_to(out):
         names = folder_names([file.stem for file in files], FILES)
         images = [ImageTiles(file, name) for file, name in zip(files, names, strict=True)]
-        results = Results()
+        results = Visualization()
         folders = folder_names(list(paths), ["sheet.png"]) if several else [""]
         for (label, checkpoint), folder in zip(checkpoints.items(), folders, strict=True):
             backbone = checkpoint.backbone or load_backbone(checkpoint.path, s.which)

@@ -15,7 +15,7 @@ import numpy as np
 from ssl_xcit.utils.tables import metrics_of, title_of
 
 from ..statistics import wilson
-from .run_reader import Curve, Results, Run
+from .run_reader import Curve, Run, RunResults
 
 MAX_POINTS = 1500  # of one curve
 SHARES = re.compile(r"(student_)?knn_k\d+(_t[\d.]+)?")  # of correct answers, in percent
@@ -226,7 +226,7 @@ def figure(
     }
 
 
-def final_numbers(named: Sequence[tuple[str, Results]]) -> dict[str, Any]:
+def final_numbers(named: Sequence[tuple[str, RunResults]]) -> dict[str, Any]:
     """Points with intervals, a row a metric, of everything in percent, of results by name."""
     rows = []
     several = len(named) > 1

@@ -12,7 +12,7 @@ from ssl_xcit.errors import UserError
 from ..tasks.masks import resize_image
 from ..viz.atlas import Atlas, atlas_fragment, sprites
 from ..viz.dataset import evenly_spaced, has_classes
-from ..viz.embedding import embed
+from ..viz.embedding import tsne
 from ..viz.grids import GridCell
 from ..viz.markup import esc, jpeg_uri, paragraph
 from ..viz.neighbors import Queries, neighbor_rows
@@ -48,9 +48,10 @@ def neighbours_section(features: RunFeatures) -> str:
     classes = [images.class_of(i) for i in range(len(images))]
     grid, numbers = neighbor_rows(bank, Queries(images, itself, classes), NUM_NEIGHBOURS)
     rows = []
-    for row, (name, entry) in zip(grid, numbers["queries"].items(), strict=True):
+    for i, row in enumerate(grid):
         assert row.query is not None
-        first = captioned(row.query, row.query.words, "query", name)
+        entry = numbers["queries"][images.name(i)]
+        first = captioned(row.query, classes[i] or row.query.name, "query", images.name(i))
         hits = [
             captioned(cell, f"{near['similarity']:.2f}", near["class"] or "", near["image"])
             for cell, near in zip(row.cells, entry["neighbours"], strict=True)
@@ -94,7 +95,7 @@ def atlas_section(features: RunFeatures, number: int, count: int) -> str:
         raise UserError(f"a map needs at least {MIN_IMAGES} images, and there are {len(chosen)}")
     labels = images.source.labels if has_classes(images.source) else None
     atlas = Atlas(
-        embed(np.asarray(images.features[np.asarray(chosen)])),
+        tsne(np.asarray(images.features[np.asarray(chosen)])),
         [images.name(i) for i in chosen],
         None if labels is None else labels[images.rows[chosen]],
         images.source.class_names,

@@ -18,7 +18,7 @@ from ..viz.markup import esc, file_uri, jpeg_uri, paragraph
 from ..viz.pictures import visible
 from ..viz.snapshots import FOLDER, INDEX, FixedImage, Snapshots, read_sized
 from .run_features import RunFeatures, for_each_run
-from .run_reader import Run, is_number, one_line
+from .run_reader import Run, is_number, message_of
 
 SIDE = 224  # long side of pictures inside the page
 BUDGET = 2_600_000  # bytes of the files of all pictures; moments are left out above it
@@ -72,12 +72,16 @@ def recorded_timeline(run: Run, budget: int) -> Timeline | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        run.problems.append(f"{FOLDER}/{INDEX} cannot be read: {one_line(error)}")
+        run.problems.append(f"{FOLDER}/{INDEX} cannot be read: {message_of(error)}")
         return None
     if not images or not moments:
         return None
     sizes = [
-        sum(size_of(folder, file) for kind, _ in KINDS for file in files_of(m, kind, len(images)))
+        sum(
+            size_of(folder, file)
+            for kind, _ in KINDS
+            for file in picture_files(m, kind, len(images))
+        )
         for m in moments
     ]
     count = len(moments)
@@ -96,7 +100,7 @@ def recorded_timeline(run: Run, budget: int) -> Timeline | None:
     )
 
 
-def files_of(moment: dict[str, Any], kind: str, count: int) -> list[str]:
+def picture_files(moment: dict[str, Any], kind: str, count: int) -> list[str]:
     """File names of a kind, one for each image; empty where there is none."""
     listed = moment.get(kind)
     names = [str(name) for name in listed] if isinstance(listed, list) else []
@@ -106,7 +110,8 @@ def files_of(moment: dict[str, Any], kind: str, count: int) -> list[str]:
 def moment_of(folder: Path, content: dict[str, Any], count: int) -> Moment:
     """A moment with its pictures."""
     maps, components = (
-        [picture_at(folder, name) for name in files_of(content, kind, count)] for kind, _ in KINDS
+        [picture_at(folder, name) for name in picture_files(content, kind, count)]
+        for kind, _ in KINDS
     )
     entropy = content.get("entropy")
     values = entropy if isinstance(entropy, list) else []

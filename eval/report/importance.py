@@ -12,7 +12,7 @@ MIN_TRIALS = 4  # below, a forest says nothing
 TREES = 128
 
 
-def encoded(values: Sequence[str]) -> Float[np.ndarray, "trials columns"]:
+def as_columns(values: Sequence[str]) -> Float[np.ndarray, "trials columns"]:
     """Numbers, as logarithms where they span orders of magnitude; words in a column each."""
     try:
         numbers = np.array([float(v) for v in values])
@@ -31,7 +31,7 @@ def importance(settings: Mapping[str, Sequence[str]], results: Sequence[float]) 
     Importance of a setting: the standard deviation, over its values, of the forest's mean
     prediction for all trials with the setting at that value.
     """
-    columns = {k: encoded(v) for k, v in settings.items() if len(set(v)) > 1}
+    columns = {k: as_columns(v) for k, v in settings.items() if len(set(v)) > 1}
     target = np.asarray(results, np.float64)
     if len(target) < MIN_TRIALS or not columns or np.ptp(target) == 0:
         return {}

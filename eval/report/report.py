@@ -21,7 +21,7 @@ from .dataset_sections import atlas_section, neighbours_section, of_each
 from .image_sections import entropy_data, pictures_section
 from .page import Part, report_page
 from .run_features import ReportOptions, RunFeatures
-from .run_reader import Run, one_line, read_run, tell_apart
+from .run_reader import Run, message_of, read_run, tell_apart
 
 log = logging.getLogger(__name__)
 NAME = "report.html"
@@ -63,7 +63,7 @@ class Report:
         except Exception as error:  # a partial report is worth more than none
             known = isinstance(error, UserError | OSError)
             part.trouble = (
-                one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+                message_of(error) if known else f"{type(error).__name__}: {message_of(error)}"
             )
             log.warning("report: %s: %s", title, part.trouble)
             log.debug("", exc_info=error)

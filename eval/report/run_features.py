@@ -35,8 +35,8 @@ from ..viz.dataset import (
     of_pair,
     training_images,
 )
-from .run_reader import FINISHED, Run, one_line
-from .settings_diff import composing
+from .run_reader import FINISHED, Run, message_of
+from .settings_diff import hydra_ready
 
 T = TypeVar("T")
 WHOLE = 20_000  # images of a part up to which all are taken, when their features are kept already
@@ -113,7 +113,7 @@ class RunFeatures:
         if not {"overrides", "choices"} <= self.run.about.keys():
             raise UserError("run.json does not say which images the run was measured on")
         try:
-            with composing():
+            with hydra_ready():
                 pair = data_of_run(str(self.checkpoint))
                 return training_images(str(self.checkpoint)) if pair is None else of_pair(pair)
         except InstantiationException as error:  # its cause says more
@@ -170,7 +170,7 @@ def for_each_run(
         try:
             made.append((features, make(features)))
         except Exception as error:
-            errors.append(f"{features.run.name}: {one_line(error)}")
+            errors.append(f"{features.run.name}: {message_of(error)}")
     if not made:
         raise UserError("; ".join(errors))
     return made, errors

@@ -32,7 +32,7 @@ FILES = ("config.yaml", "run.json", "metrics.csv", "summary.json", "checkpoints"
 
 
 @dataclass
-class Results:
+class RunResults:
     """Final numbers: a row for the backbone, and for each baseline."""
 
     source: str  # the file that they are from
@@ -55,8 +55,8 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)  # settings as they were used, nested
     about: dict[str, Any] = field(default_factory=dict)  # `run.json`: overrides, plan, versions
     summary: dict[str, Any] = field(default_factory=dict)  # numbers of its end
-    results: Results | None = None  # final numbers on the run's own data
-    elsewhere: list[Results] = field(default_factory=list)  # those on other data
+    results: RunResults | None = None  # final numbers on the run's own data
+    elsewhere: list[RunResults] = field(default_factory=list)  # those on other data
     curves: dict[str, Curve] = field(default_factory=dict)  # by column of `metrics.csv`
     bad: list[Replaced] = field(default_factory=list)  # images that could not be used
     state: str = STOPPED  # finished, running, stopped or failed
@@ -159,12 +159,12 @@ def read_run(path: Path) -> Run:
     run = Run(path)
     run.about = content_of(run, "run.json", needed=True)
     run.summary = content_of(run, "summary.json")
-    run.config = settings_of(run)
+    run.config = read_config(run)
     read_metrics(run)
     read_results(run)
     with suppress(OSError):
         run.bad = bad.read(path / bad.FILE)
-    run.state, run.words = state_of(run)
+    run.state, run.words = run_state(run)
     if not checkpoints_of(path):
         run.problems.append(
             "there is no checkpoint, so nothing can be drawn of what it has learned"
@@ -197,7 +197,7 @@ def content_of(run: Run, name: str, needed: bool = False) -> dict[str, Any]:
     return content
 
 
-def settings_of(run: Run) -> dict[str, Any]:
+def read_config(run: Run) -> dict[str, Any]:
     """The content of `config.yaml`; empty where there is none."""
     path = run.path / "config.yaml"
     if not path.is_file():
@@ -208,12 +208,12 @@ def settings_of(run: Run) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("no settings")
     except Exception as error:  # yaml and OmegaConf raise a dozen types
-        run.problems.append(f"config.yaml cannot be read: {one_line(error)}")
+        run.problems.append(f"config.yaml cannot be read: {message_of(error)}")
         return {}
     return {str(key): value for key, value in content.items()}
 
 
-def one_line(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """The message of an error, or else its kind."""
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -228,7 +228,7 @@ def read_metrics(run: Run) -> None:
         run.problems.append("metrics.csv is missing: there are no curves")
         return
     except OSError as error:
-        run.problems.append(f"metrics.csv cannot be read: {one_line(error)}")
+        run.problems.append(f"metrics.csv cannot be read: {message_of(error)}")
         return
     lines = text.split("\n")
     columns, damaged, last = cells_of(lines[0]), 0, -1
@@ -280,7 +280,7 @@ def read_results(run: Run) -> None:
             run.elsewhere.append(results)
 
 
-def merged(own: Results, end: Results) -> Results:
+def merged(own: RunResults, end: RunResults) -> RunResults:
     """All numbers of `own`, and those of `end` that it has not measured."""
     numbers, intervals = dict[str, dict[str, float]](), dict[str, dict[str, tuple[float, float]]]()
     for row in [*end.numbers, *(row for row in own.numbers if row not in end.numbers)]:
@@ -290,10 +290,10 @@ def merged(own: Results, end: Results) -> Results:
         intervals[row] = kept | own.intervals.get(row, {})
     more = any(set(end.numbers[row]) - set(own.numbers.get(row, {})) for row in end.numbers)
     source = f"{own.source} and {end.source}" if more else own.source
-    return Results(source, numbers, intervals, end.content | own.content)
+    return RunResults(source, numbers, intervals, end.content | own.content)
 
 
-def as_results(source: str, content: Mapping[str, Any], run: Run) -> Results | None:
+def as_results(source: str, content: Mapping[str, Any], run: Run) -> RunResults | None:
     """The numbers that have the right form; None where there are none."""
     rows = content.get("results")
     numbers = {
@@ -316,10 +316,10 @@ def as_results(source: str, content: Mapping[str, Any], run: Run) -> Results | N
                 for m, v in pairs.items()
                 if all(map(is_number, v))
             }
-    return Results(source, numbers, intervals, dict(content))
+    return RunResults(source, numbers, intervals, dict(content))
 
 
-def of_other_weights(run: Run, results: Results) -> str:
+def of_other_weights(run: Run, results: RunResults) -> str:
     """The weights of the results, where the manifest says that they are not the newest checkpoint's
     teacher; else nothing.
     """
@@ -331,7 +331,7 @@ def of_other_weights(run: Run, results: Results) -> str:
     return str(results.content.get("weights"))
 
 
-def state_of(run: Run) -> tuple[str, str]:
+def run_state(run: Run) -> tuple[str, str]:
     """The state of a run, and the words for it."""
     total = run.plan.get("total_steps")
     where = f"step {run.step:,}" + (f" of {total:,}" if isinstance(total, int) else "")

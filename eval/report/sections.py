@@ -21,7 +21,7 @@ from ..statistics import Difference
 from ..viz.markup import command_line, details, duration_in_words, esc, paragraph, table
 from . import curves
 from .run_features import RunFeatures, paired_knn
-from .run_reader import FAILED, FINISHED, RUNNING, STOPPED, Results, Run, is_number, one_line
+from .run_reader import FAILED, FINISHED, RUNNING, STOPPED, Run, RunResults, is_number, message_of
 from .settings_diff import ABSENT, Setting, differing, settings_of_run
 
 HEADLINES = ("knn_k20", "linear", "logistic", "map", "label_map", "r2")
@@ -108,7 +108,7 @@ def tile(name: str, value: str, below: str, more: str) -> str:
     )
 
 
-def best_baseline(results: Results, metric: str) -> str:
+def best_baseline(results: RunResults, metric: str) -> str:
     """`colour histogram 81.1`."""
     *baselines, _ = results.numbers.items()
     known = {row: values[metric] for row, values in baselines if metric in values}
@@ -147,7 +147,7 @@ def results_section(
     )
 
 
-def results_table(results: Results) -> str:
+def results_table(results: RunResults) -> str:
     """A row a metric, a column for each baseline, then the backbone with its interval."""
     rows, (_, _, intervals) = results.numbers, results.backbone
     cells = [
@@ -199,7 +199,7 @@ def paired_differences(one: RunFeatures, two: RunFeatures) -> str:
         try:
             differences = paired_knn(one, two)
         except Exception as error:
-            words = f"Not compared image by image: {one_line(error)}."
+            words = f"Not compared image by image: {message_of(error)}."
             return title + paragraph(f"{words} The intervals are each run's own.", "hint")
         words = shlex.join(["ssl-xcit", "eval", f"ckpt=[{one.run.path},{two.run.path}]"])
         command = paragraph("All measures:") + command_line(words)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from ssl_xcit.utils.validation import missing_keys
 
-from .run_reader import Run, one_line
+from .run_reader import Run, message_of
 
 CONF = "ssl_xcit.conf"
 HIDDEN = ("main", "run_id", "name", "hydra")  # nobody chooses them, or they are shown elsewhere
@@ -58,7 +58,7 @@ def options_of(run: Run) -> dict[str, str]:
 
 
 @contextmanager
-def composing() -> Iterator[None]:
+def hydra_ready() -> Iterator[None]:
     """Hydra ready to compose; within a command it is."""
     if GlobalHydra.instance().is_initialized():
         yield
@@ -80,7 +80,7 @@ def defaults_of(run: Run) -> tuple[dict[str, str], dict[str, str], list[str]]:
             known.append(f"{group}={option}")
         else:
             notes.append(f"{group}={option} is none of the installed options")
-    with composing():
+    with hydra_ready():
         plain_hydra = compose("pretrain", return_hydra_config=True).hydra
         cfg = compose("pretrain", overrides=known)
         for key in missing_keys(OmegaConf.to_container(cfg, resolve=False)):
@@ -104,7 +104,7 @@ def settings_of_run(run: Run) -> tuple[list[Setting], list[str]]:
         defaults, options, notes = defaults_of(run)
     except Exception as error:  # Hydra's are many; the run's own settings are shown anyway
         defaults, options = used, {}
-        notes = [f"the defaults could not be composed ({one_line(error)})"]
+        notes = [f"the defaults could not be composed ({message_of(error)})"]
     settings = [setting(g, o, options.get(g, o)) for g, o in sorted(options_of(run).items())]
     if run.config:
         settings += [setting(key, *pair) for key, pair in side_by_side([used, defaults])]

@@ -33,7 +33,7 @@ class RankedTrial:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepResults:
     """A folder of trials."""
 
     path: Path  # the folder
@@ -71,7 +71,7 @@ class Sweep:
         return shlex.join(["ssl-xcit", str(self.about.get("of", "pretrain")), *fixed, *values])
 
 
-def read_sweep(path: Path, metric: str | None = None) -> Sweep:
+def read_sweep(path: Path, metric: str | None = None) -> SweepResults:
     """Read a sweep as its files are now, ranked by a metric or its own; it may be running.
 
     Raises:
@@ -96,7 +96,7 @@ def read_sweep(path: Path, metric: str | None = None) -> Sweep:
         value = trial.value
         return value is None, trial.state != FINISHED, 0.0 if value is None else sign * value
 
-    return Sweep(path, about, sorted(trials, key=place))
+    return SweepResults(path, about, sorted(trials, key=place))
 
 
 def read_trial(folder: Path, metric: str) -> RankedTrial:

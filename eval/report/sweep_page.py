@@ -13,18 +13,18 @@ from ssl_xcit.utils.tables import format_value, shown_interval, title_of
 from ..viz.markup import command_line, duration_in_words, esc, paragraph, table
 from .importance import importance
 from .page import Part, report_page
-from .sweep import WORDS, Sweep
+from .sweep import WORDS, SweepResults
 
 PILLS = {"finished": "good", "running": "busy", "failed": "bad"}
 
 
-def importance_of(sweep: Sweep) -> dict[str, float]:
+def importance_of(sweep: SweepResults) -> dict[str, float]:
     """Importance of each setting for the results of the finished trials."""
     settings = {key: [t.values.get(key, "") for t in sweep.finished] for key in sweep.keys}
     return importance(settings, [t.value for t in sweep.finished if t.value is not None])
 
 
-def leaderboard(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
+def leaderboard(sweep: SweepResults) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row for each trial, the best first."""
     rows = []
     for place, trial in enumerate(sweep.trials, start=1):
@@ -77,7 +77,7 @@ def powers(logs: Sequence[float]) -> list[float]:
     return [t for t in ticks if min(logs) - 0.01 <= math.log10(t) <= max(logs) + 0.01]
 
 
-def parallel(sweep: Sweep) -> dict[str, Any]:
+def parallel(sweep: SweepResults) -> dict[str, Any]:
     """Parallel coordinates of all trials with a value, as data for the page."""
     measured = [trial for trial in sweep.trials if trial.value is not None]
     values = [trial.value for trial in measured]
@@ -88,7 +88,7 @@ def parallel(sweep: Sweep) -> dict[str, Any]:
     return {"axes": [*axes, *([steps] if varied else []), last], "colour": values}
 
 
-def curves_of(sweep: Sweep, most: int = 40) -> list[dict[str, Any]]:
+def curves_of(sweep: SweepResults, most: int = 40) -> list[dict[str, Any]]:
     """The metric over training, of the best trials."""
     return [
         {
@@ -102,7 +102,7 @@ def curves_of(sweep: Sweep, most: int = 40) -> list[dict[str, Any]]:
     ]
 
 
-def parts_of(sweep: Sweep) -> list[Part]:
+def sweep_parts(sweep: SweepResults) -> list[Part]:
     """Parts of the page."""
     headings, rows = leaderboard(sweep)
     cells = [[esc(cell) for cell in row] for row in rows]
@@ -138,7 +138,7 @@ def parts_of(sweep: Sweep) -> list[Part]:
     return [*parts, Part("commands", "Commands", "".join(commands))]
 
 
-def write_sweep_page(sweep: Sweep, out: Path) -> None:
+def write_sweep_page(sweep: SweepResults, out: Path) -> None:
     """Write one HTML file."""
     states = dict.fromkeys(trial.state for trial in sweep.trials)
     pills = "".join(
@@ -157,6 +157,6 @@ def write_sweep_page(sweep: Sweep, out: Path) -> None:
             f"<small>{esc(interval)}{'; ' * bool(interval)}{esc(words)}</small></div></div>"
         )
     now = f"{datetime.now():%Y-%m-%d %H:%M}"
-    text = report_page(sweep.path.name, "a sweep of ssl_xcit", head, parts_of(sweep), now)
+    text = report_page(sweep.path.name, "a sweep of ssl_xcit", head, sweep_parts(sweep), now)
     with replacing(out) as part:
         part.write_text(text, encoding="utf-8")

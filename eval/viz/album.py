@@ -83,7 +83,7 @@ def album_page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{esc(title)}</title><style>{asset('album.css')}</style></head><body>",
         f"<h1>{esc(title)}</h1>",
-        *(f"<p>{esc(each)}</p>" for each in words),
+        *(f"<p>{esc(paragraph)}</p>" for paragraph in words),
         "<nav>",
         *(f'<a href="#s{i}">{esc(part.name)}</a>' for i, part in enumerate(sections)),
         "</nav>",

@@ -145,7 +145,7 @@ def atlas_page(title: str, words: Sequence[str], atlas: Atlas) -> str:
             '<link rel="icon" href="data:,">',
             f"<title>{esc(title)}</title><style>{asset('atlas-page.css')}{asset('atlas.css')}</style></head>",
             f'<body class="atlas-page"><h1>{esc(title)}</h1>',
-            *(f"<p>{esc(each)}</p>" for each in words),
+            *(f"<p>{esc(paragraph)}</p>" for paragraph in words),
             atlas_fragment(atlas, "atlas"),
             f"<script>{asset('atlas.js')}</script></body></html>",
             "",

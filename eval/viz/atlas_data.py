@@ -26,7 +26,7 @@ SIDES = ((2_500, 64), (8_000, 48))  # of thumbnails, up to so many images; 32 be
 
 
 @dataclass
-class Clock:
+class Stopwatch:
     """Seconds that each part took."""
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -56,8 +56,8 @@ def chosen_sources(data: DataSet, part: str, most: int) -> list[tuple[str, Sourc
     if total <= most:
         return list(sources.items())
     log.warning("%d of %d images are shown: max_images=%d", most, total, most)
-    shares = {name: max(1, round(most * len(each) / total)) for name, each in sources.items()}
-    return [(name, thinned(each, shares[name])) for name, each in sources.items()]
+    shares = {name: max(1, round(most * len(source) / total)) for name, source in sources.items()}
+    return [(name, thinned(source, shares[name])) for name, source in sources.items()]
 
 
 def unread_names(source: Source, images: ImageFeatures) -> list[str]:

@@ -111,14 +111,16 @@ class Summary:
 
     def numbers(self) -> dict[str, Any]:
         """Mean entropy over images, of each head and block, and its deviation between images."""
-        each = torch.stack(self.entropies)  # (images, blocks, H)
-        blocks = each.mean(dim=2)  # (images, blocks)
+        entropies = torch.stack(self.entropies)  # (images, blocks, H)
+        blocks = entropies.mean(dim=2)  # (images, blocks)
         return {
             "entropy": [round(v, 6) for v in blocks.mean(dim=0).tolist()],
             "entropy_std_over_images": [
                 round(v, 6) for v in blocks.std(dim=0, correction=0).tolist()
             ],
-            "entropy_of_heads": [[round(v, 6) for v in row] for row in each.mean(dim=0).tolist()],
+            "entropy_of_heads": [
+                [round(v, 6) for v in row] for row in entropies.mean(dim=0).tolist()
+            ],
             "unit": "entropy over ln d",
             "d": int(self.mean().shape[-1]),
             "images": self.count,
@@ -234,14 +236,14 @@ def channel_section(
     if several:
         colours = spread_colours(len(results))
         curves = [
-            DepthCurve(label, each["entropy"], colour, 2)
-            for (label, each), colour in zip(results.items(), colours, strict=True)
+            DepthCurve(label, result["entropy"], colour, 2)
+            for (label, result), colour in zip(results.items(), colours, strict=True)
         ]
         add("entropy over depth, all checkpoints", "entropy", chart(curves, title))
-    for name, (label, each) in zip(folder_names(list(results)), results.items(), strict=True):
+    for name, (label, result) in zip(folder_names(list(results)), results.items(), strict=True):
         end = f"-{name}" if several else ""
         after = f", {label}" if end else ""
-        curves = curves_of_heads(each["entropy_of_heads"], each["entropy"])
+        curves = curves_of_heads(result["entropy_of_heads"], result["entropy"])
         add(f"entropy over depth{after}", f"entropy{end}", chart(curves, title + after))
         sheet = matrices_sheet(summaries[label].mean().numpy())
         add(f"matrices, mean over the images{after}", f"matrices{end}", sheet)

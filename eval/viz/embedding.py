@@ -24,7 +24,7 @@ BARNES_HUT = 5_000  # points up to which trees take no longer than Fourier trans
 EXACT = 30_000  # points up to which all distances take no longer than an index of neighbours
 
 
-def embed(
+def tsne(
     features: Float[np.ndarray, "N C"], perplexity: float = 30.0, seed: int = 0, show: bool = False
 ) -> Float[np.ndarray, "N 2"]:
     """Places of rows by the cosines of their features; the same for the same seed.

@@ -48,7 +48,7 @@ def all_printable(content: Any) -> Any:
         return printable(content)
     if isinstance(content, Mapping):
         return {key: all_printable(value) for key, value in content.items()}
-    return [all_printable(each) for each in content] if isinstance(content, list) else content
+    return [all_printable(item) for item in content] if isinstance(content, list) else content
 
 
 def script_json(content: Any) -> str:

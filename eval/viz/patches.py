@@ -23,9 +23,9 @@ from .pictures import (
     blocky,
     enlarged,
     highlighted,
-    marked,
     overlay,
     stretched,
+    with_frame,
 )
 
 KIND = "Patch features"
@@ -170,7 +170,7 @@ class Maps(NamedTuple):
 
 
 class PatchStore:
-    """Patch features of several images, which wait in an empty file until the components are known."""
+    """Patch features of several images, which wait in a file until the components are known."""
 
     def __init__(self, file: IO[bytes], dim: int):
         self.file = file
@@ -232,5 +232,5 @@ def similarity_picture(
     colours = overlay(picture, enlarged(stretched(values, low, high), height, width), strength)
     rows, columns = height // values.shape[0], width // values.shape[1]
     top, left = place[0] * rows, place[1] * columns
-    framed = marked(colours, (top, left, top + rows, left + columns))
+    framed = with_frame(colours, (top, left, top + rows, left + columns))
     return Drawn(KIND, f"similarity to the frame, {low:.2f} to {high:.2f}", "similarity", framed)

@@ -159,7 +159,7 @@ def highlighted(picture: Picture, mask: Bool[np.ndarray, "height width"]) -> Pic
     return cv2.addWeighted(parted, 0.5, outlined, 0.5, 0.0)  # where a mask is ragged they are many
 
 
-def marked(picture: Picture, box: tuple[int, int, int, int]) -> Picture:
+def with_frame(picture: Picture, box: tuple[int, int, int, int]) -> Picture:
     """The picture with a frame around (top, left, bottom, right), black inside white."""
     top, left, bottom, right = box
     line = max(1, round(max(picture.shape) / 500))

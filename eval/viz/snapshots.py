@@ -246,18 +246,19 @@ class Snapshots(lightning.Callback):
     def components(self, features: Sequence[Float[Tensor, "C h w"]]) -> list[Picture]:
         """The first three components over the patches of all images, as colours."""
         moments = patches.Moments(len(features[0]))
-        rows = [one.flatten(1).mT for one in features]
-        for each in rows:
-            moments.add(each)
+        images = [tokens.flatten(1).mT for tokens in features]  # (N, C) each
+        for tokens in images:
+            moments.add(tokens)
         axes = moments.components()
-        scores = torch.cat([patches.scores_of(each, axes) for each in rows])
-        before = self.colours_before([(one.shape[1], one.shape[2]) for one in features])
+        scores = torch.cat([patches.scores_of(tokens, axes) for tokens in images])
+        grids = [(tokens.shape[1], tokens.shape[2]) for tokens in features]
+        before = self.colours_before(grids)
         if before is not None:
             scores = aligned(scores, before)
-        colours = patches.as_colours(scores).split([len(each) for each in rows])
+        colours = patches.as_colours(scores).split([len(tokens) for tokens in images])
         drawn = []
-        for image, one, each in zip(self.images, features, colours, strict=True):
-            rgb = np.rint(each.unflatten(0, one.shape[1:]).numpy() * 255).astype(np.uint8)
+        for image, grid, values in zip(self.images, grids, colours, strict=True):
+            rgb = np.rint(values.unflatten(0, grid).numpy() * 255).astype(np.uint8)
             drawn.append(pictures.blocky(rgb, *image.pixels.shape[:2]))
         return drawn
 

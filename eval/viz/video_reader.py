@@ -265,7 +265,7 @@ class Frames:
         self, folder: Path, preprocess: Preprocess, patch: int, selection: Selection, rate: Fraction
     ):
         try:
-            names = sorted(image_files(folder), key=natural)
+            names = sorted(image_files(folder), key=natural_key)
         except MissingPath as error:  # which calls it root
             raise MissingPath(str(error).replace("root=", "video=", 1)) from error
         self.preprocess = preprocess
@@ -316,7 +316,7 @@ class Frames:
             )
 
 
-def natural(name: str) -> list[Any]:
+def natural_key(name: str) -> list[Any]:
     """For sorting: runs of digits by their value."""
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if i % 2 else part.casefold() for i, part in enumerate(parts)] + [name]

@@ -35,8 +35,8 @@ class Checkpoint(NamedTuple):
 
 
 @dataclass
-class Results:
-    """Results of all checkpoints, by their labels."""
+class Visualization:
+    """Visualization of all checkpoints, by their labels."""
 
     numbers: dict[str, dict[str, Any]] = field(default_factory=dict)  # as `visualize.json` has them
     summaries: dict[str, Summary] = field(default_factory=dict)  # of channel attention
@@ -158,7 +158,7 @@ def write_album(
     options: PanelOptions,
     checkpoints: Mapping[str, Checkpoint],
     images: Sequence[ImageTiles],
-    results: Results,
+    results: Visualization,
     out: Path,
 ) -> None:
     """`index.html`, with what the pictures mean."""

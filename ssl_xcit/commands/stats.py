@@ -1,7 +1,6 @@
 """The command `stats`: mean and standard deviation of each channel of a data set."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from hydra.utils import instantiate
 from ssl_xcit.data.channel_statistics import count_all, measure
 from ssl_xcit.data.decode import dark_images
 from ssl_xcit.data.preprocess import Preprocess
+from ssl_xcit.data.settings import SourceSettings
 from ssl_xcit.data.sources import Source
 from ssl_xcit.utils.files import writable_folder, write_json
 from ssl_xcit.utils.tables import shown_in_terminal
@@ -26,7 +26,7 @@ class StatsSettings:
 
     main: str
     preprocess: Node
-    data: Mapping[str, Any]
+    data: SourceSettings
     out: Text
     max_images: Count
     worker_timeout: Positive
@@ -38,7 +38,7 @@ class StatsSettings:
 
 def main(settings: StatsSettings) -> None:
     """`ssl-xcit stats`: print them and write the file that `preprocess.stats` reads."""
-    source: Source = instantiate(settings.data["source"])
+    source: Source = instantiate(settings.data.source)
     preprocess: Preprocess = instantiate(settings.preprocess)
     counts = count_all(
         source, preprocess, settings.max_images, settings.num_workers, settings.worker_timeout

@@ -195,8 +195,7 @@ def open_picture(content: bytes | np.ndarray, preprocess: Preprocess = RGB) -> P
         check_size(*image.size, preprocess)
         top = top_of(image, content)
         if image.format == "TIFF":
-            shown = pillow_shows(image, top, preprocess.channels)
-            if not shown or channels_apart(image):
+            if not pillow_reads_all(image, top, preprocess.channels) or channels_apart(image):
                 return open_tiff(content, preprocess)
         elif top > 255 and (deep := read_deep(image, content, top)) is not None:
             mode = image.mode.partition(";")[0]
@@ -366,7 +365,7 @@ def tag(image: Image.Image, number: int, default: int = 1) -> int:
     return int(value[0] if isinstance(value, tuple) else value)
 
 
-def pillow_shows(image: Image.Image, top: int, channels: int) -> bool:
+def pillow_reads_all(image: Image.Image, top: int, channels: int) -> bool:
     """Whether Pillow gives all that a TIFF has: not more bits of several samples, nor transparency
     in a plane of its own, nor grey premultiplied with it, nor signed numbers, nor further samples.
     """
@@ -555,19 +554,17 @@ def to_pixels(samples: Samples, preprocess: Preprocess) -> Pixels:
         if samples.alpha == "premultiplied":
             share = strip[..., count : count + 1].astype(np.float32) / samples.top
             colours = np.minimum(colours / np.maximum(share, 1e-9), samples.top)
-        shown = scaled(colours, low, high)
+        part = scaled(colours, low, high)
         if samples.zero_is_white and samples.colours == "grey":
-            shown = 255 - shown
+            part = 255 - part
         if not plain:
             if mode in ("LA", "RGBA"):
                 clear = scaled(strip[..., count : count + 1], 0, samples.top)
-                shown = np.concatenate((shown, clear), axis=-1)
-            image = Image.fromarray(shown[..., 0] if mode == "L" else shown, mode)
+                part = np.concatenate((part, clear), axis=-1)
+            image = Image.fromarray(part[..., 0] if mode == "L" else part, mode)
             wanted = "L" if channels == 1 else "RGB"
-            shown = np.asarray(without_alpha(image, preprocess, wanted)).reshape(
-                -1, width, channels
-            )
-        pixels[top : top + rows] = shown
+            part = np.asarray(without_alpha(image, preprocess, wanted)).reshape(-1, width, channels)
+        pixels[top : top + rows] = part
     return upright(pixels, samples.orientation)
 
 
@@ -575,7 +572,7 @@ def value_range(dtype: np.dtype, top: int, preprocess: Preprocess) -> tuple[floa
     """Return the values that become 0 and 255.
 
     Raises:
-        BadImage: nobody has said what values of this type mean.
+        BadImage: pixels of this type need `preprocess.value_range`.
     """
     if dtype.kind == "b":
         return 0, 1

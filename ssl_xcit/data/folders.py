@@ -46,7 +46,7 @@ OWN = (  # files that mark folders to skip: runs, pictures, virtual environments
     {b"run.json", b"config.yaml", b"images.npz"}, {b"run.json", b"config.yaml", b"checkpoints"},
     {b"visualize.json", b"index.html"}, {b"pyvenv.cfg"},
 )  # fmt: skip
-said: set[str] = set()  # warnings that this process has logged
+warned: set[str] = set()  # warnings that this process has logged
 
 
 def folder(
@@ -77,7 +77,7 @@ def folder(
     for home, inside in zip(homes, names, strict=True):
         if split := split_of(Path(home), inside):
             parts = " and ".join(p.name for p in split)
-            say_once(
+            warn_once(
                 f"{home} holds {parts}, and all of their images are used; root={split[0]} takes "
                 "the training images alone"
             )
@@ -89,10 +89,10 @@ def folder(
     return Files(StringArray.of(paths), homes=homes)
 
 
-def say_once(sentence: str) -> None:
+def warn_once(sentence: str) -> None:
     """Log a warning once in a process."""
-    if sentence not in said:
-        said.add(sentence)
+    if sentence not in warned:
+        warned.add(sentence)
         log.warning("%s", sentence)
 
 
@@ -126,7 +126,7 @@ def image_files(root: str | Path, out: object = None) -> StringArray:
     cached = load_arrays(file)
     if cached is not None and is_current(cached, os.fsencode(real)):
         if left_out := cached["left_out"].tobytes().decode("utf-8", "surrogateescape"):
-            say_once(f"{root}: left out: {left_out}")
+            warn_once(f"{root}: left out: {left_out}")
         return StringArray(cached["names"], cached["ends"])
     paths, left_out, folders, settled = scan(real, skipped)
     names = StringArray.of(paths)
@@ -134,7 +134,7 @@ def image_files(root: str | Path, out: object = None) -> StringArray:
         others = f"left out: {left_out}" if left_out else "no files"
         raise MissingPath(f"root={root}: no images in it or below ({others})")
     if left_out:
-        say_once(f"{root}: left out: {left_out}")
+        warn_once(f"{root}: left out: {left_out}")
     if settled and len(paths) + len(folders) >= WORTH_KEEPING:
         inside = StringArray.of(folders)
         times = np.fromiter(folders.values(), np.int64, len(folders))
@@ -167,7 +167,7 @@ def scan(real: str, skipped: set[bytes]) -> tuple[list[bytes], str, dict[bytes, 
     skipped_files, own = SkippedFiles(), []
     folders: dict[bytes, int] = {}
     seen, closed, settled = set(), [], True
-    waiting, shown = [b""], time.monotonic()
+    waiting, last_shown = [b""], time.monotonic()
     home = os.fsencode(real)
     while waiting:
         inside = waiting.pop()
@@ -210,8 +210,8 @@ def scan(real: str, skipped: set[bytes]) -> tuple[list[bytes], str, dict[bytes, 
                 else:
                     skipped_files.add(entry.name, remedy)
         waiting += sorted(below, reverse=True)
-        if sys.stderr.isatty() and time.monotonic() - shown > 0.5:
-            shown = time.monotonic()
+        if sys.stderr.isatty() and time.monotonic() - last_shown > 0.5:
+            last_shown = time.monotonic()
             print(f"\rlisting {len(images):,} images\033[K", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
@@ -339,7 +339,7 @@ def labelled_folders(
     if test_root is None and (split := split_of(home, image_files(home))):
         root, test_root = map(str, split[:2])
         unused = "".join(f"; {p.name} is not used" for p in split[2:])
-        say_once(
+        warn_once(
             f"eval_data.root={home}: {split[0].name} has the training images and {split[1].name} "
             f"the test images{unused}; eval_data.root and eval_data.test_root name others"
         )

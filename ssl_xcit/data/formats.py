@@ -111,8 +111,9 @@ class SkippedFiles:
             kind = f"{ending} file" if ending else "file without a known ending"
             plural = kind.replace("file", "files", 1) if count > 1 else kind
             parts.append(f"{count:,} {plural}" + (f" ({remedy})" if remedy else ""))
-        shown = ", ".join(parts[:8])
-        return shown + (f" and {len(parts) - 8} more kinds" if len(parts) > 8 else "")
+        return ", ".join(parts[:8]) + (
+            f" and {len(parts) - 8} more kinds" if len(parts) > 8 else ""
+        )
 
 
 def readable_by_head(head: bytes | None) -> tuple[bool, str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from ssl_xcit.data.folders import say_once
+from ssl_xcit.data.folders import warn_once
 from ssl_xcit.data.labels import labels_from, load_npy
 from ssl_xcit.data.sources import (
     Files,
@@ -98,7 +98,7 @@ def path_list(
     except UserError as error:
         if labelled:
             raise
-        say_once(f"labels are left out: {error}")
+        warn_once(f"labels are left out: {error}")
         return Files(StringArray.of(paths), home)
     return Files(StringArray.of(paths), home, labels, names)
 

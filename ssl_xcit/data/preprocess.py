@@ -1,4 +1,4 @@
-"""What lies between a file's pixels and the network's input: channels, value range, statistics.
+"""Convert a file's pixels to the network's input: channels, value range, statistics.
 
 It belongs to the weights: a checkpoint carries it, and evaluation reads images as training did.
 """

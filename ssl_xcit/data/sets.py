@@ -74,7 +74,7 @@ class Arrays:
         return np.array(self.images[index])
 
     def name(self, index: int) -> str:
-        """Its place in the set."""
+        """Return its place in the set."""
         return f"{self.set_name}[{index}]"
 
 
@@ -109,7 +109,7 @@ class HuggingFace:
         return len(self.dataset)
 
     def read(self, index: int) -> bytes:
-        """The encoded image; raises BadImage."""
+        """Read the encoded image; raises BadImage."""
         image = self.dataset[index][self.column]
         try:
             if image["bytes"] is not None:
@@ -119,7 +119,7 @@ class HuggingFace:
             raise BadImage(f"{type(error).__name__}: {error}") from error
 
     def name(self, index: int) -> str:
-        """Its place in the set."""
+        """Return its place in the set."""
         return f"{self.set_name}[{index}]"
 
 

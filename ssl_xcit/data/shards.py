@@ -24,7 +24,7 @@ import numpy as np
 
 from ssl_xcit.data.cache import load_arrays, save_arrays
 from ssl_xcit.data.decode import MAX_BYTES, BadImage
-from ssl_xcit.data.folders import say_once
+from ssl_xcit.data.folders import warn_once
 from ssl_xcit.data.formats import (
     EXTENSIONS,
     HEAD,
@@ -56,7 +56,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": 
 
 
 class Listing(NamedTuple):
-    """Where the images of one tar lie."""
+    """The places of the images in one tar."""
 
     keys: list[str]
     offsets: list[int]
@@ -75,13 +75,13 @@ class Member(NamedTuple):
 
     @property
     def first(self) -> str:
-        """The name up to the first dot behind its folder."""
+        """Return the name up to the first dot behind its folder."""
         folder, slash, file = self.name.rpartition("/")
         return folder + slash + file.partition(".")[0]
 
     @property
     def last(self) -> str:
-        """The name up to its last dot."""
+        """Return the name up to its last dot."""
         folder, slash, file = self.name.rpartition("/")
         return folder + slash + (file.rpartition(".")[0] or file)
 
@@ -125,7 +125,7 @@ class TarShards:
         return int(np.searchsorted(self.ends, index, side="right"))
 
     def read(self, index: int) -> bytes:
-        """The encoded image; raises BadImage."""
+        """Read the encoded image; raises BadImage."""
         length, offset = int(self.lengths[index]), int(self.offsets[index])
         try:
             content = os.pread(self.descriptor(self.shard_of(index)), length, offset)
@@ -156,17 +156,17 @@ class Capped:
         self.file = file
 
     def read(self, size: int) -> bytes:
-        """At most MAX_HEADER bytes."""
+        """Read at most MAX_HEADER bytes."""
         if size > MAX_HEADER:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         return self.file.read(size)
 
     def seek(self, position: int) -> int:
-        """As the file does."""
+        """Move to a position."""
         return self.file.seek(position)
 
     def tell(self) -> int:
-        """As the file does."""
+        """Return the position."""
         return self.file.tell()
 
 
@@ -330,7 +330,7 @@ def tar_shards(root: Places, window: Count = 10_000, known: Sequence[str] = ()) 
         others = f" (left out: {left_out})" if left_out else ""
         raise MissingPath(f"data.root={root}: no images in {len(files)} tars{others}")
     if left_out:
-        say_once(f"data.root={root}: left out: {left_out}")
+        warn_once(f"data.root={root}: left out: {left_out}")
     labels, names = shard_labels(
         StringArray(listed["labels"], listed["label_ends"]), str(root), known
     )
@@ -347,7 +347,7 @@ def shard_labels(
     missing = words.count("")
     if missing:
         if missing < len(words):
-            say_once(f"data.root={root}: {missing:,} images have no .cls, so none has a label")
+            warn_once(f"data.root={root}: {missing:,} images have no .cls, so none has a label")
         return None, []
     if all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
         ids = np.array([int(word) for word in words], np.int64)

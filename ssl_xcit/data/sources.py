@@ -42,7 +42,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Stored:
-        """The image as it is stored, for `decode.open_picture`.
+        """Read the image as it is stored, for `decode.open_picture`.
 
         Raises:
             BadImage: it cannot be read.
@@ -50,7 +50,7 @@ class Source(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """What a message calls the image: its path, or its place in the set."""
+        """Return the image's path, or its place in the set, for messages."""
         ...
 
 
@@ -104,11 +104,11 @@ class Files:
         return len(self.paths)
 
     def read(self, index: int) -> bytes:
-        """The file's content; raises BadImage."""
+        """Read the file; raises BadImage."""
         return read_file(self.name(index))
 
     def name(self, index: int) -> str:
-        """Its path."""
+        """Return its path."""
         return os.path.join(self.root, self.paths[index])
 
 
@@ -132,11 +132,11 @@ class Subset:
         return len(self.indices)
 
     def read(self, index: int) -> Stored:
-        """As the source reads it."""
+        """Read it from the source."""
         return self.source.read(int(self.indices[index]))
 
     def name(self, index: int) -> str:
-        """As the source calls it."""
+        """Return its name in the source."""
         return self.source.name(int(self.indices[index]))
 
 

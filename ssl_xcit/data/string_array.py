@@ -24,7 +24,7 @@ class StringArray(Sequence[str]):
 
     @classmethod
     def of(cls, names: Iterable[str | bytes]) -> "StringArray":
-        """From strings."""
+        """Make it from strings."""
         encoded = [
             n if isinstance(n, bytes) else n.encode("utf-8", "surrogateescape") for n in names
         ]

@@ -74,13 +74,16 @@ def make_plan(
         )
     objective, optim, init = settings.objective, settings.optim, settings.init
     fresh = init.ckpt is not None and init.head == "fresh"
+    by_size = ("num_prototypes", "ema", "teacher_temp_start", "teacher_temp")
+    if any(row.keys() != {"from", *by_size} for row in objective.by_images):
+        raise UserError(f"objective.by_images: each row has from, {', '.join(by_size)}")
     rows = [row for row in objective.by_images if row["from"] <= num_images]
     if not rows:
         raise UserError("objective.by_images: a row with `from: 0` is needed")
     row = rows[-1]
     chosen: dict[str, Any] = {
         key: row[key] if getattr(objective, key) is None else getattr(objective, key)
-        for key in ("num_prototypes", "ema", "teacher_temp_start", "teacher_temp")
+        for key in by_size
     }
     if begun is not None:
         kept = {key: begun[key] for key in chosen if type(begun.get(key)) in (int, float)}

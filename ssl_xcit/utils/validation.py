@@ -22,6 +22,7 @@ from ssl_xcit.errors import UserError
 FREE = "free"  # may differ between the parts of one run: where things are and how they are shown
 PLACE = "place"  # where images lie and how a list is read; which images these are makes the run
 REST = "rest"  # takes the keys that no other field of its class has
+LINKED = "linked"  # beside REST: only those that a node of the class has as well, and takes
 
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
@@ -53,14 +54,15 @@ def parse(cls: type[T], cfg: DictConfig) -> T:
     Raises:
         UserError: the first value that is not; names key, value and what is allowed.
     """
-    raw = dict(flat(OmegaConf.to_container(cfg, resolve=False)))
-    links = {
-        key: match[1]
-        for key, value in raw.items()
-        if isinstance(value, str) and (match := re.fullmatch(r"\$\{([a-z][\w.]*)\}", value))
-    }
-    parsed: T = Checker(links).value(cls, OmegaConf.to_container(cfg, resolve=True), "")
+    parsed: T = Checker(links_in(cfg)).value(cls, OmegaConf.to_container(cfg, resolve=True), "")
     return parsed
+
+
+def links_in(cfg: DictConfig) -> dict[str, str]:
+    """Keys that take the value of another one, by that one."""
+    raw = flat(OmegaConf.to_container(cfg, resolve=False))
+    matches = {key: re.fullmatch(r"\$\{([a-z][\w.]*)\}", str(value)) for key, value in raw}
+    return {key: match[1] for key, match in matches.items() if match}
 
 
 def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -126,7 +128,9 @@ class Checker:
                 if get_origin(kind) in (Mapping, dict):
                     inner = get_args(kind)[1]
                     return {k: self.value(inner, v, joined(key, k)) for k, v in value.items()}
-        if isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+        if isinstance(value, list) and any(
+            isinstance(v, Mapping) and "_target_" in v for v in value
+        ):
             return self.anything(value, key)
         is_group = any(dataclasses.is_dataclass(kind) for kind in kinds)
         if not (value is None and NoneType in kinds if is_group else allows(hint, value)):
@@ -149,8 +153,14 @@ class Checker:
         hints = get_type_hints(cls, include_extras=True)
         rest = next((name for name in hints if REST in marks_of(cls, name)), None)
         unknown = {k: v for k, v in values.items() if k not in hints}
-        if unknown and rest is None:
-            raise UserError(no_such_setting(joined(key, next(iter(unknown))), list(hints), key))
+        if rest is not None and LINKED in marks_of(cls, rest):
+            nodes = [v for v in values.values() if isinstance(v, Mapping)]
+            refused = [k for k in unknown if not any(k in node for node in nodes)]
+        else:
+            refused = list(unknown) if rest is None else []
+        if refused:
+            names = [*(k for k in hints if k != rest), *(k for k in unknown if k not in refused)]
+            raise UserError(no_such_setting(joined(key, refused[0]), names, key))
         made = {
             name: self.value(hints[name], value, joined(key, name))
             for name, value in values.items()

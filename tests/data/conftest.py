@@ -7,4 +7,4 @@ from ssl_xcit.data import folders
 
 @pytest.fixture(autouse=True)
 def nothing_logged(monkeypatch):
-    monkeypatch.setattr(folders, "said", set())
+    monkeypatch.setattr(folders, "warned", set())

@@ -50,20 +50,16 @@ def gradient_image(height=90, width=120):
     return pixels
 
 
-def peak_memory(make, use):
-    """KiB that using an image's PNG, `content`, takes beyond what the process had by then."""
+def peak_memory(content, use):
+    """KiB that using an encoded image takes beyond what a process that has read it needs."""
     code = f"""
-import io, resource
-from PIL import Image
+import resource, sys
 from ssl_xcit.data.decode import BadImage, decode
-{make}
-out = io.BytesIO()
-image.save(out, "PNG")
-content = out.getvalue()
-del image, out
+from ssl_xcit.data.preprocess import resize_center_crop
+content = sys.stdin.buffer.read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 {use}
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     command = [sys.executable, "-c", code]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return int(subprocess.run(command, input=content, check=True, capture_output=True).stdout)

@@ -112,6 +112,21 @@ def test_cifar_as_torchvision_lays_it_out(tmp_path):
         assert source.labels[i] == reference[i][1]
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "download", "message"),
+    [
+        ("CIFAR10", "train", False, "data.download=true"),
+        ("CIFAR10", "train", True, "no network?"),
+        ("STL10", "unlabeled", False, "data.download=true"),
+        ("ImageNet", "train", False, "ILSVRC2012_devkit_t12"),
+    ],
+)
+def test_a_set_of_torchvision_that_is_not_there(tmp_path, name, split, download, message):
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        torchvision_set(name, str(tmp_path / "sets"), split, download)
+    assert not (tmp_path / "sets").exists()
+
+
 def save(path, array):
     np.save(path, array)
     return str(path)
@@ -143,11 +158,8 @@ def test_whole_numbers_stored_as_floats_are_asked_about(tmp_path):
     labels = save(tmp_path / "labels.npy", LABELS.astype(np.float64)[:, None])
     with pytest.raises(ValueError, match=r"eval_data\.label_kind=classes or eval_data\.label_kind"):
         labelled_arrays(images, labels)
-    assert labelled_arrays(images, labels, label_kind="classes").train.class_names == (
-        "0",
-        "1",
-        "2",
-    )
+    pair = labelled_arrays(images, labels, label_kind="classes")
+    assert pair.train.class_names == ("0", "1", "2")
     assert labelled_arrays(images, labels, label_kind="numbers").train.labels.dtype == np.float64
     whole = save(tmp_path / "ids.npy", LABELS)
     assert labelled_arrays(images, whole, label_kind="numbers").train.labels.dtype == np.float64
@@ -216,9 +228,6 @@ def test_npz_files_that_are_damaged_or_none(tmp_path):
     np.savez(tmp_path / "pickled.npz", x=np.array([[[1, "a"]]], object))
     with pytest.raises(ValueError, match="allow_pickle=False"):
         arrays(str(tmp_path / "pickled.npz"))
-
-
-def test_npz_files_of_every_kind_of_damage(tmp_path):
     np.savez_compressed(tmp_path / "a.npz", x=np.random.default_rng(0).random((50, 9, 9)))
     content = bytearray((tmp_path / "a.npz").read_bytes())
     content[2000:2100] = bytes(100)

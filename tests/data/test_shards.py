@@ -53,7 +53,7 @@ def test_images_labels_and_names(three_tars):
     assert source.class_names == ("0", "1", "2")
     for i in (12, 0, 7, 4, 5):
         assert decode(source.read(i))[0, 0, 0] == i
-    assert source.name(6) == f"{folder}/s-1.tar/00006"
+    assert source.name(6) == f"{three_tars}/s-1.tar/00006"
     again = pickle.loads(pickle.dumps(source))  # noqa: S301 - as a spawned worker gets it
     assert again.read(6) == source.read(6)
     named = tar_shards([str(three_tars / "s-2.tar"), str(three_tars / "s-[01].tar")])

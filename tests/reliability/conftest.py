@@ -6,19 +6,11 @@ import signal
 import pytest
 from runs import HERE, Place, Zygote
 
-# those that `make test` runs too; the others are for `make test-reliability`
-REPRESENTATIVE = {
-    "test_row_01_sigkill_at_any_step",
-    "test_row_09_10_the_newest_checkpoint_is_damaged[row_09_truncated]",
-    "test_row_19_20_steps_that_are_not_finite_are_left_out[images]",
-    "test_row_28_a_hostile_checkpoint",
-}
-
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.is_relative_to(HERE) and item.name not in REPRESENTATIVE:
+        if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.reliability)
 
 

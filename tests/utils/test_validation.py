@@ -21,7 +21,7 @@ from ssl_xcit.utils.validation import (
     Positive,
     Words,
     as_plain,
-    flat,
+    links_in,
     marked,
     parse,
 )
@@ -158,14 +158,7 @@ def test_the_yaml_of_every_command_holds_by_its_own_annotations(composed):
         assert type(settings) in get_type_hints(main).values()
 
 
-LIBRARIES = ("trainer.", "optim.optimizer.", "logger.", "objective.by_images")
-
-
-def plain_and_followed(cfg):
-    """Resolved values, and the keys whose values others take."""
-    raw = dict(flat(OmegaConf.to_container(cfg)))
-    links = {v[2:-1] for v in raw.values() if isinstance(v, str) and v.startswith("${")}
-    return OmegaConf.to_container(cfg, resolve=True), links
+LIBRARIES = ("trainer.", "optim.optimizer.", "logger.")
 
 
 def with_value(plain, key, value):
@@ -178,10 +171,10 @@ def with_value(plain, key, value):
     return changed
 
 
-def complaint(main, plain):
+def complaint(main, plain, links):
     """What is said of these settings; nothing when they hold."""
     try:
-        Checker({}).value(settings_class(main), plain, "")
+        Checker(links).value(settings_class(main), plain, "")
     except UserError as error:
         return str(error)
     return ""
@@ -191,13 +184,14 @@ def test_every_setting_of_every_command_is_checked(composed):
     """A list of lists is no value of any of ours; what libraries take, they check themselves."""
     unchecked = set()
     for command, (cfg, main) in composed.items():
-        plain, followed = plain_and_followed(cfg)
+        plain, links = OmegaConf.to_container(cfg, resolve=True), links_in(cfg)
         for key, _ in leaves(plain):
             if key.rpartition(".")[2].startswith("_") or key.startswith(LIBRARIES):
                 continue
-            if key in followed or key == "data.source.out":  # results are not read as images
+            if key in links.values() or key == "data.source.out":  # results are not read as images
                 continue
-            message = complaint(main, with_value(plain, key, [[["no"]]]))
+            others = {k: v for k, v in links.items() if k != key}
+            message = complaint(main, with_value(plain, key, [[["no"]]]), others)
             if not message.startswith(f"{key}=[[[no]]] must be "):
                 unchecked.add(f"{command} {key}: {message}")
     assert not unchecked, "; ".join(sorted(unchecked))
@@ -206,12 +200,12 @@ def test_every_setting_of_every_command_is_checked(composed):
 def test_an_unknown_key_is_refused_at_any_depth(composed):
     taken = set()
     for command, (cfg, main) in composed.items():
-        plain, _ = plain_and_followed(cfg)
+        plain, links = OmegaConf.to_container(cfg, resolve=True), links_in(cfg)
         for node in {key.rpartition(".")[0] for key, _ in leaves(plain)}:
-            if f"{node}.".startswith(LIBRARIES) or node in ("data", "logger", "model"):
+            if f"{node}.".startswith(LIBRARIES) or node in ("logger", "model"):
                 continue
             name = f"{node}.unheard_of".lstrip(".")
-            if f"{name}: no such setting" not in complaint(main, with_value(plain, name, 1)):
+            if f"{name}: no such setting" not in complaint(main, with_value(plain, name, 1), links):
                 taken.add(f"{command} {name}")
     assert not taken, "; ".join(sorted(taken))
 
@@ -227,6 +221,7 @@ OUT_OF_RANGE = [
     ("pretrain", "objective.clip_norm", 0, "a number above 0"),
     ("pretrain", "objective.teacher_temp", 0, "a number above 0 or null"),
     ("pretrain", "objective.head.hidden_dim", 0, "a whole number of at least 1"),
+    ("pretrain", "objective.center_momentum", 1, "a number of at least 0 and below 1"),
     ("pretrain", "num_workers", -1, "a whole number of at least 0 or null"),
     ("pretrain", "data.max_bad_fraction", -1, "a number of at least 0 and of at most 1"),
     ("pretrain", "worker_timeout", 0, "a number above 0"),

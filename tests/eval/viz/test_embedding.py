@@ -7,7 +7,7 @@ from sklearn.manifold import trustworthiness
 from sklearn.neighbors import NearestNeighbors
 
 from ssl_xcit.eval.viz import embedding
-from ssl_xcit.eval.viz.embedding import components, embed
+from ssl_xcit.eval.viz.embedding import components, tsne
 
 
 def clustered(count, seed=0):
@@ -25,7 +25,7 @@ def purity(rows, classes, k=5):
 @pytest.fixture(scope="module")
 def made():
     rows, classes = clustered(300)
-    return rows, classes, embed(rows)
+    return rows, classes, tsne(rows)
 
 
 def test_clusters_and_neighbours_are_kept(made):
@@ -43,17 +43,17 @@ def test_clusters_and_neighbours_are_kept(made):
 
 def test_the_same_seed_gives_the_same_places_with_any_number_of_threads(made, monkeypatch):
     rows, _, places = made
-    assert np.array_equal(embed(rows), places)
+    assert np.array_equal(tsne(rows), places)
     monkeypatch.setattr(embedding, "ONE_THREAD", 0)
     monkeypatch.setattr(embedding.os, "cpu_count", lambda: 3)
-    assert np.array_equal(embed(rows), places)
-    assert not np.array_equal(embed(rows, seed=1), places)
+    assert np.array_equal(tsne(rows), places)
+    assert not np.array_equal(tsne(rows, seed=1), places)
 
 
 def test_lengths_of_features_mean_nothing(made):
     rows, _, places = made
     scaled = rows * np.random.default_rng(0).choice([0.25, 1.0, 4.0], size=(300, 1)).astype("f4")
-    assert np.allclose(embed(scaled), places, atol=1e-3 * np.ptp(places))
+    assert np.allclose(tsne(scaled), places, atol=1e-3 * np.ptp(places))
 
 
 def test_components_are_those_of_pca():
@@ -72,7 +72,7 @@ def test_the_longest_axis_lies_across(made):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 11])
 def test_few_images(count):
     rows = np.random.default_rng(count).normal(size=(count, 8)).astype(np.float32)
-    places = embed(rows)
+    places = tsne(rows)
     assert places.shape == (count, 2)
     assert np.isfinite(places).all()
     if count > 1:
@@ -80,10 +80,10 @@ def test_few_images(count):
 
 
 def test_equal_images():
-    assert np.array_equal(embed(np.ones((40, 8), np.float32)), np.zeros((40, 2)))
-    assert np.isfinite(embed(np.zeros((40, 8), np.float32))).all()
+    assert np.array_equal(tsne(np.ones((40, 8), np.float32)), np.zeros((40, 2)))
+    assert np.isfinite(tsne(np.zeros((40, 8), np.float32))).all()
     rows = np.repeat(np.random.default_rng(0).normal(size=(8, 16)), 40, axis=0)
-    places = embed(rows)
+    places = tsne(rows)
     assert np.isfinite(places).all()
     assert purity(places, np.repeat(np.arange(8), 40)) > 0.95
 
@@ -91,5 +91,5 @@ def test_equal_images():
 def test_half_precision_and_memory_maps(tmp_path, made):
     rows, classes, _ = made
     np.save(tmp_path / "rows.npy", rows.astype(np.float16))
-    places = embed(np.load(tmp_path / "rows.npy", mmap_mode="r"))
+    places = tsne(np.load(tmp_path / "rows.npy", mmap_mode="r"))
     assert purity(places, classes) > 0.9

@@ -22,7 +22,7 @@ from ssl_xcit.data.photos import photographs
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.eval.viz import attention, film
 from ssl_xcit.eval.viz.pictures import ANCHORS
-from ssl_xcit.eval.viz.video_reader import Selection, Video, natural
+from ssl_xcit.eval.viz.video_reader import Selection, Video, natural_key
 
 H, W = 64, 96
 TIMES = [0, 40, 60, 140, 180, 380, 420, 460, 500, 540]  # milliseconds
@@ -215,7 +215,13 @@ def test_frames_of_a_folder(capsys):
     assert times == [100 * i for i in range(12) if i != 5]  # f10 behind f9
     expected = np.stack([f for i, f in enumerate(frames) if i != 5])
     assert np.abs(got[:, :, :W] - expected).mean((1, 2, 3)).max() < 12  # one of them enlarged
-    assert sorted(["f10", "f9", "F1", "f2a", "f1"], key=natural) == ["F1", "f1", "f2a", "f9", "f10"]
+    assert sorted(["f10", "f9", "F1", "f2a", "f1"], key=natural_key) == [
+        "F1",
+        "f1",
+        "f2a",
+        "f9",
+        "f10",
+    ]
 
 
 def test_pngs_and_no_pyav(clip, monkeypatch, capsys):
