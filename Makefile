@@ -23,10 +23,11 @@ test: $(STAMP)  ## all tests but the slow ones, a process of one thread for each
 	  -m 'not slow and not reliability and not browser'
 
 test-slow: $(STAMP)  ## the slow ones: the wheel installed elsewhere, the demo's numbers
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-reliability: $(STAMP)  ## runs killed, filled and hung in every way (docs/reliability.md)
-	$(BIN)/python -m pytest tests/reliability --junitxml=benchmarks/results/reliability.xml
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/reliability \
+	  --junitxml=benchmarks/results/reliability.xml
 
 test-browser: $(STAMP)  ## the pages in headless Chromium (Debian: chromium, chromium-driver)
 	$(BIN)/python -m pytest -m browser

@@ -17,8 +17,8 @@ from tiny_run import make_run, published
 
 from ssl_xcit import load_backbone
 from ssl_xcit.errors import UserError
-from ssl_xcit.eval import runner as evaluation
 from ssl_xcit.eval.commands import atlas as atlas_command  # noqa: F401
+from ssl_xcit.eval.commands import eval as evaluation
 from ssl_xcit.eval.report import page
 from ssl_xcit.eval.report import report as _report  # noqa: F401  # once, not in every child
 from ssl_xcit.eval.report import sweep_page as _sweep  # noqa: F401
@@ -253,8 +253,7 @@ def test_under_torchrun_the_first_rank_alone_chooses(colleague, here, monkeypatc
     monkeypatch.setattr(evaluation.HydraConfig, "get", lambda: pytest.fail("not asked"))
 
     def choose():
-        cfg = evaluation.OmegaConf.create({"out": str(colleague / "own/a.json")})
-        print(evaluation.out_file(cfg, [colleague / "own/net.pth"]))
+        print(evaluation.out_file(str(colleague / "own/a.json"), [colleague / "own/net.pth"]))
         return 0
 
     assert as_anybody(choose, here) == (0, f"{colleague}/own/a.json\n")

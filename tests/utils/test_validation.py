@@ -240,6 +240,7 @@ OUT_OF_RANGE = [
     ("pretrain", "init.head", "some", "fresh or kept"),
     ("pretrain", "init.freeze_epochs", -1, "a number of at least 0"),
     ("pretrain", "resume.data", "other", "same or changed"),
+    ("pretrain", "report", True, "a group of settings or null"),
     ("eval", "which", "techer", "teacher or student"),
     ("eval", "batch_size", 0, "a whole number of at least 1"),
     ("check", "num_workers", -1, "a whole number of at least 0 or null"),
