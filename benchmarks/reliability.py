@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import step
 import torch
@@ -21,7 +20,7 @@ from ssl_xcit import create_model
 from ssl_xcit.models.head import DINOHead
 from ssl_xcit.training.checkpoint import write_checkpoint
 from ssl_xcit.training.health import Health
-from ssl_xcit.training.module import DINO, Schedules, make_networks
+from ssl_xcit.training.module import DINO, Schedules, StepOutput, make_networks
 from ssl_xcit.utils.files import sha256_of
 
 REPORT_EVERY = 10  # steps, as conf/callbacks/default.yaml has it
@@ -56,21 +55,25 @@ def main() -> None:
     module._trainer = SimpleNamespace(world_size=1)  # type: ignore[assignment]
     K, B, C = step.ARGS.prototypes, step.ARGS.batch, module.student.backbone.embed_dim
     named = [p for p in module.student.parameters() if p.requires_grad]
-    outputs: dict[str, Any] = {
-        "features": torch.randn(2, B, C),
-        "targets": torch.randn(2, B, K).softmax(-1),
-        "loss": torch.tensor(1.0),
-        "grad_norms": torch.rand(len(named)),
-    }
+    module.output = StepOutput(
+        loss=torch.tensor(1.0),
+        grad_norm=torch.tensor(1.0),
+        grad_norms=torch.rand(len(named)),
+        targets=torch.randn(2, B, K).softmax(-1),
+        features=torch.randn(2, B, C),
+    )
+
+    def queue() -> None:
+        health.on_train_batch_end(None, module)  # type: ignore[arg-type]
+
     for _ in range(1024 // B):
-        health.on_train_batch_end(None, module, outputs)  # type: ignore[arg-type]
+        queue()
+    loss = module.output.loss
     parts = {
-        "running statistics kept": seconds_of(module.statistics.keep),
-        "finite?": seconds_of(lambda: module.on_any_rank(~torch.isfinite(outputs["loss"]))),
-        "queues": seconds_of(
-            lambda: health.on_train_batch_end(None, module, outputs)  # type: ignore[arg-type]
-        ),
-        f"report, a {REPORT_EVERY}th": seconds_of(lambda: health.report(outputs, module, 1), 10)
+        "running statistics kept": seconds_of(module.buffers_before.keep),
+        "finite?": seconds_of(lambda: module.on_any_rank(~torch.isfinite(loss))),
+        "queues": seconds_of(queue),
+        f"report, a {REPORT_EVERY}th": seconds_of(lambda: health.report(module, 1), 10)
         / REPORT_EVERY,
     }
     share = sum(parts.values()) / step_seconds

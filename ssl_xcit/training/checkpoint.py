@@ -166,7 +166,7 @@ class SaveCheckpoints(lightning.Callback):
             self.last_tried = self.last_saved = trainer.global_step
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
-        """Save on the grid, but not while steps are left out: the weights may be unsound."""
+        """Save on the grid, but not while steps are skipped: the weights may be unsound."""
         left_out = getattr(trainer.lightning_module, "skipped_in_a_row", 0)
         if trainer.global_step % self.every_steps == 0 and not left_out:
             self.save(trainer)

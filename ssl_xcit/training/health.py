@@ -1,4 +1,4 @@
-"""Whether a run is well: non-finite steps are left out, and collapse is seen and said.
+"""Whether a run is well: non-finite steps are skipped, and collapse is seen and said.
 
 Two collapses are known of self-distillation (DINO, arXiv:2104.14294, section 5.3): the teacher's
 rows become uniform (centering wins), or one prototype takes every image (sharpening wins). Both
