@@ -69,7 +69,7 @@ def data_settings_of_run(ckpt: str) -> DictConfig:
         o for o in run["overrides"] if re.match(r"eval_data\.[a-z]\w*=|data\.[a-z]\w*=", o)
     ]
     chosen = [f"{key}={run['choices'][key]}" for key in ("data", "eval_data")]
-    cfg = compose("pretrain", overrides=["experiment=none", *chosen, *overrides])
+    cfg = compose("pretrain", overrides=[*chosen, *overrides])
     # relative paths started where the run was
     for key in place_keys(OmegaConf.to_container(cfg, resolve=True)):
         there = Path(str(run.get("folder", "."))) / str(given := OmegaConf.select(cfg, key))

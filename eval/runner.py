@@ -14,7 +14,7 @@ from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import say
-from ssl_xcit.utils.validation import Count, Workers
+from ssl_xcit.utils.validation import Count, Text, Workers
 
 from .evaluators.protocol import Evaluator, Task, kinds_of
 from .features.cache import cache_folder, extract_pair
@@ -38,7 +38,7 @@ def evaluate(
     num_workers: Workers = None,
     device: str = "auto",
     max_pixels: Count = MAX_PIXELS,
-    cache: bool | str = False,
+    cache: bool | Text = False,
     feature_dtype: Literal["float16", "float32"] = "float32",
     ranks: bool = False,
     near_duplicates: Annotated[float, Gt(0), Lt(1)] | None = None,

@@ -1,5 +1,5 @@
 """`ssl-xcit COMMAND [overrides]`: each command is a yaml in `conf/` whose `main` names the function
-that gets the config.
+that gets its settings, checked by `utils/validation.py`.
 
 Exit codes: 0 done, 1 error, 2 wrong configuration or usage, 75 preempted and resumable, 130
 interrupted and saved.
@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -164,12 +164,10 @@ def with_data(command: str, words: Sequence[str]) -> list[str]:
     found = list(words)
     options = default_options(command)
     given = {key_of(word): word.partition("=")[2] for word in words if "=" in word}
-    first = next((w for w in words if key_of(w) in ("data", "data.root", "data.file")), None)
-    takes_recipe = "experiment" in options and "experiment" not in given
-    if takes_recipe and first is not None and given.get("data") != options["data"]:
-        found.insert(words.index(first), "experiment=none")  # the default is for the default data
-    if any(word.startswith(FLAGS) for word in words):
-        return found  # whose options are not known here
+    if any(word.startswith(FLAGS) for word in words):  # whose options are not known here
+        chosen = options | {"data": given.get("data", options.get("data", ""))}
+        elsewhere = bool(given.keys() & {"data.root", "data.file"})
+        return found if elsewhere or "experiment" not in options else with_recipe(found, chosen)
     if "experiment" in given and "data" in options:
         for name in given["experiment"].strip("[]").split(","):
             options["data"] = data_of_experiment(name.strip()) or options["data"]
@@ -191,7 +189,25 @@ def with_data(command: str, words: Sequence[str]) -> list[str]:
         )
         place = next(i for i, word in enumerate(found) if key_of(word) == key)
         found.insert(place, f"{group}={options[group]}")
-    return found
+    return with_recipe(found, options) if "experiment" in options else found
+
+
+def with_recipe(words: Sequence[str], options: Mapping[str, str]) -> list[str]:
+    """`experiment=photos` where the data are the built-in photographs and no recipe is typed, and
+    before one that is; `experiment=none` and `~experiment` keep it out.
+    """
+    given = {key_of(word): word for word in words if "=" in word}
+    plain = options["data"].strip("'\"") == "photos" and "~experiment" not in words
+    elsewhere = ("--config-name", "-cn", *SWEEP)  # each trial of a sweep sees to itself
+    if not plain or any(word.startswith(elsewhere) for word in words):
+        return list(words)
+    if "experiment" not in given:
+        place = next((i for i, word in enumerate(words) if "=" in word), len(words))
+        return [*words[:place], "experiment=photos", *words[place:]]
+    name = given["experiment"].partition("=")[2]
+    if name in ("photos", "none") or not name.isidentifier() or data_of_experiment(name):
+        return list(words)
+    return [f"experiment=[photos,{name}]" if key_of(w) == "experiment" else w for w in words]
 
 
 def check_option(group: str, value: str) -> None:
@@ -335,6 +351,8 @@ def compose_and_run(
     GlobalHydra.instance().clear()
     with initialize_config_module(CONF, job_name=command, version_base="1.3"):
         cfg = compose(command, overrides=list(overrides), return_hydra_config=True)
+        with read_write(cfg), open_dict(cfg):
+            cfg.hydra.runtime.output_dir = os.getcwd()
         HydraConfig.instance().set_config(cfg)
         cfg = copy.deepcopy(cfg)
         with read_write(cfg), open_dict(cfg):
@@ -429,6 +447,8 @@ def explain(command: str, message: str) -> str:
     """Hydra's message in one line, with the setting that was probably meant."""
     if match := re.search(r"Could not (?:override|append|delete)[^']*'([^'@]+)", message):
         key = match[1]
+        if "already at" in message:
+            return f"{key} is there already: type it without +"
         return (
             f"{key}: no such setting{nearest(key, setting_names(command))}; ssl-xcit "
             f"{command} --help lists all"

@@ -140,7 +140,7 @@ def test_trials_of_a_sweep_tell_their_errors_in_one_line(monkeypatch):
 
     monkeypatch.setattr("ssl_xcit.commands.multirun.main", sweeper)
     assert run("pretrain", "-m", "data.root=a,b") == 0
-    assert seen == [("0", ["experiment=none", "data=folder", "data.root=a,b"])]
+    assert seen == [("0", ["data=folder", "data.root=a,b"])]
 
 
 def test_help_is_quick_and_offline():
@@ -258,17 +258,48 @@ def test_images_are_named_by_their_folder_or_file_alone(tmp_path, typed, meant):
     command, *words = typed
     for given in (words, meant):
         meaning = with_data(command, named(command, given))
-        assert [word for word in meaning if word != "experiment=none"] == meant
+        assert [word for word in meaning if word != "experiment=photos"] == meant
 
 
-def test_the_recipe_of_the_photographs_is_for_them_alone():
-    for words in (["data=cifar10"], ["seed=1", "data.root=a"], ["-cd", "x", "data.file=x.txt"]):
-        meaning = with_data("pretrain", words)
-        assert meaning.index("experiment=none") < meaning.index(words[-1])
-        assert with_data("pretrain", meaning) == meaning
-    for words in ([], ["data=photos"], ["experiment=domain", "data.root=a"], ["name=x"]):
-        assert "experiment=none" not in with_data("pretrain", words)
-    assert "experiment=none" not in with_data("check", ["data.root=a"])
+RECIPES = [  # what is typed, and the recipe that it means
+    ([], "experiment=photos"),
+    (["name=x"], "experiment=photos"),
+    (["data=photos"], "experiment=photos"),
+    (["data='photos'"], "experiment=photos"),
+    (["eval_data.root=b"], "experiment=photos"),
+    (["-m", "seed=1,2"], None),  # each trial sees to itself
+    (["-cd", "mine"], "experiment=photos"),
+    (["experiment=continue"], "experiment=[photos,continue]"),
+    (["experiment=[photos,continue]"], "experiment=[photos,continue]"),
+    (["experiment=none"], "experiment=none"),
+    (["experiment=domain"], "experiment=domain"),
+    (["experiment=mine"], "experiment=mine"),
+    (["~experiment"], None),
+    (["data.root=a"], None),
+    (["data.file=x.txt"], None),
+    (["data=cifar10"], None),
+    (["-m", "data=photos,folder"], None),
+    (["-cd", "mine", "data=mine"], None),
+    (["-cd", "mine", "data.root=a"], None),
+    (["-cd", "mine", "-cn", "mine"], None),
+]
+
+
+@pytest.mark.parametrize(("typed", "recipe"), RECIPES, ids=lambda words: str(words))
+def test_the_photographs_have_a_recipe_and_other_data_none(typed, recipe):
+    meaning = with_data("pretrain", typed)
+    found = [word for word in meaning if word.startswith("experiment=")]
+    assert found == ([] if recipe is None else [recipe])
+    assert with_data("pretrain", meaning) == meaning
+    assert "experiment=photos" not in with_data("eval", ["ckpt=x"])
+
+
+def test_the_recipe_of_the_photographs_is_not_in_the_name_of_their_runs():
+    for words, name in (
+        (["seed=1"], "photos_seed-1"),
+        (["experiment=continue"], "photos_experiment-continue"),
+    ):
+        assert run_name("photos", with_data("pretrain", words)) == name
 
 
 def test_a_folder_alone_names_the_same_run():

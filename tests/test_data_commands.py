@@ -22,7 +22,7 @@ from ssl_xcit.commands.check import CheckSettings
 from ssl_xcit.commands.check import main as check
 from ssl_xcit.commands.shard import ShardSettings
 from ssl_xcit.commands.shard import main as shard
-from ssl_xcit.data import checks, datasets, shard_writer
+from ssl_xcit.data import checks, shard_writer
 from ssl_xcit.data.decode import RGB, BadImage, decode
 from ssl_xcit.data.settings import DataSettings
 from ssl_xcit.data.shards import tar_shards
@@ -128,15 +128,15 @@ def test_a_run_started_inside_its_images_goes_on_with_them(capsys):
 def test_a_thin_image_and_what_augmentation_cannot_use(monkeypatch, caplog):
     Image.new("RGB", (6000, 1)).save("thin.png")
     source = Files(["thin.png"])
-    pixels, good = datasets.PlainDataset(source, 256, 224, RGB)[0]
+    pixels, good = crop_dataset.PlainDataset(source, 256, 224, RGB)[0]
     assert good
     assert pixels.shape == (3, 224, 224)
 
     def refuse(*_):
         raise BadImage("larger than it may become")
 
-    monkeypatch.setattr(datasets, "resize_center_crop", refuse)  # after it was decoded
-    assert not datasets.PlainDataset(source, 256, 224, RGB)[0][1]
+    monkeypatch.setattr(crop_dataset, "resize_center_crop", refuse)  # after it was decoded
+    assert not crop_dataset.PlainDataset(source, 256, 224, RGB)[0][1]
     assert "larger than it may become" in caplog.text
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 
-from ssl_xcit.data.bad import FILE as BAD
+from ssl_xcit.data.bad_samples import FILE as BAD
 from ssl_xcit.data.preprocess import of_weights
 from ssl_xcit.data.settings import DataSettings
 from ssl_xcit.data.shard_writer import names_digest
@@ -57,7 +57,7 @@ class EmbedSettings:
     num_workers: Workers
     max_pixels: Count
     device: Text
-    model: Node | None = None  # data options set these two for training
+    model: Node | None = None  # cifar10 and other sets have these two for training
     augment: Any = None
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 
-from ssl_xcit.data.datasets import check_labelled
+from ssl_xcit.data.crop_dataset import check_labelled
 from ssl_xcit.data.preprocess import of_weights
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import UserError

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ssl_xcit.data.datasets import plain_loader
+from ssl_xcit.data.crop_dataset import plain_loader
 from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.data.sources import LabelledPair, Source

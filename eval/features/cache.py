@@ -30,6 +30,7 @@ from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.utils.files import default_cache, replacing, sha256_of, write_json
 from ssl_xcit.utils.locks import try_lock
 from ssl_xcit.utils.terminal import say, track
+from ssl_xcit.utils.validation import Text
 
 from .extract import (
     FeatureSet,
@@ -371,11 +372,11 @@ def forget_oldest(cache: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def cache_folder(cache: bool | str | None) -> Path | None:
+def cache_folder(cache: bool | Text | None) -> Path | None:
     """Where a setting says that features are kept; None: nowhere."""
     if cache is True:
         return default_cache() / "features"
-    return Path(cache).expanduser() if cache else None
+    return Path(str(cache)).expanduser() if cache else None
 
 
 def extract_pair(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_xcit.data.bad import FILE as BAD
+from ssl_xcit.data.bad_samples import FILE as BAD
 from ssl_xcit.data.decode import BadImage, decode
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Source

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
-from ssl_xcit.data.datasets import plain_loader
+from ssl_xcit.data.crop_dataset import plain_loader
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.data.sources import LabelledPair, Source, Subset
 from ssl_xcit.errors import RunFailed, UserError

@@ -19,7 +19,7 @@ from ..viz.markup import asset, esc
 from . import curves, sections
 from .dataset_sections import atlas_section, neighbours_section, of_each
 from .image_sections import entropy_data, pictures_section
-from .page import Part, report_page
+from .page_layout import Part, report_page
 from .run_features import ReportOptions, RunFeatures
 from .run_reader import Run, message_of, read_run, tell_apart
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ssl_xcit.data import bad
+from ssl_xcit.data import bad_samples
 from ssl_xcit.data.multicrop import Replaced
 from ssl_xcit.errors import MissingPath, UserError
-from ssl_xcit.models.manifest import read_manifest
+from ssl_xcit.models.checkpoint_manifest import read_manifest
 from ssl_xcit.models.weights import checkpoints_of
 from ssl_xcit.utils.locks import lock_holder
 
@@ -163,7 +163,7 @@ def read_run(path: Path) -> Run:
     read_metrics(run)
     read_results(run)
     with suppress(OSError):
-        run.bad = bad.read(path / bad.FILE)
+        run.bad = bad_samples.read(path / bad_samples.FILE)
     run.state, run.words = run_state(run)
     if not checkpoints_of(path):
         run.problems.append(

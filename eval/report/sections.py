@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ssl_xcit.data.bad import FILE, kind_of
+from ssl_xcit.data.bad_samples import FILE, kind_of
 from ssl_xcit.errors import UserError
 from ssl_xcit.training.health import HEALTHY
 from ssl_xcit.training.run_dir import versions

@@ -12,7 +12,7 @@ from ssl_xcit.utils.tables import format_value, shown_interval, title_of
 
 from ..viz.markup import command_line, duration_in_words, esc, paragraph, table
 from .importance import importance
-from .page import Part, report_page
+from .page_layout import Part, report_page
 from .sweep import WORDS, SweepResults
 
 PILLS = {"finished": "good", "running": "busy", "failed": "bad"}

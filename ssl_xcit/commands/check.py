@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 
-from ssl_xcit.data.bad import FILE
+from ssl_xcit.data.bad_samples import FILE
 from ssl_xcit.data.checks import inspect_all, summarize
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.settings import DataSettings

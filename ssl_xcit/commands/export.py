@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from ssl_xcit.data.datasets import check_labelled
+from ssl_xcit.data.crop_dataset import check_labelled
 from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import RunFailed, UserError

@@ -20,7 +20,7 @@ from ssl_xcit.sweeps.progress import ProgressLines
 from ssl_xcit.sweeps.searches import Search
 from ssl_xcit.sweeps.space import Space, read_space
 from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, STOPPED, Trial
-from ssl_xcit.training.settings import PretrainSettings, place_keys
+from ssl_xcit.training.settings import PretrainSettings, SweepSettings, place_keys
 from ssl_xcit.utils.files import writable_folder
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import REST, Node, Text, parse
@@ -28,16 +28,6 @@ from ssl_xcit.utils.validation import REST, Node, Text, parse
 PROGRAM = (sys.executable, "-m", "ssl_xcit")
 OURS = ("sweep", "launcher")  # of the sweep, not of its trials
 MOST_COMPOSED = 64  # values that are tried on the settings before anything starts
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """`conf/sweep/`."""
-
-    metric: str
-    maximize: bool
-    retry_failed: bool
-    search: Node
 
 
 @dataclass(frozen=True)

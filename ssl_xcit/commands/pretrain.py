@@ -18,7 +18,7 @@ import lightning
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 
-from ssl_xcit.data.datasets import check_images, check_labelled
+from ssl_xcit.data.crop_dataset import check_images, check_labelled
 from ssl_xcit.data.identity import indices_of
 from ssl_xcit.data.loader import default_workers
 from ssl_xcit.data.sources import LabelledPair, Source
@@ -64,7 +64,7 @@ NO_LABELS = "no labelled images, so no k-NN: name some with eval_data.root=DIR"
 def main(settings: PretrainSettings) -> None:
     """`ssl-xcit pretrain`: whatever can be wrong is found before the run folder is made."""
     on_cpu = runs_on_cpu(settings.trainer)
-    precision = precision_for(settings.trainer.precision, on_cpu)
+    precision = precision_for(str(settings.trainer.precision), on_cpu)
     settings = replace(settings, trainer=replace(settings.trainer, precision=precision))
     if settings.compile:
         check_compiler(on_cpu)

@@ -12,7 +12,7 @@ import numpy as np
 from annotated_types import Ge
 from hydra.utils import instantiate
 
-from ssl_xcit.data.bad import FILE
+from ssl_xcit.data.bad_samples import FILE
 from ssl_xcit.data.order import permutation
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.settings import DataSettings

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssl_xcit.data.bad import kind_of
+from ssl_xcit.data.bad_samples import kind_of
 from ssl_xcit.data.decode import BadImage, DeepRange, dark_images, open_picture
 from ssl_xcit.data.loader import NoWorkers, parallel_map
 from ssl_xcit.data.multicrop import Replaced

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from PIL import Image
 
-from ssl_xcit.data.bad import FILE
+from ssl_xcit.data.bad_samples import FILE
 from ssl_xcit.data.decode import MAX_BYTES, BadImage, open_picture
 from ssl_xcit.data.loader import parallel_map
 from ssl_xcit.data.preprocess import Preprocess

@@ -23,8 +23,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.models.checkpoint_manifest import verify
 from ssl_xcit.models.foreign import SAVE_WHOLE, Foreign, read_pickled
-from ssl_xcit.models.manifest import verify
 from ssl_xcit.models.published import TIMM, TIMM_FILE, fetch_released, is_address
 from ssl_xcit.models.timm_keys import from_timm_names
 from ssl_xcit.models.xcit import SIZES, XCiT

@@ -1,4 +1,6 @@
-"""Build student, teacher and schedules from the settings of a run."""
+"""Build student, teacher and the schedules of learning rate, weight decay, EMA and the teacher's
+temperature from the settings of a run.
+"""
 
 import torch
 from hydra.utils import instantiate

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ssl_xcit.data.bad import FILE, BadSamples
-from ssl_xcit.data.datasets import MAX_REPLACEMENTS, CropDataset, stack
+from ssl_xcit.data.bad_samples import FILE, BadSamples
+from ssl_xcit.data.crop_dataset import MAX_REPLACEMENTS, CropDataset, stack
 from ssl_xcit.data.loader import ResilientLoader, default_workers, loader_options
 from ssl_xcit.data.multicrop import Crops, MultiCrop
 from ssl_xcit.data.order import Positions

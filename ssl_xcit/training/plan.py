@@ -1,4 +1,6 @@
-"""From settings to the numbers of a run: steps, and what the number of images decides."""
+"""Derive the numbers of a run from its settings: steps, and what the number of images decides
+(prototypes, EMA, the teacher's temperatures).
+"""
 
 import math
 from collections.abc import Mapping

@@ -24,7 +24,7 @@ from ssl_xcit.data.identity import DataIndex, difference, load_indices, save_ind
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.models.weights import checkpoints_of
-from ssl_xcit.training.settings import FREE_KEYS, place_keys
+from ssl_xcit.training.settings import FREE_KEYS, NAMES, place_keys
 from ssl_xcit.utils.files import remove_partial, replacing, write_json
 from ssl_xcit.utils.hardware import machine
 from ssl_xcit.utils.locks import exclusive
@@ -92,7 +92,7 @@ def identity(settings: Any, places: Sequence[str]) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in flat(settings)
-        if key not in outside and not key.startswith(within)
+        if key not in outside and not key.startswith(within) and key.split(".")[0] in NAMES
     }
     if kept.get("init.ckpt") is None:  # how a run would start from weights says nothing then
         kept = {key: value for key, value in kept.items() if not key.startswith("init.")}

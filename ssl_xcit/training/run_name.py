@@ -10,18 +10,17 @@ from ssl_xcit.training.settings import FREE_KEYS
 def run_name(data: str, overrides: Sequence[str]) -> str:
     """A folder name that the same overrides always give: `photos_optim.lr-0.001_seed-1`."""
     rest = [o for o in that_matter(overrides) if not o.startswith(("data=", "trainer="))]
+    if data == "photos":  # whose recipe goes without saying
+        rest = [o.replace("=[photos,", "=[") for o in rest if o != "experiment=photos"]
+        rest = [re.sub(r"^experiment=\[(\w+)\]$", r"experiment=\1", o) for o in rest]
     return folder_name(rest, data)
 
 
 def that_matter(overrides: Sequence[str]) -> list[str]:
-    """Those that change results; `experiment=none` goes without saying where data are named."""
+    """Those that change results."""
     keys = {o: o.partition("=")[0].lstrip("+~") for o in overrides}
     within = tuple(f"{key}." for key in FREE_KEYS)
-    return [
-        o
-        for o in overrides
-        if keys[o] not in FREE_KEYS and not keys[o].startswith(within) and o != "experiment=none"
-    ]
+    return [o for o in overrides if keys[o] not in FREE_KEYS and not keys[o].startswith(within)]
 
 
 def folder_name(overrides: Sequence[str], first: str = "") -> str:

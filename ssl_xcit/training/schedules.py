@@ -1,5 +1,6 @@
 """Schedules as pure functions of the optimizer step (DINO, arXiv:2104.14294, section 4.1). Nothing
-is remembered.
+is remembered. `build.py` gives them to the learning rate, weight decay, EMA and the teacher's
+temperature, with the numbers of `plan.py`.
 """
 
 import math

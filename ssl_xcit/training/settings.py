@@ -3,7 +3,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
@@ -12,6 +12,7 @@ from ssl_xcit.data.settings import DataSettings
 from ssl_xcit.errors import UserError
 from ssl_xcit.utils.validation import (
     FREE,
+    LINKED,
     PLACE,
     REST,
     Count,
@@ -81,7 +82,7 @@ class TrainerSettings:
     num_nodes: Annotated[Count, FREE]
     strategy: Annotated[Any, FREE]
     accumulate: Count
-    precision: str
+    precision: Text
     options: Annotated[Mapping[str, Any], REST]
 
 
@@ -117,8 +118,6 @@ class PretrainSettings:
     evaluation: Node
     callbacks: Annotated[Mapping[str, Node | None], FREE]
     data: DataSettings
-    sweep: Annotated[SweepSettings, FREE]
-    launcher: Annotated[Node, FREE]
     epochs: Positive
     batch_size: Count
     seed: Annotated[int, Ge(0)]
@@ -133,10 +132,14 @@ class PretrainSettings:
     compile: Annotated[bool, FREE]
     checkpoint_blocks: Annotated[bool, FREE]
     resume: Annotated[ResumeSettings, FREE]
-    by_model: Annotated[Mapping[str, Any] | None, FREE] = None  # of a recipe, whose values it sets
-    logger: Annotated[Mapping[str, Any] | None, FREE] = None  # these three may be left out by ~
+    # these may be left out by ~
+    logger: Annotated[Mapping[str, Any] | None, FREE] = None
     eval_data: Node | None = None
     report: Annotated[Node | None, FREE] = None
+    sweep: Annotated[SweepSettings | None, FREE] = None
+    launcher: Annotated[Node | None, FREE] = None
+    # what a recipe has for its own use, such as a table that settings refer to
+    helpers: Annotated[Mapping[str, Any], REST, LINKED] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Settings that exclude each other."""
@@ -148,6 +151,7 @@ class PretrainSettings:
 
 
 FREE_KEYS = (*marked(PretrainSettings, FREE), "hydra")
+NAMES = frozenset(field.name for field in fields(PretrainSettings))
 
 
 def place_keys(settings: Any) -> list[str]:
@@ -163,5 +167,15 @@ def place_keys(settings: Any) -> list[str]:
     return [
         f"{group}.{name}"
         for group, node in nodes.items()
-        for name in (marked_parameters(str(node["_target_"]), PLACE) if node else ())
+        for name in (places_of(str(node["_target_"])) if node else ())
     ]
+
+
+def places_of(target: str) -> list[str]:
+    """Parameters of a source that say where images lie; of a source from elsewhere, which has no
+    marks, those that are called as ours are.
+    """
+    if target.startswith("ssl_xcit."):
+        return marked_parameters(target, PLACE)
+    ours = ("lists.labelled_lists", "sets.labelled_arrays", "sets.labelled_torchvision")
+    return sorted({n for path in ours for n in marked_parameters(f"ssl_xcit.data.{path}", PLACE)})

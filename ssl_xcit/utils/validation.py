@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from importlib import import_module
 from types import NoneType, UnionType
@@ -22,7 +22,7 @@ from ssl_xcit.errors import UserError
 FREE = "free"  # may differ between the parts of one run: where things are and how they are shown
 PLACE = "place"  # where images lie and how a list is read; which images these are makes the run
 REST = "rest"  # takes the keys that no other field of its class has
-LINKED = "linked"  # beside REST: only those that a node of the class has as well, and takes
+LINKED = "linked"  # beside REST: only those that others refer to, or whose name a node has
 
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
@@ -54,7 +54,8 @@ def parse(cls: type[T], cfg: DictConfig) -> T:
     Raises:
         UserError: the first value that is not; names key, value and what is allowed.
     """
-    parsed: T = Checker(links_in(cfg)).value(cls, OmegaConf.to_container(cfg, resolve=True), "")
+    checker = Checker(links_in(cfg), references_in(cfg))
+    parsed: T = checker.value(cls, OmegaConf.to_container(cfg, resolve=True), "")
     return parsed
 
 
@@ -63,6 +64,16 @@ def links_in(cfg: DictConfig) -> dict[str, str]:
     raw = flat(OmegaConf.to_container(cfg, resolve=False))
     matches = {key: re.fullmatch(r"\$\{([a-z][\w.]*)\}", str(value)) for key, value in raw}
     return {key: match[1] for key, match in matches.items() if match}
+
+
+def references_in(cfg: DictConfig) -> set[str]:
+    """Keys that some value refers to, and all that these lie in: a.b of `${a.b.c}`."""
+    keys = set()
+    for _, value in flat(OmegaConf.to_container(cfg, resolve=False)):
+        for path in re.findall(r"\$\{(?:oc\.select:)?([\w.]+)", str(value)):
+            parts = path.strip(".").split(".")
+            keys |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return keys
 
 
 def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -90,6 +101,8 @@ def as_plain(settings: Any) -> Any:
             value = as_plain(getattr(settings, field.name))
             if value is None and field.default is None:
                 continue
+            if value == {} and field.default_factory is dict:
+                continue
             plain |= (
                 value if REST in marks_of(settings.__class__, field.name) else {field.name: value}
             )
@@ -107,9 +120,11 @@ class Checker:
 
     Args:
         links: keys whose value is another's, by that one: a person typed the other.
+        references: keys that some value refers to, and all that these lie in.
     """
 
     links: Mapping[str, str]
+    references: Set[str] = frozenset()
 
     def value(self, hint: Any, value: Any, key: str) -> Any:
         """The value, with mappings made into the dataclasses that the annotation names."""
@@ -154,8 +169,9 @@ class Checker:
         rest = next((name for name in hints if REST in marks_of(cls, name)), None)
         unknown = {k: v for k, v in values.items() if k not in hints}
         if rest is not None and LINKED in marks_of(cls, rest):
-            nodes = [v for v in values.values() if isinstance(v, Mapping)]
-            refused = [k for k in unknown if not any(k in node for node in nodes)]
+            nodes = [v for v in values.values() if isinstance(v, Mapping) and key]
+            known = {*self.references, *(joined(key, k) for node in nodes for k in node)}
+            refused = [k for k in unknown if joined(key, k) not in known]
         else:
             refused = list(unknown) if rest is None else []
         if refused:
@@ -176,7 +192,11 @@ class Checker:
 
     def target(self, node: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         """A node for `instantiate`: its values against the signature of what it names."""
-        path, given = str(node["_target_"]), {k: v for k, v in node.items() if k[:1] != "_"}
+        path = node["_target_"]
+        if not isinstance(path, str) or "." not in path:
+            name = joined(key, "_target_")
+            raise UserError(f"{name}={shown(path)} must be the dotted path of a function or class")
+        given = {k: v for k, v in node.items() if k[:1] != "_"}
         hints = hints_of(path) if given and path.startswith("ssl_xcit.") else None
         for name, value in given.items():
             if hints is None:
@@ -197,8 +217,10 @@ def no_such_setting(name: str, names: Sequence[str], key: str) -> str:
     """What to say of a key that nothing takes."""
     there = [joined(key, n) for n in names]
     close = difflib.get_close_matches(name, there, n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
-    return f"{name}: no such setting; {hint}"
+    if close:
+        return f"{name}: no such setting; did you mean {close[0]}?"
+    few = len(there) <= 12
+    return f"{name}: no such setting" + (f"; there are {', '.join(there)}" if few else "")
 
 
 @lru_cache
@@ -208,15 +230,37 @@ def hints_of(path: str) -> dict[str, Any]:
     Raises:
         UserError: it cannot be imported.
     """
-    module, _, name = path.rpartition(".")
+    target = located(path)
     try:
-        target = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"_target_={path} cannot be imported: {error}") from error
-    parameters = inspect.signature(target).parameters.values()
-    function = target.__init__ if inspect.isclass(target) else target
-    hints = get_type_hints(function, include_extras=True)
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"_target_={path} is no function or class") from error
+    try:
+        function = target.__init__ if inspect.isclass(target) else target
+        hints = get_type_hints(function, include_extras=True)
+    except (NameError, TypeError):  # annotations that are for a type checker only
+        hints = {}
     return {"**" if p.kind is p.VAR_KEYWORD else p.name: hints.get(p.name, Any) for p in parameters}
+
+
+def located(path: str) -> Any:
+    """What a dotted path names: `package.module.Class.method`.
+
+    Raises:
+        UserError: nothing that can be imported.
+    """
+    module, attributes = path, list[str]()
+    while True:
+        try:
+            target = import_module(module)
+            for name in reversed(attributes):
+                target = getattr(target, name)
+            return target
+        except (ImportError, AttributeError, ValueError) as error:
+            module, dot, name = module.rpartition(".")
+            attributes.append(name)
+            if not dot:
+                raise UserError(f"_target_={path} cannot be imported: {error}") from error
 
 
 def can_be_imported(path: str) -> bool:

@@ -14,7 +14,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from ssl_xcit.eval.report.page import Part, report_page
+from ssl_xcit.eval.report.page_layout import Part, report_page
 
 pytestmark = pytest.mark.browser
 PARTS = ["results", "curves", "pictures", "channels", "neighbours", "atlas", "settings",

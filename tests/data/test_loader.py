@@ -22,8 +22,8 @@ from PIL import Image
 from samples import gradient_image
 from torch.utils.data import DataLoader
 
-from ssl_xcit.data.bad import BadSamples
-from ssl_xcit.data.datasets import CropDataset, check_images, plain_loader, stack
+from ssl_xcit.data.bad_samples import BadSamples
+from ssl_xcit.data.crop_dataset import CropDataset, check_images, plain_loader, stack
 from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.fused import FusedMultiCrop
 from ssl_xcit.data.loader import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_xcit.data.datasets import check_labelled
+from ssl_xcit.data.crop_dataset import check_labelled
 from ssl_xcit.data.decode import RGB, decode
 from ssl_xcit.data.preprocess import normalise, resize_center_crop
 from ssl_xcit.data.sources import Files, LabelledPair, Subset

@@ -14,7 +14,7 @@ from commands import EVALUATION
 from runs import STEPS, TOY, assert_equal_runs
 
 from ssl_xcit.data.order import image_at
-from ssl_xcit.models.manifest import read_manifest
+from ssl_xcit.models.checkpoint_manifest import read_manifest
 from ssl_xcit.models.weights import read_checkpoint
 
 NO_RECORD = [w for w in TOY if "record" not in w]

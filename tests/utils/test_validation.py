@@ -12,6 +12,7 @@ from test_conf import load
 
 from ssl_xcit.cli import commands, settings_for
 from ssl_xcit.errors import UserError
+from ssl_xcit.training.settings import PretrainSettings, place_keys
 from ssl_xcit.utils.validation import (
     FREE,
     REST,
@@ -21,7 +22,9 @@ from ssl_xcit.utils.validation import (
     Positive,
     Words,
     as_plain,
+    hints_of,
     links_in,
+    located,
     marked,
     parse,
 )
@@ -53,6 +56,16 @@ class Outer:
     pair: Annotated[Sequence[float], Words("two numbers")]
     others: Annotated[Mapping[str, Any], REST]
     maybe: NonNegative | None = None
+
+
+class Own:
+    @classmethod
+    def make(cls, root, x):
+        pass
+
+
+def own(root: "NotThere", x: "int"):
+    pass
 
 
 GOOD = {
@@ -116,6 +129,37 @@ def test_a_target_is_checked_by_its_signature():
     cfg["callbacks"] = {"one": {"_target_": "ssl_xcit.training.gone.Gone", "x": 1}}
     with pytest.raises(UserError, match=r"^_target_=ssl_xcit\.training\.gone\.Gone cannot be"):
         parse(Outer, OmegaConf.create(cfg))
+
+
+def test_targets_of_any_module_are_found_or_named():
+    cfg = GOOD | {"one": {"_target_": "test_validation.Own.make", "root": 5, "x": 1}}
+    assert parse(Outer, OmegaConf.create(cfg)).others["one"]["x"] == 1
+    assert located("test_validation.Own.make") == Own.make
+    assert hints_of("test_validation.own") == {"root": Any, "x": Any}
+    for path, message in (
+        ("ssl_xcit.eval.evaluators.knn", "is no function or class"),
+        (5, "must be the dotted path"),
+        (None, "must be the dotted path"),
+    ):
+        cfg["one"] = {"_target_": path, "x": 1}
+        with pytest.raises(UserError, match=message):
+            parse(Outer, OmegaConf.create(cfg))
+
+
+def test_helpers_of_a_recipe_are_taken_when_something_refers_to_them(composed):
+    cfg, _ = composed["pretrain"]
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg))
+    cfg.width = {"small": 16}
+    with pytest.raises(UserError, match=r"^width: no such setting"):
+        parse(PretrainSettings, cfg)
+    cfg.objective.head.hidden_dim = "${width.small}"
+    assert parse(PretrainSettings, cfg).objective.head["hidden_dim"] == 16
+    cfg.data.base = "."
+    cfg.data.source = {"_target_": "test_validation.own", "root": "${data.base}/x", "x": 1}
+    settings = parse(PretrainSettings, cfg)
+    assert as_plain(settings)["width"] == {"small": 16}
+    assert "data.source.root" in place_keys(as_plain(settings))
+    assert "data.source.x" not in place_keys(as_plain(settings))
 
 
 def test_a_value_that_follows_another_is_named_by_the_other():

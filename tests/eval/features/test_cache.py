@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_xcit.data.datasets import plain_loader
+from ssl_xcit.data.crop_dataset import plain_loader
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.data.sources import Files, LabelledPair, Subset
 from ssl_xcit.errors import RunFailed

@@ -22,7 +22,7 @@ from scipy.stats import binomtest
 
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.eval.commands.report import folders_of
-from ssl_xcit.eval.report import page, run_features, sections
+from ssl_xcit.eval.report import page_layout, run_features, sections
 from ssl_xcit.eval.report.curves import decimated, figure_groups
 from ssl_xcit.eval.report.image_sections import (
     entropy_data,
@@ -59,7 +59,7 @@ def runs(tmp_path_factory, words):
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.chdir(folder)
-        patch.setattr(page, "get_plotlyjs", lambda: "Plotly = 0")
+        patch.setattr(page_layout, "get_plotlyjs", lambda: "Plotly = 0")
         assert run("pretrain", "name=a", *with_report) == 0
         said = out.getvalue()
         assert run("pretrain", "name=b", "seed=3", "optim.lr=0.01", *words) == 0
@@ -70,7 +70,7 @@ def runs(tmp_path_factory, words):
 def short(request, monkeypatch):
     """Plotly is 4.8 MB, which one test has in its page."""
     if "files" not in request.node.name:
-        monkeypatch.setattr(page, "get_plotlyjs", lambda: "Plotly = 0")
+        monkeypatch.setattr(page_layout, "get_plotlyjs", lambda: "Plotly = 0")
 
 
 @pytest.fixture

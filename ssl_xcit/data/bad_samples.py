@@ -1,4 +1,4 @@
-"""Log images that cannot be used: one line each in `bad_samples.jsonl`."""
+"""Log images that `decode.py` found bad: one line each in `bad_samples.jsonl`."""
 
 import json
 import logging
