@@ -202,7 +202,7 @@ def with_recipe(words: Sequence[str], options: Mapping[str, str]) -> list[str]:
     if not plain or any(word.startswith(elsewhere) for word in words):
         return list(words)
     if "experiment" not in given:
-        place = next((i for i, word in enumerate(words) if "=" in word), len(words))
+        place = max((i for i, word in enumerate(words, start=1) if "=" in word), default=len(words))
         return [*words[:place], "experiment=photos", *words[place:]]
     name = given["experiment"].partition("=")[2]
     if name in ("photos", "none") or not name.isidentifier() or data_of_experiment(name):
