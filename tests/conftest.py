@@ -14,6 +14,11 @@ from ssl_xcit.data.photos import labelled_photos
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
+def pytest_collection_modifyitems(items):
+    """Put the longest test first: the other process does the rest meanwhile."""
+    items.sort(key=lambda item: item.name != "test_the_demo_learns")
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     """Whoever looks for the network finds none (local sockets stay)."""
