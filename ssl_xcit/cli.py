@@ -198,8 +198,7 @@ def with_recipe(words: Sequence[str], options: Mapping[str, str]) -> list[str]:
     """
     given = {key_of(word): word for word in words if "=" in word}
     plain = options["data"].strip("'\"") == "photos" and "~experiment" not in words
-    elsewhere = ("--config-name", "-cn", *SWEEP)  # each trial of a sweep sees to itself
-    if not plain or any(word.startswith(elsewhere) for word in words):
+    if not plain or any(word.startswith(("--config-name", "-cn")) for word in words):
         return list(words)
     if "experiment" not in given:
         place = max((i for i, word in enumerate(words, start=1) if "=" in word), default=len(words))

@@ -267,7 +267,7 @@ RECIPES = [  # what is typed, and the recipe that it means
     (["data=photos"], "experiment=photos"),
     (["data='photos'"], "experiment=photos"),
     (["eval_data.root=b"], "experiment=photos"),
-    (["-m", "seed=1,2"], None),  # each trial sees to itself
+    (["-m", "seed=1,2"], "experiment=photos"),
     (["-cd", "mine"], "experiment=photos"),
     (["experiment=continue"], "experiment=[photos,continue]"),
     (["experiment=[photos,continue]"], "experiment=[photos,continue]"),
@@ -278,7 +278,7 @@ RECIPES = [  # what is typed, and the recipe that it means
     (["data.root=a"], None),
     (["data.file=x.txt"], None),
     (["data=cifar10"], None),
-    (["-m", "data=photos,folder"], None),
+    (["-m", "data=photos,folder"], None),  # each trial sees to itself
     (["-cd", "mine", "data=mine"], None),
     (["-cd", "mine", "data.root=a"], None),
     (["-cd", "mine", "-cn", "mine"], None),

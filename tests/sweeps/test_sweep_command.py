@@ -38,7 +38,10 @@ def test_a_grid_and_one_value_more(capsys):
     assert "[3/3] optim.lr=5: started" in out
     assert list(Path("runs").iterdir()) == [folder]
     about = json.loads((folder / "sweep.json").read_text())
-    assert about["command"] == "ssl-xcit pretrain -m optim.lr=1,3,5 epochs=2 num_workers=1"
+    assert (
+        about["command"]
+        == "ssl-xcit pretrain -m optim.lr=1,3,5 epochs=2 num_workers=1 experiment=photos"
+    )
     assert about["fixed"] == ["epochs=2"]
 
 
@@ -54,8 +57,8 @@ def test_what_all_trials_get(monkeypatch):
     assert run("pretrain", "-m", *words) == 0
     for number, job in enumerate(commands):
         assert job[2:] == (
-            "pretrain", "--config-dir", "mine", "logger=wandb", f"seed={number}",
-            "++logger.wandb.group='s'", "report=null", "out='runs/s'", f"name='seed-{number}'",
+            "pretrain", "--config-dir", "mine", "logger=wandb", "experiment=photos",
+            f"seed={number}", "++logger.wandb.group='s'", "report=null", "out='runs/s'", f"name='seed-{number}'",
         )  # fmt: skip
 
 
