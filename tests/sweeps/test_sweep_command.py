@@ -42,7 +42,7 @@ def test_a_grid_and_one_value_more(capsys):
         about["command"]
         == "ssl-xcit pretrain -m optim.lr=1,3,5 epochs=2 num_workers=1 experiment=photos"
     )
-    assert about["fixed"] == ["epochs=2"]
+    assert about["fixed"] == ["epochs=2", "experiment=photos"]
 
 
 def test_what_all_trials_get(monkeypatch):
@@ -58,7 +58,8 @@ def test_what_all_trials_get(monkeypatch):
     for number, job in enumerate(commands):
         assert job[2:] == (
             "pretrain", "--config-dir", "mine", "logger=wandb", "experiment=photos",
-            f"seed={number}", "++logger.wandb.group='s'", "report=null", "out='runs/s'", f"name='seed-{number}'",
+            f"seed={number}", "++logger.wandb.group='s'", "report=null", "out='runs/s'",
+            f"name='seed-{number}'",
         )  # fmt: skip
 
 
