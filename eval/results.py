@@ -14,11 +14,11 @@ from ssl_xcit.data.labels import label_kind
 from ssl_xcit.utils.files import replacing, write_json
 from ssl_xcit.utils.tables import (
     Results,
+    cell_text,
     console,
+    interval_text,
     metrics_of,
     print_table,
-    shown,
-    shown_interval,
     title_of,
 )
 from ssl_xcit.utils.terminal import literal
@@ -165,9 +165,9 @@ def markdown(evaluation: Evaluation, title: str, rows: Sequence[str], about: Seq
     for row, values in results.items():
         headings += [row, "95 %"] if row in rows else [row]
         for metric, line in zip(metrics_of(results), cells, strict=True):
-            line.append(shown(metric, values))
+            line.append(cell_text(metric, values))
             if row in rows:
-                line.append(shown_interval(metric, intervals.get(row, {}).get(metric)))
+                line.append(interval_text(metric, intervals.get(row, {}).get(metric)))
     lines = [f"## {literal(title)}", "", *table_lines(headings, cells)]
     for second in rows[1:]:
         lines += ["", literal(f"{second} - {rows[0]} (paired):"), ""]

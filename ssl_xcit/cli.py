@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.training.run_name import key_of
 from ssl_xcit.utils.terminal import OneLine, printable, say
 from ssl_xcit.utils.validation import missing_keys, parse
 
@@ -57,12 +58,12 @@ KNOWN = {*FLAGS, *SWEEP, *TAKES, *OTHERS}
 
 def commands() -> dict[str, str]:
     """Name and first line of help of every command."""
-    found = {}
+    help_lines = {}
     for file in sorted(resources.files(CONF).iterdir(), key=lambda file: file.name):
         if file.name.endswith(".yaml"):
             text = file.read_text()
-            found[file.name.removesuffix(".yaml")] = text.splitlines()[0].lstrip("# ")
-    return found
+            help_lines[file.name.removesuffix(".yaml")] = text.splitlines()[0].lstrip("# ")
+    return help_lines
 
 
 def settings_of(command: str) -> DictConfig:
@@ -108,11 +109,6 @@ def named(command: str, arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def key_of(word: str) -> str:
-    """`a.b` of `++a.b=1`, `~a.b` and `a@b=c`'s a."""
-    return word.partition("=")[0].lstrip("+~").partition("@")[0]
-
-
 def option_of(word: str) -> str:
     """`--cfg` of `--cfg=job`."""
     return word.partition("=")[0]
@@ -127,7 +123,7 @@ def with_dashes(command: str, word: str, behind: Sequence[str]) -> str:
     if name == "data":
         name = "data.root"
     elif name not in names:
-        name = nearest(name, names).removeprefix("; did you mean ").rstrip("?") or name
+        name = suggestion(name, names).removeprefix("; did you mean ").rstrip("?") or name
     return f"{word}: settings are typed without dashes, as {name}={value}"
 
 
@@ -156,18 +152,18 @@ def default_options(command: str) -> dict[str, str]:
 def with_data(command: str, words: Sequence[str]) -> list[str]:
     """`data.root=DIR` alone means a folder of images, `data.file=FILE` alone a list or an array,
     and likewise of `eval_data`: where the option that is chosen otherwise has no such setting, the
-    one that has it is put before it.
+    one that has it is put before it. `with_recipe` does the rest.
 
     Raises:
         UserError: `data=DIR`, where a folder is named and not an option.
     """
-    found = list(words)
+    meaning = list(words)
     options = default_options(command)
     given = {key_of(word): word.partition("=")[2] for word in words if "=" in word}
     if any(word.startswith(FLAGS) for word in words):  # whose options are not known here
         chosen = options | {"data": given.get("data", options.get("data", ""))}
         elsewhere = bool(given.keys() & {"data.root", "data.file"})
-        return found if elsewhere or "experiment" not in options else with_recipe(found, chosen)
+        return meaning if elsewhere or "experiment" not in options else with_recipe(meaning, chosen)
     if "experiment" in given and "data" in options:
         for name in given["experiment"].strip("[]").split(","):
             options["data"] = data_of_experiment(name.strip()) or options["data"]
@@ -187,9 +183,9 @@ def with_data(command: str, words: Sequence[str]) -> list[str]:
         options[group] = (
             "folder" if key.endswith("root") else FORMATS.get(file.suffix.lower(), "list")
         )
-        place = next(i for i, word in enumerate(found) if key_of(word) == key)
-        found.insert(place, f"{group}={options[group]}")
-    return with_recipe(found, options) if "experiment" in options else found
+        place = next(i for i, word in enumerate(meaning) if key_of(word) == key)
+        meaning.insert(place, f"{group}={options[group]}")
+    return with_recipe(meaning, options) if "experiment" in options else meaning
 
 
 def with_recipe(words: Sequence[str], options: Mapping[str, str]) -> list[str]:
@@ -243,8 +239,8 @@ def data_of_experiment(name: str) -> str | None:
     for entry in content.get("defaults", []):
         if isinstance(entry, DictConfig) and "override /data" in entry:
             return str(entry["override /data"])
-        if isinstance(entry, str) and entry != "_self_" and (found := data_of_experiment(entry)):
-            return found
+        if isinstance(entry, str) and entry != "_self_" and (option := data_of_experiment(entry)):
+            return option
     return None
 
 
@@ -275,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = arguments.pop(0)
     if command not in commands():
         fail(
-            f"no command {command!r}{nearest(command, list(commands()))}; there are "
+            f"no command {command!r}{suggestion(command, list(commands()))}; there are "
             f"{', '.join(commands())}{unseen([command])}"
         )
 
@@ -378,11 +374,11 @@ def quoted(argument: str, sweep: bool) -> str:
     text = value.replace("\\", "\\\\").replace("'", "\\'")
     for attempt in (f"{key}={value}", f"{key}='{text}'"):
         try:
-            found = OverridesParser.create().parse_override(attempt)
+            override = OverridesParser.create().parse_override(attempt)
         except HydraException:
             continue
         # a path may have commas; elsewhere they mean a sweep, and Hydra says that -m is missing
-        if sweep or "/" not in value or not found.is_sweep_override():
+        if sweep or "/" not in value or not override.is_sweep_override():
             return attempt
     return argument
 
@@ -449,7 +445,7 @@ def explain(command: str, message: str) -> str:
         if "already at" in message:
             return f"{key} is there already: type it without +"
         return (
-            f"{key}: no such setting{nearest(key, setting_names(command))}; ssl-xcit "
+            f"{key}: no such setting{suggestion(key, setting_names(command))}; ssl-xcit "
             f"{command} --help lists all"
         )
     if match := re.search(
@@ -460,7 +456,7 @@ def explain(command: str, message: str) -> str:
         option = match[1].split("/")
         options = match[2].split()
         group = "/".join(option[:-1])
-        meant = nearest(option[-1], options) or f"; there are {', '.join(options)}"
+        meant = suggestion(option[-1], options) or f"; there are {', '.join(options)}"
         return f"{group}={option[-1]}: no such option{meant}"
     if match := re.search(r"Could not load '(\w+)/([^']+)'", message):  # one of a list
         group, name = match.groups()
@@ -469,7 +465,7 @@ def explain(command: str, message: str) -> str:
             [f.name.removesuffix(".yaml") for f in folder.iterdir()] if folder.is_dir() else []
         )
         return (
-            f"{group}=[{name}]: no such option{nearest(name, options)}; there are "
+            f"{group}=[{name}]: no such option{suggestion(name, options)}; there are "
             f"{', '.join(sorted(options))}"
         )
     if match := re.search(r"Key '[^']+' is not in struct\s+full_key: (\S+)", message):
@@ -499,7 +495,7 @@ def setting_names(command: str) -> list[str]:
     return names
 
 
-def nearest(word: str, words: Sequence[str]) -> str:
+def suggestion(word: str, words: Sequence[str]) -> str:
     """`; did you mean ...?`, or nothing."""
     close = [w for w in words if w.endswith(f".{word}")][:1]
     close = close or difflib.get_close_matches(word, words, n=1, cutoff=0.6)

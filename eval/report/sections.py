@@ -14,7 +14,7 @@ from ssl_xcit.errors import UserError
 from ssl_xcit.training.health import HEALTHY
 from ssl_xcit.training.run_dir import versions
 from ssl_xcit.utils.hardware import machine
-from ssl_xcit.utils.tables import format_value, metrics_of, shown, shown_interval, title_of
+from ssl_xcit.utils.tables import cell_text, format_value, interval_text, metrics_of, title_of
 
 from ..results import DIFFERENCE_HEADINGS, difference_rows
 from ..statistics import Difference
@@ -88,7 +88,7 @@ def headline_numbers(run: Run) -> str:
         known = [m for m in HEADLINES if m in values]
         for metric in (known or [m for m in values if curves.is_percent(m)])[:4]:
             interval = intervals.get(metric)
-            below = f"95 %: {shown_interval(metric, interval)}" if interval else "no interval"
+            below = f"95 %: {interval_text(metric, interval)}" if interval else "no interval"
             tiles.append(tile(title_of(metric).strip(), format_value(metric, values[metric]),
                               below, best_baseline(run.results, metric)))  # fmt: skip
     else:
@@ -153,8 +153,8 @@ def results_table(results: RunResults) -> str:
     cells = [
         [
             esc(title_of(metric)),
-            *(esc(shown(metric, values)) for values in rows.values()),
-            esc(shown_interval(metric, intervals.get(metric))),
+            *(esc(cell_text(metric, values)) for values in rows.values()),
+            esc(interval_text(metric, intervals.get(metric))),
         ]
         for metric in metrics_of(rows)
     ]
@@ -173,8 +173,8 @@ def comparison_section(
     for metric in metrics_of({name: values for name, (_, values, _) in backbones.items()}):
         cells.append([esc(title_of(metric))])
         for _, values, intervals in backbones.values():
-            interval = shown_interval(metric, intervals.get(metric))
-            cells[-1] += [esc(shown(metric, values)), esc(interval)]
+            interval = interval_text(metric, intervals.get(metric))
+            cells[-1] += [esc(cell_text(metric, values)), esc(interval)]
     headings = ["", *(word for name in backbones for word in (name, "95 %"))]
     missing = [run.name for run in runs if run.results is None]
     html = [paragraph("In %. Bars are 95 % intervals over the test images.", "hint")]

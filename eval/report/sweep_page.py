@@ -8,7 +8,7 @@ from typing import Any
 
 from ssl_xcit.sweeps.trial import FAILED, FINISHED
 from ssl_xcit.utils.files import replacing
-from ssl_xcit.utils.tables import format_value, shown_interval, title_of
+from ssl_xcit.utils.tables import format_value, interval_text, title_of
 
 from ..viz.markup import command_line, duration_in_words, esc, paragraph, table
 from .importance import importance
@@ -35,7 +35,7 @@ def leaderboard(sweep: SweepResults) -> tuple[list[str], list[list[str]]]:
                 str(place) if ranked else "",
                 *(trial.values.get(key, "") for key in sweep.keys),
                 "" if trial.value is None else format_value(sweep.metric, trial.value),
-                shown_interval(sweep.metric, trial.interval),
+                interval_text(sweep.metric, trial.interval),
                 f"{trial.steps:,}{whole}",
                 duration_in_words(trial.seconds) if trial.seconds else "",
                 "" if trial.state == FINISHED else WORDS.get(trial.state, trial.state),
@@ -150,7 +150,7 @@ def write_sweep_page(sweep: SweepResults, out: Path) -> None:
         best = sweep.finished[0]
         assert best.value is not None
         words = ", ".join(f"{key} {value}" for key, value in best.values.items())
-        interval = shown_interval(sweep.metric, best.interval)
+        interval = interval_text(sweep.metric, best.interval)
         head += (
             f'<div class="tiles"><div class="tile"><span>{esc(title_of(sweep.metric))}, the best'
             f"</span><b>{esc(format_value(sweep.metric, best.value))}</b>"

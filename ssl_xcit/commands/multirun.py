@@ -20,7 +20,8 @@ from ssl_xcit.sweeps.progress import ProgressLines
 from ssl_xcit.sweeps.searches import Search
 from ssl_xcit.sweeps.space import Space, read_space
 from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, STOPPED, Trial
-from ssl_xcit.training.settings import PretrainSettings, SweepSettings, place_keys
+from ssl_xcit.training.run_name import key_of
+from ssl_xcit.training.settings import PretrainSettings, SearchSettings, place_keys
 from ssl_xcit.utils.files import writable_folder
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import REST, Node, Text, parse
@@ -34,7 +35,7 @@ MOST_COMPOSED = 64  # values that are tried on the settings before anything star
 class MultirunSettings:
     """The settings of a command that are for its sweep."""
 
-    sweep: SweepSettings
+    sweep: SearchSettings
     launcher: Node
     out: Text
     name: Text | None
@@ -114,11 +115,6 @@ def composing(config: str, flags: Sequence[str]) -> Iterator[list[str]]:
     with initialize_config_module(config, version_base="1.3"):
         yield [f"hydra.searchpath=['file://{folder}']" for folder in folders]
     GlobalHydra.instance().clear()
-
-
-def key_of(override: str) -> str:
-    """`a.b` of `++a.b=1`."""
-    return override.partition("=")[0].lstrip("+~")
 
 
 def forced_settings(cfg: DictConfig, space: Space, folder: Path) -> list[str]:

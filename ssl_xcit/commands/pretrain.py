@@ -216,15 +216,15 @@ def conclude(
     pair = data.eval_data
     measured: dict[str, Any] = {"results": {}, "intervals": {}}
     if pair is not None:
-        found = evaluate(
+        evaluation = evaluate(
             load_backbone(run_dir),
             pair,
             num_workers=settings.num_workers,
             device=str(trainer.strategy.root_device),
             max_pixels=data.dataset.preprocess.max_pixels,
         )
-        measured = {"results": found.results, "intervals": found.intervals}
-        for missing in found.left_out.values():
+        measured = {"results": evaluation.results, "intervals": evaluation.intervals}
+        for missing in evaluation.left_out.values():
             for name, why in missing.items():
                 log.warning("%s is left out: %s", name, why)
     summary = {
@@ -263,8 +263,8 @@ def leave_report(settings: PretrainSettings, run_dir: Path, device: str) -> None
 
 def say_stopped(stopped: Stopped, run_dir: Path) -> None:
     """Where the same command goes on, and what shows how far it has come."""
-    found = checkpoints_of(run_dir)
-    where = f"goes on from {found[-1].stem}" if found else "starts again"
+    checkpoints = checkpoints_of(run_dir)
+    where = f"goes on from {checkpoints[-1].stem}" if checkpoints else "starts again"
     if (run_dir / "summary.json").is_file():  # stopped while the report was made
         where = "finds it finished"
     unsaved = "" if stopped.saved or stopped.step is None else "; this step could not be saved"

@@ -26,7 +26,7 @@ from ssl_xcit.export.output_files import (
 from ssl_xcit.export.safetensors_files import metadata, timm_arguments
 from ssl_xcit.models.timm_keys import to_timm_names
 from ssl_xcit.models.weights import load_backbone
-from ssl_xcit.utils.tables import format_value, shown_interval, title_of
+from ssl_xcit.utils.tables import format_value, interval_text, title_of
 from ssl_xcit.utils.terminal import literal, printable
 
 CARD = """---
@@ -180,7 +180,7 @@ def card(weights: Weights, name: str, pushed: str | None) -> str:
     )
     rows = [
         f"| {literal(title_of(metric).strip())} | {format_value(metric, value)} | "
-        f"{shown_interval(metric, intervals.get(metric))} |"
+        f"{interval_text(metric, intervals.get(metric))} |"
         for metric, value in values.items()
         if not metric.endswith(("_std", "_lr", "_l2"))
     ]

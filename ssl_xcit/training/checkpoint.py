@@ -98,8 +98,8 @@ def newest_valid(run_dir: Path, may_rename: bool = True) -> Path | None:
     Raises:
         RunFailed: there are checkpoints, and none is valid: never silently from the start.
     """
-    found = checkpoints_of(run_dir)
-    for path in reversed(found):
+    checkpoints = checkpoints_of(run_dir)
+    for path in reversed(checkpoints):
         try:
             if not verify(path):
                 read_checkpoint(path)
@@ -115,8 +115,8 @@ def newest_valid(run_dir: Path, may_rename: bool = True) -> Path | None:
         else:
             return path
     damaged = sorted((run_dir / "checkpoints").glob("step-*.corrupt"))
-    if found or damaged:
-        names = ", ".join(p.name for p in damaged or found)
+    if checkpoints or damaged:
+        names = ", ".join(p.name for p in damaged or checkpoints)
         raise RunFailed(
             f"no checkpoint of {run_dir} is valid ({names}): to start "
             "again from nothing, remove the folder or choose another name=..."

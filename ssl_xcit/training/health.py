@@ -123,8 +123,8 @@ def grad_norm_groups(names: Iterable[str]) -> tuple[list[str], list[int]]:
 
 def block_of(name: str) -> int:
     """`backbone.blocks.3.` is 3; -1 outside the blocks."""
-    _, found, rest = name.partition("backbone.blocks.")
-    return int(rest.partition(".")[0]) if found else -1
+    _, is_block, rest = name.partition("backbone.blocks.")
+    return int(rest.partition(".")[0]) if is_block else -1
 
 
 def teacher_entropy(targets: Float[Tensor, "G B K"]) -> dict[str, float]:
@@ -226,13 +226,13 @@ class Health(lightning.Callback):
         }
         loss = module.output.loss.item()
         warm = step > getattr(module.schedules.lr, "warmup_steps", 0)
-        found = judge(loss, values, targets.shape[-1]) if warm else HEALTHY
+        trouble = judge(loss, values, targets.shape[-1]) if warm else HEALTHY
         if not math.isfinite(loss):
-            found = self.trouble  # a step that was skipped tells nothing
-        self.times = self.times + 1 if found == self.trouble else 1
-        self.trouble = found
-        if found != self.verdict and (found == HEALTHY or self.times >= self.patience):
-            self.verdict, self.said = found, False
+            trouble = self.trouble  # a step that was skipped tells nothing
+        self.times = self.times + 1 if trouble == self.trouble else 1
+        self.trouble = trouble
+        if trouble != self.verdict and (trouble == HEALTHY or self.times >= self.patience):
+            self.verdict, self.said = trouble, False
         if not self.said:
             self.said = True
             self.say(step)

@@ -63,7 +63,7 @@ class Network(nn.Module):
     def features(self, views: list[Float[Tensor, "_ B ..."]]) -> Float[Tensor, "V B C"]:
         """Of the backbone, for all views: one pass a resolution."""
         run = self.compiled or self.backbone
-        return joined([run(v.flatten(0, 1)).unflatten(0, v.shape[:2]) for v in views], dim=0)
+        return concatenated([run(v.flatten(0, 1)).unflatten(0, v.shape[:2]) for v in views], dim=0)
 
     def forward(self, views: list[Float[Tensor, "_ B ..."]]) -> Float[Tensor, "V B D"]:
         """What the prototypes are compared with, for all views: one pass of the head over all."""
@@ -99,7 +99,7 @@ class MicrobatchOutput(NamedTuple):
     features: Float[Tensor, "G B C"]  # of the teacher's backbone
 
 
-def joined(parts: list[Tensor], dim: int = 1) -> Tensor:
+def concatenated(parts: list[Tensor], dim: int = 1) -> Tensor:
     """Concatenated; a single one is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
@@ -211,9 +211,9 @@ class DINO(lightning.LightningModule):
             with self.no_sync_if(n < len(parts)):
                 outputs.append(self.forward_backward(list(part), step, share, released == 0.0))
         loss = torch.stack([part.loss for part in outputs]).sum()
-        teacher_logits = joined([part.teacher_logits for part in outputs])
-        targets = joined([part.targets for part in outputs])
-        features = joined([part.features for part in outputs])
+        teacher_logits = concatenated([part.teacher_logits for part in outputs])
+        targets = concatenated([part.targets for part in outputs])
+        features = concatenated([part.features for part in outputs])
         if released == 0.0:  # no gradient, so no moments and no decay either
             self.student.backbone.zero_grad(set_to_none=True)
         grad_norms = clip_each_(self.student.parameters(), self.clip_norm)

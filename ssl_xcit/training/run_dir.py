@@ -172,17 +172,17 @@ def changes_since(
     if not isinstance(known, Mapping):  # no run of ours; its settings are the same
         return {}
     before = load_indices(run_dir / IMAGES)
-    found = {}
+    changes = {}
     for key in [*indices, *(key for key in known if key not in indices)]:
         now = indices[key].num_images if key in indices else 0
         if key not in indices:
-            found[key] = "images then, none now"
+            changes[key] = "images then, none now"
         elif key not in known:
-            found[key] = f"none then, {now:,} images now"
+            changes[key] = f"none then, {now:,} images now"
         elif known[key] != indices[key].digest():
             words = difference(before[key], indices[key]) if key in before else ""
-            found[key] = words or f"{now:,} images now, not those of then"
-    return found
+            changes[key] = words or f"{now:,} images now, not those of then"
+    return changes
 
 
 def moved_paths(settings: Mapping[str, Any], run_dir: Path) -> list[str]:

@@ -7,6 +7,11 @@ from hashlib import sha256
 from ssl_xcit.training.settings import FREE_KEYS
 
 
+def key_of(word: str) -> str:
+    """`a.b` of `++a.b=1`, `~a.b` and `a@b=c`'s a."""
+    return word.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
 def run_name(data: str, overrides: Sequence[str]) -> str:
     """A folder name that the same overrides always give: `photos_optim.lr-0.001_seed-1`."""
     rest = [o for o in that_matter(overrides) if not o.startswith(("data=", "trainer="))]
@@ -18,7 +23,7 @@ def run_name(data: str, overrides: Sequence[str]) -> str:
 
 def that_matter(overrides: Sequence[str]) -> list[str]:
     """Those that change results."""
-    keys = {o: o.partition("=")[0].lstrip("+~") for o in overrides}
+    keys = {o: key_of(o) for o in overrides}
     within = tuple(f"{key}." for key in FREE_KEYS)
     return [o for o in overrides if keys[o] not in FREE_KEYS and not keys[o].startswith(within)]
 

@@ -87,7 +87,7 @@ class TrainerSettings:
 
 
 @dataclass(frozen=True)
-class SweepSettings:
+class SearchSettings:
     """`conf/sweep/`."""
 
     search: Node
@@ -136,7 +136,7 @@ class PretrainSettings:
     logger: Annotated[Mapping[str, Any] | None, FREE] = None
     eval_data: Node | None = None
     report: Annotated[Node | None, FREE] = None
-    sweep: Annotated[SweepSettings | None, FREE] = None
+    sweep: Annotated[SearchSettings | None, FREE] = None
     launcher: Annotated[Node | None, FREE] = None
     # what a recipe has for its own use, such as a table that settings refer to
     helpers: Annotated[Mapping[str, Any], REST, LINKED] = field(default_factory=dict)

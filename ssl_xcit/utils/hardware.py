@@ -28,8 +28,8 @@ def machine() -> dict[str, str]:
 def processor() -> str:
     """Its name, where the system tells."""
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        if found := re.search(r"model name\s*: (.+)", file.read(20_000)):
-            return found[1]
+        if match := re.search(r"model name\s*: (.+)", file.read(20_000)):
+            return match[1]
     return platform.processor() or platform.machine()
 
 

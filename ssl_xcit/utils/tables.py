@@ -43,8 +43,10 @@ def title_of(metric: str) -> str:
     if match := re.fullmatch(r"(\w+?)_(easy|medium|hard)(?:_precision_at_(\d+))?", metric):
         return f"{match[1]}, {match[2]}, " + (f"mP@{match[3]}" if match[3] else "mAP")
     if match := re.fullmatch(r"(\w+)_(linear|knn)_(miou|accuracy|l2)", metric):
-        what = {"miou": "mIoU", "accuracy": "pixels", "l2": "its penalty"}[match[3]]
-        return f"{'  ' * (match[3] == 'l2')}{match[1]}, {match[2].replace('knn', 'k-NN')}, {what}"
+        measure = {"miou": "mIoU", "accuracy": "pixels", "l2": "best penalty"}[match[3]]
+        return (
+            f"{'  ' * (match[3] == 'l2')}{match[1]}, {match[2].replace('knn', 'k-NN')}, {measure}"
+        )
     if match := re.fullmatch(r"(\w+)_(j|f|jf)", metric):
         return f"{match[1]}, {'J&F' if match[2] == 'jf' else match[2].upper()}"
     for ending, title in (("_jaccard", "Jaccard"), ("_jaccard_mean", "Jaccard, mean of heads"),
@@ -56,7 +58,7 @@ def title_of(metric: str) -> str:
 
 def print_table(results: Results, title: str, intervals: Intervals | None = None) -> None:
     """In percent where nothing else is said; the interval is the last column's."""
-    console().print(made_table(results, title, intervals))
+    console().print(results_table(results, title, intervals))
 
 
 def console() -> PlainConsole:
@@ -64,7 +66,7 @@ def console() -> PlainConsole:
     return PlainConsole() if shown_in_terminal() else PlainConsole(width=140)
 
 
-def made_table(results: Results, title: str, intervals: Intervals | None = None) -> Table:
+def results_table(results: Results, title: str, intervals: Intervals | None = None) -> Table:
     """The same, for whoever prints it."""
     table = Table(title=f"{title}, in %", title_justify="left")
     table.add_column("", no_wrap=True)
@@ -76,20 +78,20 @@ def made_table(results: Results, title: str, intervals: Intervals | None = None)
     if known:
         table.add_column("95 %", justify="right", no_wrap=True)
     for metric in metrics_of(results):
-        cells = [shown(metric, values) for values in results.values()]
+        cells = [cell_text(metric, values) for values in results.values()]
         if known:
-            cells.append(shown_interval(metric, known.get(metric)))
+            cells.append(interval_text(metric, known.get(metric)))
         table.add_row(title_of(metric), *cells)
     return table
 
 
 def metrics_of(results: Results) -> list[str]:
     """In the order they came; a deviation stands with its mean."""
-    found = dict.fromkeys(metric for row in results.values() for metric in row)
-    return [m for m in found if not m.endswith("_std") or m[:-4] not in found]
+    metrics = dict.fromkeys(metric for row in results.values() for metric in row)
+    return [m for m in metrics if not m.endswith("_std") or m[:-4] not in metrics]
 
 
-def shown(metric: str, values: Mapping[str, float]) -> str:
+def cell_text(metric: str, values: Mapping[str, float]) -> str:
     """Percent with one decimal, a learning rate as it is; a deviation behind its mean."""
     value = values.get(metric)
     if value is None:
@@ -98,7 +100,7 @@ def shown(metric: str, values: Mapping[str, float]) -> str:
     return format_value(metric, value) + (f" ± {spread:.1f}" if spread is not None else "")
 
 
-def shown_interval(metric: str, interval: Sequence[float] | None) -> str:
+def interval_text(metric: str, interval: Sequence[float] | None) -> str:
     """`81.0–85.2`, or nothing."""
     if interval is None:
         return ""

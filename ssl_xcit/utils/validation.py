@@ -142,7 +142,7 @@ class Checker:
             for kind in kinds:
                 if get_origin(kind) in (Mapping, dict):
                     inner = get_args(kind)[1]
-                    return {k: self.value(inner, v, joined(key, k)) for k, v in value.items()}
+                    return {k: self.value(inner, v, subkey(key, k)) for k, v in value.items()}
         if isinstance(value, list) and any(
             isinstance(v, Mapping) and "_target_" in v for v in value
         ):
@@ -150,7 +150,7 @@ class Checker:
         is_group = any(dataclasses.is_dataclass(kind) for kind in kinds)
         if not (value is None and NoneType in kinds if is_group else allows(hint, value)):
             key = self.links.get(key, key)
-            raise UserError(f"{key}={shown(value)} must be {described(hint)}")
+            raise UserError(f"{key}={as_typed(value)} must be {described(hint)}")
         return value
 
     def anything(self, value: Any, key: str) -> Any:
@@ -158,35 +158,35 @@ class Checker:
         if isinstance(value, Mapping):
             if "_target_" in value:
                 return self.target(value, key)
-            return {k: self.anything(v, joined(key, k)) for k, v in value.items()}
+            return {k: self.anything(v, subkey(key, k)) for k, v in value.items()}
         if isinstance(value, list):
-            return [self.anything(v, joined(key, i)) for i, v in enumerate(value)]
+            return [self.anything(v, subkey(key, i)) for i, v in enumerate(value)]
         return value
 
     def instance(self, cls: Any, values: Mapping[str, Any], key: str) -> Any:
-        """Of a dataclass."""
+        """An instance of a dataclass, from the values of its group."""
         hints = get_type_hints(cls, include_extras=True)
         rest = next((name for name in hints if REST in marks_of(cls, name)), None)
         unknown = {k: v for k, v in values.items() if k not in hints}
         if rest is not None and LINKED in marks_of(cls, rest):
             nodes = [v for v in values.values() if isinstance(v, Mapping) and key]
-            known = {*self.references, *(joined(key, k) for node in nodes for k in node)}
-            refused = [k for k in unknown if joined(key, k) not in known]
+            known = {*self.references, *(subkey(key, k) for node in nodes for k in node)}
+            refused = [k for k in unknown if subkey(key, k) not in known]
         else:
             refused = list(unknown) if rest is None else []
         if refused:
             names = [*(k for k in hints if k != rest), *(k for k in unknown if k not in refused)]
-            raise UserError(no_such_setting(joined(key, refused[0]), names, key))
+            raise UserError(no_such_setting(subkey(key, refused[0]), names, key))
         made = {
-            name: self.value(hints[name], value, joined(key, name))
+            name: self.value(hints[name], value, subkey(key, name))
             for name, value in values.items()
             if name in hints
         }
         if rest is not None:
-            made[rest] = {k: self.anything(v, joined(key, k)) for k, v in unknown.items()}
+            made[rest] = {k: self.anything(v, subkey(key, k)) for k, v in unknown.items()}
         for field in dataclasses.fields(cls):
             if field.name not in made and field.default is field.default_factory:
-                name = joined(key, field.name)
+                name = subkey(key, field.name)
                 raise UserError(f"{name} is needed: add {name}=...")
         return cls(**made)
 
@@ -194,28 +194,30 @@ class Checker:
         """A node for `instantiate`: its values against the signature of what it names."""
         path = node["_target_"]
         if not isinstance(path, str) or "." not in path:
-            name = joined(key, "_target_")
-            raise UserError(f"{name}={shown(path)} must be the dotted path of a function or class")
+            name = subkey(key, "_target_")
+            raise UserError(
+                f"{name}={as_typed(path)} must be the dotted path of a function or class"
+            )
         given = {k: v for k, v in node.items() if k[:1] != "_"}
         hints = hints_of(path) if given and path.startswith("ssl_xcit.") else None
         for name, value in given.items():
             if hints is None:
-                self.anything(value, joined(key, name))
+                self.anything(value, subkey(key, name))
             elif name in hints:
-                self.value(hints[name], value, joined(key, name))
+                self.value(hints[name], value, subkey(key, name))
             elif "**" not in hints:
-                raise UserError(no_such_setting(joined(key, name), list(hints), key))
+                raise UserError(no_such_setting(subkey(key, name), list(hints), key))
         return node
 
 
-def joined(key: str, name: Any) -> str:
+def subkey(key: str, name: Any) -> str:
     """`key.name`, or `name` alone at the top."""
     return f"{key}.{name}" if key else str(name)
 
 
 def no_such_setting(name: str, names: Sequence[str], key: str) -> str:
     """What to say of a key that nothing takes."""
-    there = [joined(key, n) for n in names]
+    there = [subkey(key, n) for n in names]
     close = difflib.get_close_matches(name, there, n=1, cutoff=0.6)
     if close:
         return f"{name}: no such setting; did you mean {close[0]}?"
@@ -336,19 +338,19 @@ def adapter_of(hint: Any) -> Any:
         return None
 
 
-def shown(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """A value as it is typed."""
     if isinstance(value, list | tuple):
-        return f"[{','.join(shown(v) for v in value)}]"
+        return f"[{','.join(as_typed(v) for v in value)}]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{k}:{shown(v)}" for k, v in value.items()) + "}"
+        return "{" + ",".join(f"{k}:{as_typed(v)}" for k, v in value.items()) + "}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
 
 
 def described(hint: Any, several: bool = False) -> str:
-    """What is allowed, in words.
+    """What a type allows, in words.
 
     Args:
         hint: a type.
@@ -366,7 +368,7 @@ def described(hint: Any, several: bool = False) -> str:
         kinds = sorted(get_args(base), key=lambda kind: kind is NoneType)
         return " or ".join(dict.fromkeys(described(kind, several) for kind in kinds))
     if get_origin(base) is Literal:
-        *most, last = [shown(value) for value in get_args(base)]
+        *most, last = [as_typed(value) for value in get_args(base)]
         return f"{', '.join(most)} or {last}" if most else last
     if get_origin(base) is tuple and Ellipsis not in get_args(base):
         return f"a list of {len(get_args(base))} {described(get_args(base)[0], True)}"

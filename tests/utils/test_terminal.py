@@ -14,7 +14,7 @@ from rich.table import Table
 from ssl_xcit.eval.results import Evaluation, class_table, markdown, table_lines
 from ssl_xcit.eval.viz.markup import all_printable, esc
 from ssl_xcit.eval.viz.pictures import TEXT, font, shortened
-from ssl_xcit.utils.tables import console, made_table
+from ssl_xcit.utils.tables import console, results_table
 from ssl_xcit.utils.terminal import OneLine, PlainColumn, printable, say, track
 
 NAMES = {  # as they are, and as they are shown
@@ -55,7 +55,7 @@ def test_a_name_is_shown_as_it_is_spelled(name, shown, capsys):
     assert capsys.readouterr().out.count(shown) == 3
     console().print(class_table("k-NN", {name: (50.0, 2)}))
     assert shown in capsys.readouterr().out
-    console().print(made_table({name.replace(" ", ""): {"map": 1.0}}, name))
+    console().print(results_table({name.replace(" ", ""): {"map": 1.0}}, name))
     out = capsys.readouterr().out
     assert f"{shown}, in %" in out
     assert out.count(shown.replace(" ", "")) >= 1
@@ -96,7 +96,7 @@ def test_a_reader_that_has_gone_stops_nobody():
 
 
 def test_headings_of_several_words_keep_their_lines(capsys):
-    console().print(made_table({"random weights": {"map": 1.0}}, "title"))
+    console().print(results_table({"random weights": {"map": 1.0}}, "title"))
     first, second = (line for line in capsys.readouterr().out.splitlines() if "┃" in line)
     assert first.split() == ["┃", "┃", "random", "┃"]
     assert second.split() == ["┃", "┃", "weights", "┃"]
