@@ -163,8 +163,8 @@ def similarity(patches: Float[Tensor, "C h w"], place: tuple[int, int]) -> Float
 class Maps(NamedTuple):
     """Components and foreground of several images."""
 
-    colours: list[Float[Tensor, "h w components"]]  # 0..1
-    foreground: list[Bool[Tensor, "h w"]]
+    colours: list[Float[Tensor, "_ _ components"]]  # 0..1
+    foreground: list[Bool[Tensor, "_ _"]]
     explained: list[float]  # share of the variance along each component
     threshold: float  # of the foreground, on the first component with its sign turned
 

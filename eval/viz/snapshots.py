@@ -126,7 +126,7 @@ class Snapshots(lightning.Callback):
                 continue
             images.append(FixedImage(source.name(index), class_name(source, index), pixels))
         if bad:
-            self.warn(bad[0])
+            log.warning("callbacks.snapshots: %s; %d of its images are left out", bad[0], len(bad))
         return images
 
     def resume(self, step: int) -> None:
@@ -243,7 +243,7 @@ class Snapshots(lightning.Callback):
             groups.setdefault(image.pixels.shape, []).append(i)
         return list(groups.values())
 
-    def components(self, features: Sequence[Float[Tensor, "C h w"]]) -> list[Picture]:
+    def components(self, features: Sequence[Float[Tensor, "C _ _"]]) -> list[Picture]:
         """The first three components over the patches of all images, as colours."""
         moments = patches.Moments(len(features[0]))
         images = [tokens.flatten(1).mT for tokens in features]  # (N, C) each
