@@ -9,11 +9,14 @@ import html
 import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from ssl_xcit.errors import UserError
@@ -40,6 +43,31 @@ def html_path(out: object) -> Path:
 def esc(words: object) -> str:
     """Text in an element or an attribute, with escapes for characters that are not seen."""
     return html.escape(printable(str(words)))
+
+
+@cache
+def templates() -> Environment:
+    """The files of `templates/`, in which every value is escaped unless it is `Markup`, and a
+    character that is not seen appears as its escape. `asset` and `script_json` can be called.
+    """
+    environment = Environment(
+        loader=PackageLoader(__package__, "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda v: printable(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
+    )
+    environment.globals |= {
+        "asset": lambda name: Markup(asset(name)),
+        "script_json": lambda content: Markup(script_json(content)),
+    }
+    return environment
+
+
+def render(template: str, **values: Any) -> Markup:
+    """Fill a file of `templates/`; the result is not escaped again in another one."""
+    return Markup(templates().get_template(template).render(values))
 
 
 def all_printable(content: Any) -> Any:
