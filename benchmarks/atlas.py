@@ -23,7 +23,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from ssl_xcit.data.decode import read_image
 from ssl_xcit.data.photos import photographs
-from ssl_xcit.eval.features.neighbors import unit64
+from ssl_xcit.eval.features.neighbors import unit
 from ssl_xcit.eval.viz.atlas import Atlas, atlas_page, sprites
 from ssl_xcit.eval.viz.atlas_data import side_of
 from ssl_xcit.eval.viz.embedding import COMPONENTS, components, tsne
@@ -59,7 +59,7 @@ def places(count: int, rounds: int) -> dict[str, object]:
     features, classes = clustered(count)
 
     def theirs() -> np.ndarray:
-        points = components(unit64(features), COMPONENTS)
+        points = components(unit(features).astype(np.float64), COMPONENTS)
         return TSNE(init="pca", random_state=0, max_iter=750).fit_transform(points)
 
     sides = {"openTSNE": lambda: tsne(features), "scikit-learn": theirs}

@@ -14,16 +14,7 @@ from ssl_xcit.data.labels import Labels
 from ssl_xcit.utils.validation import Count, Positive
 
 from ..features.extract import FeatureSet
-from ..features.neighbors import (
-    ROUNDING,
-    Approximate,
-    Bank,
-    Indices,
-    Queries,
-    Similarity,
-    nearest,
-    similarities,
-)
+from ..features.neighbors import Approximate, Bank, Indices, Queries, Similarity, nearest
 from ..statistics import Estimate
 from .protocol import Evaluator, OneOrMore, Seed, as_list
 
@@ -44,46 +35,24 @@ def votes(
     return sums.reshape(Q, num_classes)
 
 
-def is_close(sums: Float64[np.ndarray, "Q K"], temperature: float) -> Bool[np.ndarray, " Q"]:
-    """Queries where rounding in float32 could have made another class the first."""
-    if sums.shape[1] < 2:
-        return np.zeros(len(sums), bool)
-    two = np.partition(sums, -2, axis=1)[:, -2:]
-    return two[:, 1] - two[:, 0] <= (2 * ROUNDING / temperature + 1e-9) * two[:, 1]
-
-
 def elected(
-    bank: Bank,
-    classes: Labels,
-    queries: Queries,
-    near: tuple[Similarity, Indices],
-    num_classes: int,
-    temperature: float,
+    classes: Labels, near: tuple[Similarity, Indices], num_classes: int, temperature: float
 ) -> Int64[np.ndarray, " Q"]:
-    """The class with the most votes, of equals the lowest; close elections are held in float64.
+    """The class with the most votes, of equals the lowest.
 
     Args:
-        bank: (N, C).
-        classes: (N,) from 0.
-        queries: (Q, C).
+        classes: (N,) of the bank, from 0.
         near: similarities and indices (Q, k) of those that vote.
         num_classes: K.
         temperature: above 0.
     """
     similarity, indices = near
-    winner = np.empty(len(queries), np.int64)
+    winner = np.empty(len(indices), np.int64)
     at_once = max(1, 16_000_000 // num_classes)
-    for start in range(0, len(queries), at_once):
+    for start in range(0, len(indices), at_once):
         here = slice(start, start + at_once)
-        chosen = indices[here]
-        voters = np.where(chosen < 0, -1, classes[chosen])
-        sums = votes(similarity[here], voters, num_classes, temperature)
-        winner[here] = sums.argmax(axis=1)
-        close = np.flatnonzero(is_close(sums, temperature) & (chosen >= 0).all(axis=1))
-        if len(close):
-            exact = similarities(bank, queries[here][close], chosen[close])
-            again = votes(exact, voters[close], num_classes, temperature)
-            winner[start + close] = again.argmax(axis=1)
+        voters = np.where(indices[here] < 0, -1, classes[indices[here]])
+        winner[here] = votes(similarity[here], voters, num_classes, temperature).argmax(axis=1)
     return winner
 
 
@@ -92,8 +61,7 @@ def knn_predict(
 ) -> Int64[np.ndarray, " Q"]:
     """Class ids of the queries by their k nearest rows of the bank.
 
-    The same as brute force in float64; of equally similar neighbours the first in the bank, of
-    classes with equal votes the lowest.
+    Of classes with equal votes the lowest wins.
 
     Args:
         bank: (N, C) features.
@@ -104,7 +72,7 @@ def knn_predict(
     """
     names, classes = np.unique(labels, return_inverse=True)
     near = nearest(bank, queries, k)
-    return names[elected(bank, classes, queries, near, len(names), temperature)]
+    return names[elected(classes, near, len(names), temperature)]
 
 
 class KNN(Evaluator):
@@ -144,11 +112,11 @@ class KNN(Evaluator):
             similarity, indices, recall = self.index.nearest(bank, queries, self.k[-1], itself)
             yield "knn_recall", recall
         else:
-            similarity, indices = nearest(bank, queries, self.k[-1], self.k, itself)
+            similarity, indices = nearest(bank, queries, self.k[-1], itself)
         for place, temperature in enumerate(self.temperatures):
             for k in self.k:
                 few = similarity[:, :k], indices[:, :k]
-                winner = elected(bank, classes, queries, few, len(names), temperature)
+                winner = elected(classes, few, len(names), temperature)
                 suffix = f"_t{temperature:g}" if place else ""
                 yield f"knn_k{k}{suffix}", Estimate(names[winner] == features.test_labels)
 
@@ -189,9 +157,7 @@ class FewShot(Evaluator):
                 rows = np.flatnonzero(place < n)
                 bank = np.asarray(features.train[rows], np.float32)
                 near = nearest(bank, features.test, n)
-                winner = elected(
-                    bank, classes[rows], features.test, near, len(names), self.temperature
-                )
+                winner = elected(classes[rows], near, len(names), self.temperature)
                 right[n][:, draw] = names[winner] == features.test_labels
         for n in self.shots:
             yield f"fewshot_{n}", Estimate(right[n].astype(np.float64))

@@ -1,12 +1,9 @@
-"""Nearest neighbours by cosine similarity: exact, or approximate where the bank is too large.
-
-Exact search is faiss in float32 over blocks of the bank, so that a bank may be larger than memory.
-Where float32 leaves open which neighbours are the nearest, the few in question are compared in
-float64, of equals the first one in the bank; so the answer is that of float64 brute force.
+"""Nearest neighbours by cosine similarity, with faiss in float32: exact search over blocks of the
+bank, which may be larger than memory, or an approximate index where the bank is too large.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Float, Float32, Int64
 
 from ssl_xcit.utils.terminal import say
 
@@ -24,11 +21,6 @@ Queries = Float[np.ndarray, "Q C"]
 Similarity = Float[np.ndarray, "Q k"]
 Indices = Int64[np.ndarray, "Q k"]
 BLOCK = 1 << 29  # bytes of the bank at once
-MARGIN = 8  # neighbours searched beyond the k that are returned
-ROUNDING = 4e-6  # above what float32 loses in the product of two unit vectors
-ROUNDING64 = 1e-12  # the same of float64
-QUERIES = 1 << 17  # at once
-GATHERED = 1 << 25  # numbers of neighbours' features at once
 SIMILARITIES = 1 << 26  # at once, where all are kept: 256 MB
 
 
@@ -39,12 +31,6 @@ def unit(rows: Float[np.ndarray, "N C"]) -> Float32[np.ndarray, "N C"]:
     return rows / np.maximum(norms, np.float32(1e-12))[:, None]
 
 
-def unit64(rows: Float[np.ndarray, "N C"]) -> Float64[np.ndarray, "N C"]:
-    """The same in float64."""
-    exact = rows.astype(np.float64)
-    return exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
-
-
 def blocks(bank: Bank) -> Iterator[tuple[int, Float32[np.ndarray, "n C"]]]:
     """(first row, unit rows) of each block."""
     rows = max(1, BLOCK // (4 * bank.shape[1]))
@@ -52,138 +38,39 @@ def blocks(bank: Bank) -> Iterator[tuple[int, Float32[np.ndarray, "n C"]]]:
         yield start, unit(bank[start : start + rows])
 
 
-def similarities(bank: Bank, queries: Queries, indices: Indices) -> Float64[np.ndarray, "Q k"]:
-    """Cosines in float64 of each query with some rows of the bank."""
-    cosines = np.empty(indices.shape)
-    k, C = indices.shape[1], bank.shape[1]
-    at_once = max(1, GATHERED // (k * C))
-    for start in range(0, len(queries), at_once):
-        here = slice(start, start + at_once)
-        wanted, places = np.unique(indices[here], return_inverse=True)
-        near = unit64(bank[wanted])[places.reshape(indices[here].shape)]
-        cosines[here] = np.einsum("qkc,qc->qk", near, unit64(queries[here]))
-    return cosines
-
-
-def ordered(similarity: Similarity, indices: Indices) -> tuple[Similarity, Indices]:
-    """Most similar first, of equals the first in the bank."""
-    order = np.lexsort((indices, -similarity), axis=1)
-    return np.take_along_axis(similarity, order, 1), np.take_along_axis(indices, order, 1)
-
-
-def scan(bank: Bank, queries: Queries, k: int) -> tuple[Similarity, Indices]:
-    """The k nearest by float32, block by block, on a GPU where faiss finds one."""
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    gpu = faiss.StandardGpuResources() if k <= 2048 and gpus() else None
-    wanted = unit(queries)
-    best: tuple[np.ndarray, np.ndarray] | None = None
-    for start, rows in blocks(bank):
-        count = min(k, len(rows))
-        product = faiss.METRIC_INNER_PRODUCT
-        if gpu is None:
-            similarity, indices = faiss.knn(wanted, rows, count, metric=product)
-        else:
-            similarity, indices = faiss.knn_gpu(gpu, wanted, rows, count, metric=product)
-        indices = indices + start
-        if best is not None:
-            similarity = np.concatenate((best[0], similarity), axis=1)
-            indices = np.concatenate((best[1], indices), axis=1)
-            similarity, indices = ordered(similarity, indices)
-        best = similarity[:, :k], indices[:, :k]
-    assert best is not None
-    return best
-
-
-def gpus() -> int:
-    """Number of GPUs that faiss can use; its CPU builds know of none."""
-    return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-
-
-def brute_force(bank: Bank, queries: Queries, k: int) -> tuple[Similarity, Indices]:
-    """All rows of the bank in float64: the k nearest, of equals the first.
-
-    Products of matrices say who may be among them; those few are compared one by one, so that
-    equal rows have equal similarities wherever they stand.
-    """
-    N, C = bank.shape
-    best, places = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
-    at_once, rows = max(1, GATHERED // N), max(1, GATHERED // C)
-    for first in range(0, len(queries), at_once):
-        few = unit64(queries[first : first + at_once])
-        products = np.empty((len(few), N))
-        for start in range(0, N, rows):
-            products[:, start : start + rows] = few @ unit64(bank[start : start + rows]).T
-        kth = np.partition(products, N - k, axis=1)[:, N - k]
-        for row, similarity in enumerate(products):
-            wanted = np.flatnonzero(similarity >= kth[row] - ROUNDING64)[None]
-            query = queries[first + row][None]
-            exact = ordered(similarities(bank, query, wanted), wanted)
-            best[first + row], places[first + row] = exact[0][0, :k], exact[1][0, :k]
-    return best, places
-
-
-def open_cuts(similarity: Similarity, cuts: Sequence[int], whole: bool) -> Bool[np.ndarray, " Q"]:
-    """Queries where float32 does not tell which neighbours are the first few, for some number of
-    them; `whole`: there are no others than these.
-    """
-    doubtful = np.zeros(len(similarity), bool)
-    for k in cuts:
-        if k < similarity.shape[1]:
-            doubtful |= similarity[:, k - 1] - similarity[:, k] <= ROUNDING
-        elif not whole:
-            doubtful[:] = True
-    return doubtful
-
-
 def nearest(
-    bank: Bank,
-    queries: Queries,
-    k: int,
-    cuts: Sequence[int] = (),
-    itself: Int64[np.ndarray, " Q"] | None = None,
+    bank: Bank, queries: Queries, k: int, itself: Int64[np.ndarray, " Q"] | None = None
 ) -> tuple[Similarity, Indices]:
-    """Similarities and bank indices of the k nearest, most similar first: exactly those that
-    brute force in float64 finds.
+    """Cosine similarities and bank indices of the k nearest, most similar first, compared in
+    float32, block by block, on a GPU where faiss finds one.
 
     Args:
         bank: (N, C); may be a memory map larger than memory.
         queries: (Q, C).
         k: at most N are given.
-        cuts: smaller numbers of neighbours that must be exact too.
         itself: (Q,) the row of the bank that each query is, and which is left out.
     """
-    if len(queries) > QUERIES:  # those of one set may be as many as the bank
-        parts = [
-            nearest(
-                bank,
-                queries[start : start + QUERIES],
-                k,
-                cuts,
-                None if itself is None else itself[start : start + QUERIES],
-            )
-            for start in range(0, len(queries), QUERIES)
-        ]
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-    k = min(k, len(bank) - (itself is not None))
-    own = int(itself is not None)
-    similarity, indices = scan(bank, queries, min(k + own + MARGIN, len(bank)))
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    count = min(k + (itself is not None), len(bank))
+    gpu = faiss.StandardGpuResources() if count <= 2048 and gpus() else None
+    wanted = unit(queries)
+    best = faiss.ResultHeap(len(queries), count, keep_max=True)
+    for start, rows in blocks(bank):
+        few, product = min(count, len(rows)), faiss.METRIC_INNER_PRODUCT
+        if gpu is None:
+            similarity, indices = faiss.knn(wanted, rows, few, metric=product)
+        else:
+            similarity, indices = faiss.knn_gpu(gpu, wanted, rows, few, metric=product)
+        best.add_result(similarity, indices + start)
+    best.finalize()
     if itself is not None:
-        similarity, indices = without_itself(similarity, indices, itself)
-    whole = similarity.shape[1] + own >= len(bank)
-    doubtful = np.flatnonzero(open_cuts(similarity, [*cuts, k], whole))
-    if len(doubtful):
-        exact = similarities(bank, queries[doubtful], indices[doubtful])
-        exact, places = ordered(exact, indices[doubtful])
-        similarity, indices = similarity.astype(np.float64), indices.copy()
-        similarity[doubtful], indices[doubtful] = exact, places
-        if not whole:  # equals may go on beyond the margin
-            rows = doubtful[exact[:, k - 1] - exact[:, -1] <= ROUNDING]
-            if len(rows):
-                exact, places = brute_force(bank, queries[rows], similarity.shape[1] + own)
-                if itself is not None:
-                    exact, places = without_itself(exact, places, itself[rows])
-                similarity[rows], indices[rows] = exact, places
-    return similarity[:, :k], indices[:, :k]
+        return without_itself(best.D, best.I, itself)
+    return best.D, best.I
+
+
+def gpus() -> int:
+    """Number of GPUs that faiss can use; its CPU builds know of none."""
+    return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
 
 
 def without_itself(

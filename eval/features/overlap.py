@@ -12,7 +12,7 @@ from ssl_xcit.utils.terminal import say
 
 from .cache import digests_of
 from .extract import FeatureSet
-from .neighbors import nearest, similarities
+from .neighbors import nearest
 
 log = logging.getLogger(__name__)
 MINOR = 0.01  # share of the test images up to which it is a remark, and not a warning
@@ -52,8 +52,8 @@ def count_near_duplicates(features: FeatureSet, threshold: float) -> int:
     training image, of one set with that of another image.
     """
     itself = np.arange(len(features.test)) if features.one_set else None
-    _, indices = nearest(features.train, features.test, 1, itself=itself)
-    return int((similarities(features.train, features.test, indices) > threshold).sum())
+    similarity, _ = nearest(features.train, features.test, 1, itself)
+    return int((similarity > threshold).sum())
 
 
 def warn_if_perfect(knn: float, row: str) -> None:

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from ssl_xcit.errors import UserError
 
-from ..features.neighbors import unit64
+from ..features.neighbors import unit
 
 COMPONENTS = 50
 FEW = 5  # of fewer points the two first components are the places
@@ -38,7 +38,7 @@ def tsne(
     Raises:
         UserError: openTSNE is not installed.
     """
-    points = components(unit64(np.asarray(features)), COMPONENTS)
+    points = components(unit(features).astype(np.float64), COMPONENTS)
     if len(points) < FEW or not points.any():
         return planar(points)
     try:

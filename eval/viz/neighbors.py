@@ -16,7 +16,7 @@ from ssl_xcit.data.sources import Files, Subset
 from ssl_xcit.errors import UserError
 
 from ..features.extractor import FeatureExtractor
-from ..features.neighbors import nearest, ordered, similarities
+from ..features.neighbors import nearest
 from .dataset import DataSet, ImageFeatures, class_name, evenly_spaced, image_features, rows_of
 from .grids import GridCell, GridRow
 
@@ -47,8 +47,7 @@ def nearest_rows(
     k = min(k, len(bank) - 1)
     if not len(queries):
         return np.zeros((0, k), np.int64), np.zeros((0, k))
-    _, indices = nearest(bank, queries, k, itself=itself)
-    similarity, indices = ordered(similarities(bank, queries, indices), indices)
+    similarity, indices = nearest(bank, queries, k, itself)
     return indices, similarity.clip(-1.0, 1.0)
 
 

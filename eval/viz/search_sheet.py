@@ -17,7 +17,7 @@ from ssl_xcit.utils.validation import Text
 from ..features.cache import weights_digest
 from ..features.extract import KINDS, extract, parts_of
 from ..features.extractor import FeatureExtractor, placed
-from ..features.neighbors import nearest, nearest_in, ordered, similarities
+from ..features.neighbors import nearest, nearest_in
 from ..features.store import FeatureIndex
 from .grids import GridCell, GridRow, grid
 from .pictures import Picture, missing_picture, visible
@@ -91,8 +91,7 @@ def nearest_names(index: FeatureIndex, features: np.ndarray, k: int) -> list[lis
     if index.index is not None:
         cosines, places = nearest_in(index.index, features, k)
     else:
-        _, places = nearest(index.bank, features, k)
-        cosines, places = ordered(similarities(index.bank, features, places), places)
+        cosines, places = nearest(index.bank, features, k)
     return [
         [
             {"rank": rank, "similarity": round(float(cosine), 6), "name": index.names[int(i)]}

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from brute_force import check_nearest, cosines, exact_neighbours
 from sklearn.neighbors import KNeighborsClassifier
 
 from ssl_xcit.eval.evaluators.knn import (
@@ -13,16 +14,6 @@ from ssl_xcit.eval.evaluators.knn import (
 )
 from ssl_xcit.eval.features import neighbors as search
 from ssl_xcit.eval.features.extract import FeatureSet
-
-
-def cosines(bank, query):
-    bank, query = bank.astype(np.float64), query.astype(np.float64)
-    bank = bank / np.maximum(np.linalg.norm(bank, axis=1, keepdims=True), 1e-12)
-    return (bank * (query / max(np.linalg.norm(query), 1e-12))).sum(axis=1)
-
-
-def exact_neighbours(bank, query, k):
-    return np.lexsort((np.arange(len(bank)), -cosines(bank, query)))[:k]
 
 
 def election(bank, labels, query, neighbours, temperature=0.07):
@@ -78,29 +69,28 @@ def test_a_tie_goes_to_the_lowest_class():
     assert knn_predict(bank, np.array([9, 4]), query, 2).tolist() == [4]
 
 
-@pytest.mark.parametrize("k", [1, 7, 20, 400])
+@pytest.mark.parametrize("k", [1, 20, 700])
 @pytest.mark.parametrize("block", [1 << 29, 4 * 16 * 70])
-def test_ties_go_as_brute_force_has_them(k, block, monkeypatch):
-    """Rows that stand five times in the bank, and whole numbers with many equal cosines; in one
-    block of the bank and in several.
+@pytest.mark.parametrize("one_set", [False, True])
+def test_the_nearest_are_those_of_brute_force(k, block, one_set, monkeypatch):
+    """Rows that stand five times in the bank, whole numbers with many equal cosines, and features
+    that are all but equal, as an untrained network's; in one block of the bank and in several.
     """
     monkeypatch.setattr(search, "BLOCK", block)
     rng = np.random.default_rng(0)
     repeated = np.repeat(rng.normal(size=(100, 16)), 5, axis=0), rng.normal(size=(60, 16))
     whole = rng.integers(-1, 2, size=(500, 4)), rng.integers(-1, 2, size=(60, 4))
-    for bank, queries in (repeated, whole):
-        bank, queries = bank.astype(np.float32), queries.astype(np.float32)
-        labels = rng.integers(5, size=len(bank))
-        neighbours = [exact_neighbours(bank, query, k) for query in queries]
-        found = search.nearest(bank, queries, k)[1]
-        assert all(set(a) == set(b) for a, b in zip(found, neighbours, strict=True))
-        expected = [election(bank, labels, q, n) for q, n in zip(queries, neighbours, strict=True)]
-        assert knn_predict(bank, labels, queries, k).tolist() == expected
+    alike = 1 + 1e-4 * rng.normal(size=(600, 32)), 1 + 1e-4 * rng.normal(size=(60, 32))
+    for bank, queries in (repeated, whole, alike):
+        itself = np.arange(0, 60) if one_set else None
+        queries = bank[:60] if one_set else queries
+        rows = bank.astype(np.float32), queries.astype(np.float32)
+        check_nearest(*rows, k, *search.nearest(*rows, k, itself), itself)
 
 
 def test_one_set_leaves_each_image_out_of_its_own_neighbours():
     bank, labels, _, _ = clusters()
-    bank[7] = bank[3]  # an equal row is a neighbour like any other
+    bank[7], labels[7] = bank[3], labels[3]  # an equal row is a neighbour like any other
     values = dict(KNN([1, 10])(FeatureSet(bank, labels, bank, labels)))
     for k in (1, 10):
         right = []
@@ -166,27 +156,6 @@ def test_a_bank_in_half_precision_on_the_disk(tmp_path):
         knn_predict(mapped, labels, queries, 20),
         brute_force(bank.astype(np.float16), labels, queries, 20, 0.07),
     )
-
-
-def test_nearly_equal_features_are_told_apart_in_float64():
-    """As those of an untrained deep network: all cosines within float32's rounding."""
-    rng = np.random.default_rng(0)
-    rows = (1.0 + 1e-4 * rng.normal(size=(700, 32))).astype(np.float32)
-    bank, queries, labels = rows[:600], rows[600:], rng.integers(4, size=600)
-    found = search.nearest(bank, queries, 20)[1]
-    for query, places in zip(queries, found, strict=True):
-        assert set(places) == set(exact_neighbours(bank, query, 20))
-    assert np.array_equal(
-        knn_predict(bank, labels, queries, 20), brute_force(bank, labels, queries, 20, 0.07)
-    )
-
-
-def test_many_queries_are_taken_in_parts(monkeypatch):
-    bank = clusters()[0]
-    whole = search.nearest(bank, bank, 10, itself=np.arange(len(bank)))
-    monkeypatch.setattr(search, "QUERIES", 150)
-    parts = search.nearest(bank, bank, 10, itself=np.arange(len(bank)))
-    assert np.array_equal(whole[1], parts[1])
 
 
 def test_accuracy_by_class():
