@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
-from scipy.stats import binom, norm, t
+from scipy.stats import binomtest, t
 
 ALPHA = 0.05
-Z = float(norm.ppf(1 - ALPHA / 2))  # of a normal distribution 95 % lie within so many deviations
 HALVES = 400
 Items = Shaped[np.ndarray, "Q *rest"]
 Weights = Float[np.ndarray, " Q"]
@@ -94,11 +93,8 @@ def is_share(estimate: Estimate) -> bool:
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
     """Wilson's score interval of hits / count, in percent."""
-    share = hits / count
-    centre = share + Z * Z / (2 * count)
-    half = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
-    scale = 100.0 / (1 + Z * Z / count)
-    return max(0.0, scale * (centre - half)), min(100.0, scale * (centre + half))
+    interval = binomtest(hits, count).proportion_ci(1 - ALPHA, method="wilson")
+    return 100.0 * float(interval.low), 100.0 * float(interval.high)
 
 
 def quantile(count: int) -> float:
@@ -174,9 +170,7 @@ def paired_difference(one: Estimate, two: Estimate) -> Difference:
 def mcnemar(one: Bool[np.ndarray, " Q"], two: Bool[np.ndarray, " Q"]) -> float:
     """p of the exact two-sided McNemar test on the images that only one of both gets right."""
     gained, lost = int((two & ~one).sum()), int((one & ~two).sum())
-    if gained + lost == 0:
-        return 1.0
-    return float(min(1.0, 2 * binom.cdf(min(gained, lost), gained + lost, 0.5)))
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def holm(ps: Iterable[float]) -> list[bool]:
