@@ -13,11 +13,9 @@ import pytest
 import tifffile
 from commands import EVALUATION, NO_ONLINE, held_by_another, images, metrics, run
 from hydra import compose, initialize_config_module
-from hydra.utils import get_method
 from PIL import Image
 
 from ssl_xcit import load_backbone
-from ssl_xcit.cli import settings_for
 from ssl_xcit.commands.check import CheckSettings
 from ssl_xcit.commands.check import main as check
 from ssl_xcit.commands.shard import ShardSettings
@@ -433,24 +431,3 @@ def test_eval_data_of_the_same_set_lies_where_data_does(words, eval_data):
     with initialize_config_module("ssl_xcit.conf", version_base="1.3"):
         cfg = compose("pretrain", overrides=words)
     assert (cfg.eval_data.root, cfg.eval_data.download) == eval_data
-
-
-@pytest.mark.parametrize(
-    ("command", "word", "allowed"),
-    [
-        ("check", "min_side=0", "a whole number of at least 1"),
-        ("check", "data.max_bad_fraction=-1", "a number of at least 0 and of at most 1"),
-        ("stats", "max_images=null", "a whole number of at least 1"),
-        ("stats", "worker_timeout=0", "a number above 0"),
-        ("stats", "preprocess.channels=0", "a whole number of at least 1 and of at most 128"),
-        ("shard", "shuffle=7", "true or false"),
-        ("shard", "seed=-1", "a whole number of at least 0"),
-        ("shard", "num_workers=some", "a whole number of at least 0 or null"),
-    ],
-)
-def test_bad_settings(command, word, allowed):
-    words = ["data=cifar10", word, *["out=tars"] * (command == "shard")]
-    with initialize_config_module("ssl_xcit.conf", version_base="1.3"):
-        cfg = compose(command, overrides=words)
-    with pytest.raises(UserError, match=f"^{word} must be {allowed}$"):
-        settings_for(get_method(cfg.main), cfg)
