@@ -13,6 +13,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from skimage.filters import threshold_otsu
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -77,20 +78,11 @@ def scores_of(
 
 
 def otsu(values: Float[Tensor, " N"]) -> float:
-    """The threshold between two classes with the largest variance between their means (Otsu
-    1979), from a histogram; values above it are the upper class. It lies between two bins, in the
-    middle of those that part the values alike; of equal values none is above it.
+    """Otsu's threshold (1979), above the last bin of the lower class; of equal values none is
+    above it.
     """
-    counts, edges = np.histogram(values.numpy(), bins=NUM_BINS)
-    if values.min() == values.max():
-        return float(values[0])
-    centers = (edges[1:] + edges[:-1]) / 2
-    below, sums = counts.cumsum()[:-1], (counts * centers).cumsum()
-    above, total = len(values) - below, sums[-1]
-    low, high = sums[:-1] / below, (total - sums[:-1]) / above
-    between = below * above * (low - high) ** 2
-    best = np.flatnonzero(between == between.max())
-    return float(edges[best[0] + 1] + edges[best[-1] + 1]) / 2
+    rows = values.numpy()
+    return float(threshold_otsu(rows, NUM_BINS) + np.ptp(rows) / (2 * NUM_BINS))
 
 
 def border_of(grid: tuple[int, int]) -> Bool[Tensor, "h w"]:
