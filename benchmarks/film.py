@@ -19,7 +19,7 @@ from ssl_xcit.data.decode import RGB, read_image
 from ssl_xcit.data.photos import photographs
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.eval.viz import attention
-from ssl_xcit.eval.viz.film import ComponentsPaint
+from ssl_xcit.eval.viz.film import component_colours
 
 HEIGHT, WIDTH, STEP = 256, 384, 4
 
@@ -41,17 +41,12 @@ def main() -> None:
             attention.forward(backbone, normalise(torch.from_numpy(f).permute(2, 0, 1)[None], RGB))
             for f in frames
         ]
-    together = ComponentsPaint(backbone.embed_dim)
-    for output in outputs:
-        together.add_sample(output)
-    together.fit()
+    together = component_colours(outputs, backbone.embed_dim)
     films = {"the whole film": [], "each frame": []}
     for frame, output in zip(frames, outputs, strict=True):
-        alone = ComponentsPaint(backbone.embed_dim)
-        alone.add_sample(output)
-        alone.fit()
-        films["the whole film"].append(together.draw(frame, output, 0))
-        films["each frame"].append(alone.draw(frame, output, 0))
+        alone = component_colours([output], backbone.embed_dim)
+        films["the whole film"].append(together(frame, output, 0))
+        films["each frame"].append(alone(frame, output, 0))
     results = {f"components of {name}": steadiness(found) for name, found in films.items()}
     for name, found in results.items():
         print(f"{name}: neighbours differ by {found['mean']} of 255, at most {found['most']}")

@@ -2,8 +2,11 @@
 
 import logging
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,17 +23,9 @@ from ssl_xcit.utils.validation import Count, Network, Node, Positive, Share, Tex
 
 from ..checkpoints import expected_architecture, folder_of
 from ..features.extractor import FeatureExtractor, placed
-from ..viz.attention import Block
-from ..viz.film import (
-    AttentionPaint,
-    ComponentsPaint,
-    FilmOptions,
-    Paint,
-    fit_colours,
-    write_film,
-)
-from ..viz.video_reader import Clip, Frames, Selection, Video, pyav
-from ..viz.video_writer import NOTE, frames_in
+from ..viz.attention import AttentionPass, Block
+from ..viz.film import Draw, attention_colours, component_colours, is_folder, sampled, write_film
+from ..viz.video import NOTE, Clip, Frames, Selection, Video, frames_in, pyav
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +55,8 @@ class FilmSettings:
     model: Node | None = None  # it may be left out
 
 
-def paint_of(settings: FilmSettings, backbone: XCiT) -> Paint:
-    """The paint for a kind of film.
+def colours_of(settings: FilmSettings, backbone: XCiT) -> Callable[[Iterable[AttentionPass]], Draw]:
+    """What decides the colours of a kind of film by samples.
 
     Raises:
         UserError: a head that the model does not have, or a size below its patch.
@@ -72,18 +67,19 @@ def paint_of(settings: FilmSettings, backbone: XCiT) -> Paint:
     if size is not None and size < backbone.patch_size:
         raise UserError(f"size={size} must be at least the patch, {backbone.patch_size}")
     if settings.kind == "pca":
-        return ComponentsPaint(backbone.embed_dim)
-    return AttentionPaint(settings.block, head, settings.overlay)
+        return partial(component_colours, dim=backbone.embed_dim)
+    return partial(attention_colours, block=settings.block, head=head, strength=settings.overlay)
 
 
 def open_clip(settings: FilmSettings, video: Path, extractor: FeatureExtractor) -> Clip:
     """The video, or the folder of frames."""
-    selection = Selection(settings.size, settings.every, settings.max_seconds)
-    patch = extractor.backbone.patch_size
+    backbone, s = extractor.backbone, settings
+    selection = Selection(
+        extractor.preprocess, backbone.patch_size, s.size, s.every, s.max_seconds or inf
+    )
     if video.is_dir():
-        rate = Fraction(settings.fps).limit_denominator(1001)
-        return Frames(video, extractor.preprocess, patch, selection, rate)
-    return Video(video, extractor.preprocess, patch, selection)
+        return Frames(video, selection, Fraction(s.fps).limit_denominator(1001))
+    return Video(video, selection)
 
 
 def out_path(settings: FilmSettings, video: Path, ckpt: Path) -> Path:
@@ -98,7 +94,7 @@ def out_path(settings: FilmSettings, video: Path, ckpt: Path) -> Path:
         out = Path(str(settings.out)).expanduser()
     else:
         out = writable_or_here(folder_of(ckpt), "film") / name
-    if out.suffix.lower() == ".mp4" and not out.is_dir():
+    if not is_folder(out):
         if out.resolve() == video.resolve():
             raise UserError(f"out={out}: that is the video itself; take another name")
         pyav()
@@ -122,7 +118,7 @@ def main(settings: FilmSettings) -> None:
     s = settings
     ckpt, video = checkpoint_path(str(s.ckpt)), Path(str(s.video)).expanduser()
     backbone = load_backbone(ckpt, s.which, expected_architecture(s.model))
-    paint = paint_of(s, backbone)
+    colours = colours_of(s, backbone)
     extractor = FeatureExtractor(
         backbone, of_weights(backbone.preprocess, s.max_pixels), placed(backbone, s.device)[0],
         s.batch_size, show=shown_in_terminal(),
@@ -132,13 +128,12 @@ def main(settings: FilmSettings) -> None:
     height, width = clip.sides
     say(f"{ckpt}: {model_name(backbone.architecture)}, {s.which}")
     began = time.monotonic()
-    options = FilmOptions(str(s.video), s.samples, s.side_by_side)
-    total = fit_colours(options, extractor, clip, paint)
+    draw = colours(sampled(extractor, clip, s.samples))
     with written_to(out):
-        count, ticks = write_film(options, extractor, clip, paint, out, total)
+        ends = write_film(extractor, clip, draw, s.side_by_side, out)
     for problem in clip.problems:
         log.warning("%s", problem)
     say(
-        f"written: {out}, {count} frames of {width * (1 + s.side_by_side)} x {height}, "
-        f"{float(ticks * clip.time_base):.1f} s, in {time.monotonic() - began:.0f} s"
+        f"written: {out}, {len(ends)} frames of {width * (1 + s.side_by_side)} x {height}, "
+        f"{float(max(ends, default=0) * clip.time_base):.1f} s, in {time.monotonic() - began:.0f} s"
     )
