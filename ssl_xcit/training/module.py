@@ -21,7 +21,7 @@ from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.objectives.dino import Center, prototype_loss
 from ssl_xcit.training.datamodule import names_of_batch
 from ssl_xcit.training.health import BufferSnapshot, dump_step
-from ssl_xcit.training.memory import advice, fitting_batch, is_out_of_memory
+from ssl_xcit.training.memory import advice, is_out_of_memory
 from ssl_xcit.training.optim import clip_each_, ema_update_, parameter_groups
 
 log = logging.getLogger(__name__)
@@ -169,23 +169,15 @@ class DINO(lightning.LightningModule):
         global views first. What it leaves is in `output`.
 
         Raises:
-            RunFailed: memory has run out; says with how many images it would not have.
+            RunFailed: memory has run out; says what to change.
         """
         self.output = None
         try:
             self.output = self.step(views)
-            return
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        # out here the frames that held the failed pass are gone
-        images = views[0].shape[1]
-        at_once = -(-images // self.accumulate)
-        tried = self.trainer.world_size == 1  # BatchNorm of several GPUs would wait for the others
-        fitting = at_once // 2
-        if tried:
-            fitting = fitting_batch(lambda count: self.dry_step(views, count), at_once)
-        raise RunFailed(advice(images, at_once, fitting, tried))
+            raise RunFailed(advice(views[0].shape[1], self.accumulate)) from error
 
     def step(self, views: list[Tensor]) -> StepOutput:
         """Take a step, see `training_step`. One whose loss or gradient is not finite on any rank
@@ -252,26 +244,6 @@ class DINO(lightning.LightningModule):
         )
         self.manual_backward(loss)
         return MicrobatchOutput(loss.detach(), teacher_logits, targets, features)
-
-    def dry_step(self, views: list[Tensor], count: int) -> None:
-        """What a step on `count` images needs memory for: forward, backward, gradients that are
-        added up, and those of Adam's moments that the first step does not have yet. Only
-        BatchNorm's statistics move.
-        """
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad(set_to_none=True)
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
-        missing = [p for p in parameters if not optimizer.state.get(p)]
-        held = [torch.zeros_like(p) for p in (*parameters, *missing, *missing)]
-        part = [v[:, :count] for v in views]
-        with torch.no_grad():
-            targets = self.center.targets(self.teacher.head(self.teacher.features(part[:1])), 1.0)
-        prototypes = self.student.head.last_layer
-        loss = prototype_loss(
-            self.student(part), prototypes.weight_v, prototypes.weight_g, targets, 1.0
-        )
-        torch.autograd.grad(loss, parameters)
-        held.clear()
 
     def no_sync_if(self, condition: bool) -> AbstractContextManager[None]:
         """Run backward passes without an exchange of gradients between ranks, if there are any."""
