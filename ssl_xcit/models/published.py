@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from ssl_xcit.errors import MissingPath, UserError
-from ssl_xcit.models.download import Unavailable, check_sha256, fetch, verify_cached
+from ssl_xcit.models.download import check_sha256, fetch, verify_cached
 from ssl_xcit.models.xcit import SIZES
 from ssl_xcit.utils.files import default_cache, sha256_of
 
@@ -125,7 +125,7 @@ def from_hub(name: str, sha256: str | None) -> Path:
     except Exception as error:  # a dozen types of two libraries
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise Unavailable(
+        raise UserError(
             f"ckpt={name} cannot be downloaded from the Hugging Face hub ({reason}): check the "
             f"name. Without a network, copy its {TIMM_FILE} to {path}, or anywhere with ckpt=FILE"
         ) from error
