@@ -42,13 +42,13 @@ def main():
     parser.add_argument("--seeds", type=int, default=1, help="of Optuna's draws")
     arguments = parser.parse_args()
     epochs = f"epochs={arguments.epochs}"
-    search = ["sweep=optuna", f"sweep.search.num_trials={arguments.trials}",
-              "sweep.search.startup_trials=5", "sweep.search.pruning.first=0.125"]  # fmt: skip
+    search = ["sweep=optuna", f"sweep.num_trials={arguments.trials}",
+              "sweep.sampler.n_startup_trials=5", "sweep.pruner.min_resource=12"]  # fmt: skip
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         best, steps, _ = swept(Path(folder) / "grid", [epochs, *GRID])
         for seed in range(arguments.seeds):
-            draws = [*SPACE, *search, f"sweep.search.seed={seed}"]
+            draws = [*SPACE, *search, f"sweep.seed={seed}"]
             rows.append((seed, *swept(Path(folder) / f"optuna-{seed}", [epochs, *draws])))
     print("\n| | best k-NN 20 | steps | of the grid's | ended early |\n|---|---:|---:|---:|---:|")
     print(f"| grid of 8 | {best:.1f} | {steps:,} | | |")

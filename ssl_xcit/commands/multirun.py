@@ -1,45 +1,35 @@
 """`ssl-xcit pretrain -m ...`: a sweep, whose rerun skips finished trials and resumes the others."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from ssl_xcit.errors import UserError
 from ssl_xcit.sweeps.driver import Sweep
 from ssl_xcit.sweeps.folder import check_same_sweep, sweep_name, write_sweep_file
 from ssl_xcit.sweeps.launchers import Launcher
 from ssl_xcit.sweeps.progress import ProgressLines
-from ssl_xcit.sweeps.searches import Search
+from ssl_xcit.sweeps.search import Search
 from ssl_xcit.sweeps.space import Space, read_space
-from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, STOPPED, Trial
+from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, STATES, Trial
 from ssl_xcit.training.run_name import key_of
-from ssl_xcit.training.settings import PretrainSettings, SearchSettings, place_keys
+from ssl_xcit.training.settings import PretrainSettings, place_keys
 from ssl_xcit.utils.files import writable_folder
 from ssl_xcit.utils.terminal import say
-from ssl_xcit.utils.validation import REST, Node, Text, parse
+from ssl_xcit.utils.validation import parse
 
 PROGRAM = (sys.executable, "-m", "ssl_xcit")
 OURS = ("sweep", "launcher")  # of the sweep, not of its trials
 MOST_COMPOSED = 64  # values that are tried on the settings before anything starts
-
-
-@dataclass(frozen=True)
-class MultirunSettings:
-    """The settings of a command that are for its sweep."""
-
-    sweep: SearchSettings
-    launcher: Node
-    out: Text
-    name: Text | None
-    trial: Annotated[Mapping[str, Any], REST]
 
 
 def main(config: str, command: str, words: Sequence[str], flags: Sequence[str]) -> int:
@@ -60,44 +50,39 @@ def main(config: str, command: str, words: Sequence[str], flags: Sequence[str]) 
     with composing(config, flags) as folders:
         space = read_space(words, GlobalHydra.instance().config_loader())
         ours = [w for w in space.fixed if key_of(w).split(".")[0] in OURS]
-        space = Space(tuple(w for w in space.fixed if w not in ours), space.swept)
+        space = replace(space, fixed=tuple(w for w in space.fixed if w not in ours))
         first, *others = islice(space.one_by_one(), MOST_COMPOSED)
         cfg = compose(command, [*folders, *space.fixed, *first, *ours], return_hydra_config=True)
-        data = str(cfg.hydra.runtime.choices["data"])
+        choices = cfg.hydra.runtime.choices
         cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-        settings = parse(MultirunSettings, cfg)
-        parse(PretrainSettings, cfg)
+        settings = parse(PretrainSettings, cfg)
+        if settings.sweep is None or settings.launcher is None:
+            raise UserError("-m needs the groups sweep and launcher, which ~ has taken away")
         for overrides in others:  # each value by itself is right, so that no trial fails of a typo
             parse(PretrainSettings, compose(command, [*folders, *space.fixed, *overrides]))
-        search: Search = instantiate(settings.sweep.search)
-        launcher: Launcher = instantiate(settings.launcher)
-    kind = str(settings.sweep.search["_target_"]).rpartition(".")[2].lower()
-    folder = Path(str(settings.out)) / str(settings.name or sweep_name(kind, data, space))
+    name = settings.name or sweep_name(choices["sweep"], choices["data"], space)
+    folder = Path(str(settings.out)) / str(name)
     writable_folder(folder)
-    check_same_sweep(folder, space.fixed, place_keys(settings.trial))
+    check_same_sweep(folder, space.fixed, place_keys(OmegaConf.to_container(cfg, resolve=True)))
     forced = forced_settings(cfg, space, folder)
 
     def command_line(trial: Trial) -> list[str]:
         place = [f"out='{folder}'", f"name='{trial.folder.name}'"]
-        shared = [*space.fixed, *trial.overrides, *forced, *launcher.overrides()]
+        shared = [*space.fixed, *trial.overrides, *forced, *launcher.overrides]
         kept = [w for w in last_given(shared) if key_of(w) not in ("out", "name")]
         return [*PROGRAM, command, *flags, *kept, *place]
 
-    metric = settings.sweep.metric
-    search.start(space, folder)
+    search = Search(settings.sweep, space, folder)
+    launcher: Launcher = instantiate(settings.launcher, folder=folder)
+    write_sweep_file(folder, command, [*flags, *words], space, settings.sweep)
     try:
-        write_sweep_file(folder, command, [*flags, *words], space, metric, settings.sweep.maximize)
-        launcher.start(folder)
         total = f"{search.total} trial{'s' * (search.total != 1)}"
         say(f"{folder}: {total} of {', '.join(space.swept) or 'nothing that varies'}")
-        with ProgressLines(search.total, metric) as lines:
-            sweep = Sweep(
-                search, launcher, command_line, metric, settings.sweep.retry_failed, lines
-            )
+        with ProgressLines(search.total, settings.sweep.metric) as lines:
+            sweep = Sweep(search, launcher, command_line, lines)
             code = sweep.run()
     finally:
         launcher.close()
-        search.close()
     print_summary(folder, sweep, code)
     return code
 
@@ -121,7 +106,7 @@ def forced_settings(cfg: DictConfig, space: Space, folder: Path) -> list[str]:
     """Settings that every trial gets for the sweep, which change no results."""
     forced = []
     online = OmegaConf.select(cfg, "callbacks.online")
-    if cfg.sweep.search.get("pruning") is not None and online is not None:
+    if cfg.sweep.pruner is not None and online is not None:
         # a trial without online evaluation, for want of time, would escape pruning
         forced.append("callbacks.online.eval_budget=null")
     if "wandb" in (cfg.get("logger") or {}):
@@ -140,14 +125,16 @@ def last_given(words: Sequence[str]) -> list[str]:
 
 def print_summary(folder: Path, sweep: Sweep, code: int) -> None:
     """Print how many trials ended in which way, and the next command."""
-    counts = {s: list(sweep.states.values()).count(s) for s in (FINISHED, PRUNED, FAILED, STOPPED)}
-    words = {FINISHED: "finished", PRUNED: "ended early", FAILED: "failed", STOPPED: "stopped"}
-    summary = ", ".join(f"{count} {words[state]}" for state, count in counts.items() if count)
+    counts = Counter(sweep.states.values())
+    summary = ", ".join(
+        f"{counts[s]} {'ended early' if s == PRUNED else s}" for s in STATES if counts[s]
+    )
     say(f"{folder}: {summary or 'no trial has ended'}")
     if code in (75, 130):
         say("the same command resumes the sweep")
     elif counts[FAILED]:
-        again = "starts them again" if sweep.retry_failed else "leaves them as they are"
+        retried = sweep.search.settings.retry_failed
+        again = "starts them again" if retried else "leaves them as they are"
         say(f"the same command {again}; why they failed: ssl-xcit sweep {folder}")
     if counts[FINISHED] or counts[PRUNED]:
         say(f"next: ssl-xcit sweep {folder}")

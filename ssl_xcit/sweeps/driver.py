@@ -1,22 +1,22 @@
-"""The loop of a sweep: ask the search for trials, start them, follow their metrics, report results.
+"""Run the trials of a sweep: start them, follow their metrics, report results.
 
 Finished trials are skipped, stopped ones resumed, failed ones marked, and those that another sweep
-trains are waited for. The run folders hold the whole state of a sweep.
+trains are waited for, by their run folders.
 """
 
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from ssl_xcit.sweeps import trial as trials
-from ssl_xcit.sweeps.job import IN_USE, POLL, STOP, Job, ask_to_stop
-from ssl_xcit.sweeps.launchers import Launcher, RunningJob
-from ssl_xcit.sweeps.searches import Search
+from ssl_xcit.sweeps.job import IN_USE, OUTPUT, POLL, STOP, Job, ask_to_stop
+from ssl_xcit.sweeps.launchers import Launcher
+from ssl_xcit.sweeps.progress import ProgressLines
+from ssl_xcit.sweeps.search import Search
 from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, RUNNING, STOPPED, Trial
 from ssl_xcit.utils.locks import lock_holder
 
@@ -26,44 +26,14 @@ KILL_AFTER = 30.0  # seconds after a second Ctrl-C until trials are killed
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 
 
-@dataclass
-class ActiveTrial:
-    """A trial that runs."""
-
-    trial: Trial
-    slot: int
-    running: RunningJob
-    pruned: bool = False
-    reported: set[int] = field(default_factory=set)
-    next_read: float = 0.0
-
-
-class Watcher:
-    """Is told of everything that happens in a sweep; this one ignores it."""
-
-    def started(self, trial: Trial) -> None:
-        """A trial was started, for the first time or again."""
-
-    def progressed(self, trial: Trial, steps: int, total: int | None, value: float | None) -> None:
-        """A trial has taken this many steps; the metric has this value."""
-
-    def ended(self, trial: Trial, state: str, value: float | None, error: str) -> None:
-        """A trial has ended, now or in an earlier sweep."""
-
-    def message(self, text: str) -> None:
-        """Anything else."""
-
-
 class Sweep:
     """Runs trials; see the module docstring.
 
     Args:
-        search: gives trials.
+        search: gives trials, and takes their results.
         launcher: runs them.
         command: the command line of a trial.
-        metric: ranks trials.
-        retry_failed: start trials again that failed in an earlier sweep.
-        watcher: is told of what happens.
+        lines: show what happens.
     """
 
     def __init__(
@@ -71,21 +41,14 @@ class Sweep:
         search: Search,
         launcher: Launcher,
         command: Callable[[Trial], Sequence[str]],
-        metric: str,
-        retry_failed: bool = True,
-        watcher: Watcher | None = None,
+        lines: ProgressLines,
     ):
-        self.search = search
-        self.launcher = launcher
-        self.command = command
-        self.metric = metric
-        self.retry_failed = retry_failed
-        self.watcher = watcher or Watcher()
-        self.active: list[ActiveTrial] = []
-        self.held: deque[Trial] = deque()  # by other sweeps
+        self.search, self.launcher, self.command = search, launcher, command
+        self.metric, self.lines = search.settings.metric, lines
+        self.active: list[Path] = []  # folders of trials that run
         self.received: int | None = None
-        self.asked_again = 0.0
-        self.states: dict[Trial, str] = {}
+        self.kill_at = float("inf")
+        self.states: dict[tuple[str, ...], str] = {}  # by overrides
 
     def run(self) -> int:
         """Run all trials.
@@ -95,23 +58,18 @@ class Sweep:
         """
         before = {number: signal.signal(number, self.receive) for number in EXIT_CODES}
         try:
-            exhausted = False
-            while True:
-                while self.received is None and len(self.active) < self.launcher.slots:
-                    trial = None if exhausted else self.search.ask()
-                    if trial is None:
-                        exhausted = True
-                        trial = self.next_released()
-                    if trial is None:
-                        break
-                    self.start(trial)
-                if not self.active and (self.received is not None or (exhausted and not self.held)):
-                    break
-                time.sleep(POLL)
-                self.poll()
+            for trial, state in self.search.ended_before:
+                self.show_end(trial, state)
+            with ThreadPoolExecutor(self.launcher.slots) as pool:
+                workers = [pool.submit(self.work, slot) for slot in range(self.launcher.slots)]
+                while (waited := wait(workers, POLL)).not_done:
+                    if any(worker.exception() for worker in waited.done) and not self.received:
+                        self.receive(signal.SIGTERM)
+                    if time.monotonic() > self.kill_at:
+                        self.stop_all(signal.SIGKILL)
+            for worker in workers:
+                worker.result()
         finally:
-            for active in self.active:  # after an error of ours nothing follows them
-                ask_to_stop(active.trial.folder, signal.SIGTERM)
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.received is not None:
@@ -119,111 +77,108 @@ class Sweep:
         states = set(self.states.values())
         return 1 if FAILED in states else 75 if STOPPED in states else 0
 
-    def receive(self, number: int, frame: FrameType | None) -> None:
+    def receive(self, number: int, frame: FrameType | None = None) -> None:
         """Stop all trials, which save; after a second Ctrl-C they have `KILL_AFTER` seconds."""
         if self.received is not None and number == signal.SIGINT:
-            self.asked_again = time.monotonic()
+            self.kill_at = time.monotonic() + KILL_AFTER
         self.received = self.received or number
-        for active in self.active:
+        self.stop_all(number)
+
+    def stop_all(self, number: int) -> None:
+        """Send all trials a signal."""
+        for folder in list(self.active):
             with suppress(OSError):
-                ask_to_stop(active.trial.folder, number)
+                ask_to_stop(folder, number)
 
-    def next_released(self) -> Trial | None:
-        """A trial that another sweep was training, once it no longer does."""
-        for _ in range(len(self.held)):
-            trial = self.held.popleft()
-            if not lock_holder(trial.folder):
-                return trial
-            self.held.append(trial)
-        return None
+    def work(self, slot: int) -> None:
+        """Run one trial after another in this slot of the launcher."""
+        while self.received is None and (trial := self.search.next_trial()) is not None:
+            state = self.released(trial)
+            while not state and self.received is None:
+                state = self.trained(trial, slot) or self.released(trial)
+            if state:
+                if state != STOPPED:
+                    value = trials.final_value(trial.folder, self.metric)
+                    self.search.tell(trial, state, value)
+                self.show_end(trial, state)
 
-    def start(self, trial: Trial) -> None:
-        """Start a trial, unless it has ended or another sweep trains it."""
-        state = trials.state_of(trial.folder)
-        if state in (FINISHED, PRUNED) or (state == FAILED and not self.retry_failed):
-            self.conclude(trial, state, str(trials.read(trial.folder).get("error", "")))
-            return
-        if holder := lock_holder(trial.folder):
-            if trial not in self.states:
-                self.watcher.message(f"{trial}: waiting for {holder}")
-            self.states[trial] = RUNNING
-            self.held.append(trial)
-            return
-        slot = min(set(range(self.launcher.slots)) - {active.slot for active in self.active})
-        trial.folder.mkdir(parents=True, exist_ok=True)
-        (trial.folder / STOP).unlink(missing_ok=True)
-        trials.note(trial, RUNNING)
-        self.states[trial] = RUNNING
-        self.watcher.started(trial)
-        job = Job(
-            tuple(self.command(trial)), str(trial.folder.resolve()), trials.OUTPUT,
-            self.launcher.environment(slot),
-        )  # fmt: skip
-        self.active.append(ActiveTrial(trial, slot, self.launcher.submit(job)))
+    def released(self, trial: Trial) -> str:
+        """How a trial has ended, as soon as no other sweep trains it; empty where it has not."""
+        told = False
+        while self.received is None and (holder := lock_holder(trial.folder)):
+            if not told:
+                self.lines.console.print(f"{trial}: waiting for {holder}")
+            told = True
+            time.sleep(POLL)
+        return self.search.outcome(trial)
 
-    def poll(self) -> None:
-        """Read the metrics of running trials, and conclude those that have ended."""
-        for active in list(self.active):
-            if active.running.done():
-                self.active.remove(active)
-                self.conclude_started(active)
-            elif time.monotonic() > active.next_read:
-                began = time.monotonic()
-                self.follow(active)
-                duration = time.monotonic() - began  # metrics of long runs take a while to read
-                active.next_read = time.monotonic() + max(READ_EVERY, READ_SHARE * duration)
-                if self.asked_again and time.monotonic() - self.asked_again > KILL_AFTER:
-                    ask_to_stop(active.trial.folder, signal.SIGKILL)
-
-    def follow(self, active: ActiveTrial) -> None:
-        """Report progress, and let the search end a trial by new values of the metric."""
-        folder, total = active.trial.folder, trials.total_steps(active.trial.folder)
-        values = trials.column(folder, self.metric)
-        last = values[-1][1] if values else None
-        self.watcher.progressed(active.trial, trials.steps_done(folder), total, last)
-        for step, value in values:
-            if total and step < total and step not in active.reported and not active.pruned:
-                active.reported.add(step)
-                if self.search.wants_stop(active.trial, step / total, value):
-                    active.pruned = True
+    def trained(self, trial: Trial, slot: int) -> str:
+        """Run a trial; returns how it has ended, empty where another sweep was faster."""
+        folder, pruned, error = trial.folder, False, ""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STOP).unlink(missing_ok=True)
+        with self.search.alone():
+            trials.note(trial, RUNNING)
+        self.lines.started(trial)
+        words, variables = tuple(self.command(trial)), self.launcher.environment(slot)
+        running = self.launcher.submit(Job(words, str(folder.resolve()), variables))
+        self.active.append(folder)
+        if self.received is not None:  # meanwhile
+            self.stop_all(self.received)
+        seen: set[int] = set()
+        next_read = 0.0
+        while not running.done():
+            time.sleep(POLL)
+            if not pruned and (began := time.monotonic()) > next_read:
+                if pruned := self.is_behind(trial, seen):
                     ask_to_stop(folder, signal.SIGTERM)
-
-    def conclude_started(self, active: ActiveTrial) -> None:
-        """Derive the state of a trial from its exit code and its folder."""
-        folder, error = active.trial.folder, ""
+                now = time.monotonic()  # metrics of long runs take a while to read
+                next_read = now + max(READ_EVERY, READ_SHARE * (now - began))
+        self.active.remove(folder)
         (folder / STOP).unlink(missing_ok=True)
         try:
-            code = active.running.result()
+            code = running.result()
         except Exception as cause:  # whatever the launcher raises
             code, error = -1, f"the launcher failed: {type(cause).__name__}: {cause}"
         if (folder / "summary.json").is_file():
             state = FINISHED
-        elif active.pruned:
+        elif pruned:
             state = PRUNED
         elif code in (75, 130) or self.received is not None:
             state = STOPPED
-        elif code == IN_USE or lock_holder(folder):  # another sweep was faster
-            self.held.append(active.trial)
-            return
+        elif code == IN_USE:
+            return ""
         else:
             state, error = FAILED, error or failure_reason(folder, code)
-        trials.note(active.trial, state, exit_code=code, **({"error": error} if error else {}))
-        self.conclude(active.trial, state, error)
+        with self.search.alone():
+            trials.note(trial, state, exit_code=code, **({"error": error} if error else {}))
+        return state
 
-    def conclude(self, trial: Trial, state: str, error: str) -> None:
-        """Report the result of a trial to the search and the watcher."""
-        value = trials.final_value(trial.folder, self.metric)
-        self.states[trial] = state
-        retried = state == FAILED and self.retry_failed
-        self.search.tell(trial, STOPPED if retried else state, value)
-        self.watcher.ended(trial, state, value, error)
+    def is_behind(self, trial: Trial, seen: set[int]) -> bool:
+        """Report progress, and whether the search ends a trial by new values of the metric."""
+        total, values = trials.total_steps(trial.folder), trials.column(trial.folder, self.metric)
+        self.lines.progressed(
+            trial, trials.steps_done(trial.folder), total, values[-1][1] if values else None
+        )
+        new = [(step, value) for step, value in values if step not in seen]
+        seen |= {step for step, _ in new}
+        return any(
+            self.search.wants_stop(trial, step / total, value)
+            for step, value in new
+            if total and step < total
+        )
+
+    def show_end(self, trial: Trial, state: str) -> None:
+        """Show and keep how a trial has ended."""
+        self.states[trial.overrides] = state
+        self.lines.ended(trial, state, trials.final_value(trial.folder, self.metric))
 
 
 def failure_reason(folder: Path, code: int) -> str:
     """The last message of a failed trial, or the signal that killed it."""
     text = ""
-    with suppress(OSError), (folder / trials.OUTPUT).open("rb") as file:
-        file.seek(max(0, (folder / trials.OUTPUT).stat().st_size - 20_000))
+    with suppress(OSError), (folder / OUTPUT).open("rb") as file:
+        file.seek(max(0, (folder / OUTPUT).stat().st_size - 20_000))
         text = file.read().decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith("ssl-xcit: ")]

@@ -2,13 +2,13 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.sweeps.space import Space
 from ssl_xcit.sweeps.trial import SWEEP_FILE
 from ssl_xcit.training.run_name import folder_name, run_name, that_matter
+from ssl_xcit.training.settings import SearchSettings
 from ssl_xcit.utils.files import read_json, write_json
 
 
@@ -44,25 +44,15 @@ def check_same_sweep(folder: Path, fixed: Sequence[str], places: Sequence[str]) 
 
 
 def write_sweep_file(
-    folder: Path, command: str, words: Sequence[str], space: Space, metric: str, maximize: bool
+    folder: Path, command: str, words: Sequence[str], space: Space, settings: SearchSettings
 ) -> None:
-    """Write `sweep.json`, which `ssl-xcit sweep` reads beside the files of the trials.
-
-    Args:
-        folder: of the sweep.
-        command: that each trial runs.
-        words: of the command line.
-        space: of the trials.
-        metric: ranks trials.
-        maximize: whether a higher value is better.
-    """
+    """Write `sweep.json`, which `ssl-xcit sweep` reads beside the files of the trials."""
     content = {
         "command": shlex.join(["ssl-xcit", command, "-m", *words]),
         "of": command,
         "all_fixed": list(space.fixed),
         "fixed": that_matter(space.fixed),
-        "swept": {k: {"kind": type(v).__name__, **asdict(v)} for k, v in space.swept.items()},
-        "metric": metric,
-        "maximize": maximize,
+        "metric": settings.metric,
+        "maximize": settings.maximize,
     }
     write_json(content, folder / SWEEP_FILE)

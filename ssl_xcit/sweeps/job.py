@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+OUTPUT = "output.txt"  # of a trial, in its folder
 STOP = ".stop"  # file with the number of a signal, which the job sends to its trial
 PARENT = "SSL_XCIT_PARENT"  # variable with the process that a trial ends with, saved
 POLL = 0.2  # seconds
@@ -28,13 +29,11 @@ class Job:
     Args:
         words: the command line.
         folder: of the run; output goes there.
-        output: name of the file for it.
         environment: variables added to those of this process.
     """
 
     words: tuple[str, ...]
     folder: str
-    output: str = "output.txt"
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self) -> int:
@@ -42,7 +41,7 @@ class Job:
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         rank = os.environ.get("SLURM_PROCID", "0")
-        output = self.output if rank == "0" else f"rank{rank}-{self.output}"
+        output = OUTPUT if rank == "0" else f"rank{rank}-{OUTPUT}"
         environment = {**os.environ, **self.environment, PARENT: str(os.getpid())}
         with (folder / output).open("ab") as file:
             process = subprocess.Popen(
@@ -50,10 +49,20 @@ class Job:
                 env=environment, start_new_session=True,
             )  # fmt: skip
             try:
-                return wait_and_forward(process, folder / STOP)
-            finally:
-                if process.poll() is None:
-                    terminate(process)
+                sent = ""
+                while process.poll() is None:
+                    time.sleep(POLL)
+                    with suppress(OSError, ValueError):
+                        number = (folder / STOP).read_text()
+                        if number != sent:
+                            process.send_signal(int(number))
+                            sent = number
+                return process.returncode
+            finally:  # of this process too: its trial has a minute to save
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(60.0)
+                process.kill()
 
     def checkpoint(self, *_: Any) -> Any:
         """Save and queue the trial again; submitit calls this before SLURM ends the job."""
@@ -63,27 +72,6 @@ class Job:
         time.sleep(20.0)  # a step and a checkpoint
         (Path(self.folder) / STOP).unlink(missing_ok=True)
         return DelayedSubmission(self)
-
-
-def wait_and_forward(process: subprocess.Popen[bytes], stop: Path) -> int:
-    """Wait for the end, and forward each signal that is written to `stop` once."""
-    sent = ""
-    while (code := process.poll()) is None:
-        time.sleep(POLL)
-        with suppress(OSError, ValueError):
-            number = stop.read_text()
-            if number != sent:
-                process.send_signal(int(number))
-                sent = number
-    return code
-
-
-def terminate(process: subprocess.Popen[bytes]) -> None:
-    """End a process: it has a minute to save, then it is killed."""
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(60.0)
-    process.kill()
 
 
 def ask_to_stop(folder: Path, number: int) -> None:

@@ -1,10 +1,8 @@
 """The space of a sweep: values of varied settings in Hydra's grammar (`a=1,2`, `choice`, `range`,
-`interval`, `tag(log, ...)`, `glob`), and the settings that all trials share.
+`interval`, `tag(log, ...)`, `glob`) as Optuna's distributions, and what all trials share.
 """
 
-import math
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -12,64 +10,14 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
 from ssl_xcit.errors import UserError
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of several values, as they are typed."""
-
-    values: tuple[str, ...]
-
-    def sampled(self, rng: random.Random) -> str:
-        """Draw a value uniformly."""
-        return rng.choice(self.values)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Numbers from low to high: whole ones if both ends are, at steps if there is a step."""
-
-    low: float
-    high: float
-    log: bool = False
-    step: float | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether it has whole numbers only."""
-        return all(isinstance(x, int) for x in (self.low, self.high, self.step) if x is not None)
-
-    @property
-    def values(self) -> tuple[str, ...]:
-        """All values of an interval with a step.
-
-        Raises:
-            UserError: it has none.
-        """
-        if self.step is None:
-            raise UserError(
-                f"interval({self.low:g},{self.high:g}) has infinitely many values: name some, or "
-                "sample it with sweep=random or sweep=optuna"
-            )
-        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
-        return tuple(written(self.low + i * self.step) for i in range(count))
-
-    def sampled(self, rng: random.Random) -> str:
-        """Draw a value, uniform or uniform in the logarithm."""
-        if self.step is not None:
-            return rng.choice(self.values)
-        if self.log:
-            value = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
-        else:
-            value = rng.uniform(self.low, self.high)
-        if self.whole:
-            value = min(max(round(value), self.low), self.high)
-        return written(value)
-
-
-Values = Choice | Interval
 
 
 @dataclass(frozen=True)
@@ -78,34 +26,54 @@ class Space:
 
     Args:
         fixed: overrides that all trials share.
-        swept: values by the key that is varied.
+        swept: distribution by the key that is varied; of words, as they are typed.
+        words: overrides that vary.
     """
 
     fixed: tuple[str, ...]
-    swept: dict[str, Values]
+    swept: dict[str, Any]
+    words: tuple[str, ...] = ()
+
+    def grid(self) -> Iterator[dict[str, Any]]:
+        """Yield all combinations of values; the last key changes fastest."""
+        for values in product(*map(values_in, self.swept.values())):
+            yield dict(zip(self.swept, values, strict=True))
 
     def one_by_one(self) -> Iterator[list[str]]:
         """Yield overrides in which each value, or end of an interval, occurs beside the first of
         the other keys.
         """
         samples = {
-            key: list(values.values)
-            if isinstance(values, Choice)
-            else [f"{values.low:g}", f"{values.high:g}"]
-            for key, values in self.swept.items()
+            key: v.choices if isinstance(v, CategoricalDistribution) else (v.low, v.high)
+            for key, v in self.swept.items()
         }
         first = {key: values[0] for key, values in samples.items()}
-        yield [f"{key}={value}" for key, value in first.items()]
+        yield overrides_of(first)
         for key, values in samples.items():
             for value in values[1:]:
-                yield [f"{k}={v}" for k, v in {**first, key: value}.items()]
+                yield overrides_of({**first, key: value})
 
 
-def written(value: float) -> str:
-    """A number as it is typed, with four significant digits."""
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.4g}"
+def values_in(distribution: Any) -> Sequence[Any]:
+    """All values of a distribution.
+
+    Raises:
+        UserError: it has infinitely many.
+    """
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if step is None:
+        raise UserError(
+            f"interval({low:g},{high:g}) has infinitely many values: name some, or "
+            "sample it with sweep=random or sweep=optuna"
+        )
+    return [low + i * step for i in range(round((high - low) / step) + 1)]
+
+
+def overrides_of(values: Mapping[str, Any]) -> list[str]:
+    """Values as they are typed; numbers with four significant digits."""
+    return [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()]
 
 
 def read_space(words: Sequence[str], loader: ConfigLoader) -> Space:
@@ -118,56 +86,48 @@ def read_space(words: Sequence[str], loader: ConfigLoader) -> Space:
     Raises:
         UserError: one is for Hydra's own sweepers, or has an empty interval.
     """
-    fixed, swept = [], {}
+    fixed, swept, varied = [], {}, []
     for override in OverridesParser.create(config_loader=loader).parse_overrides(list(words)):
         key = override.get_key_element()
         if key.startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper")):
             raise UserError(
                 f"{override.input_line}: choose sweep=grid, random or optuna instead, and "
-                "launcher=basic, joblib, submitit or ray"
+                "launcher=local, submitit or ray"
             )
         if override.is_sweep_override():
-            swept[key] = values_of(override)
+            swept[key] = distribution_of(override)
+            varied.append(str(override.input_line))
         else:
             fixed.append(str(override.input_line))
-    return Space(tuple(fixed), swept)
+    return Space(tuple(fixed), swept, tuple(varied))
 
 
-def values_of(override: Override) -> Values:
+def distribution_of(override: Override) -> BaseDistribution:
     """The values of one override.
 
     Raises:
         UserError: there is none, or the interval is empty.
     """
     value: Any = override.value()
-    log = "log" in getattr(value, "tags", ())
     if isinstance(value, IntervalSweep):
-        low, high = value.start, value.end
+        low, high, log = value.start, value.end, "log" in value.tags
         assert low is not None
         assert high is not None
         if not low < high or (log and low <= 0):
             raise UserError(
                 f"{override.input_line} must go from a lower to a higher number" + ", above 0" * log
             )
-        return Interval(low, high, log)
+        if isinstance(low, int) and isinstance(high, int):
+            return IntDistribution(low, high, log)
+        return FloatDistribution(low, high, log)
     if isinstance(value, RangeSweep) and not value.shuffle:
-        numbers = list(value.range())
-        if len(numbers) > 1:
-            return Interval(numbers[0], numbers[-1], False, numbers[1] - numbers[0])
+        first, *others = value.range()
+        if others and first < others[0]:
+            step = others[0] - first
+            if all(isinstance(number, int) for number in (first, step)):
+                return IntDistribution(int(first), int(others[-1]), step=int(step))
+            return FloatDistribution(first, others[-1], step=step)
     values = tuple(dict.fromkeys(override.sweep_string_iterator()))
     if not values:
         raise UserError(f"{override.input_line}: there is no such value")
-    return Choice(values)
-
-
-def combinations(space: Space) -> Iterator[tuple[str, ...]]:
-    """Yield all combinations of values as overrides; the last key changes fastest."""
-    keys = list(space.swept)
-    for values in product(*(space.swept[key].values for key in keys)):
-        yield tuple(f"{key}={value}" for key, value in zip(keys, values, strict=True))
-
-
-def sampled(space: Space, seed: int, number: int) -> tuple[str, ...]:
-    """The combination with this number, a function of (space, seed, number)."""
-    rng = random.Random(f"{seed} {number}")
-    return tuple(f"{key}={values.sampled(rng)}" for key, values in space.swept.items())
+    return CategoricalDistribution(values)

@@ -13,7 +13,6 @@ from ssl_xcit.utils.files import read_json, write_json
 
 FILE = "trial.json"
 SWEEP_FILE = "sweep.json"
-OUTPUT = "output.txt"
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 PRUNED, FAILED, STOPPED = "pruned", "failed", "stopped"
 STATES = (FINISHED, PRUNED, FAILED, STOPPED, RUNNING, WAITING)
@@ -24,7 +23,7 @@ class Trial:
     """One combination of values.
 
     Args:
-        number: from 0, in the order of the search.
+        number: of Optuna's trial.
         overrides: of the settings that the sweep varies.
         folder: of its run.
     """
@@ -58,14 +57,8 @@ def note(trial: Trial, state: str, **more: Any) -> None:
         starts.append({"at": now})
     elif starts and "seconds" not in starts[-1]:
         starts[-1]["seconds"] = round(now - starts[-1]["at"], 1)
-    content = {
-        "number": trial.number,
-        "overrides": list(trial.overrides),
-        "state": state,
-        **more,
-        "starts": starts,
-    }
-    write_json(content, trial.folder / FILE)
+    about = {"number": trial.number, "overrides": list(trial.overrides), "state": state}
+    write_json({**about, **more, "starts": starts}, trial.folder / FILE)
 
 
 def total_steps(folder: Path) -> int | None:

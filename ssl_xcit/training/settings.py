@@ -90,10 +90,14 @@ class TrainerSettings:
 class SearchSettings:
     """`conf/sweep/`."""
 
-    search: Node
     metric: str
     maximize: bool
     retry_failed: bool
+    storage: Text | None
+    sampler: Node | None
+    num_trials: Annotated[int, Ge(0)]
+    seed: Annotated[int, Ge(0)]
+    pruner: Node | None
 
 
 @dataclass(frozen=True)

@@ -3,83 +3,59 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import sys
 import threading
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from commands import held_by_another
-from sweeping import process, swept, toy_words
+from sweeping import INTEGERS, TPE, WHOLE, folders, process, states, steps, swept, wait_for
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.sweeps import trial as trials
-from ssl_xcit.sweeps.driver import Sweep
-from ssl_xcit.sweeps.job import IN_USE, PARENT, Job
-from ssl_xcit.sweeps.launchers import Basic, Joblib, Local, Submitit
-from ssl_xcit.sweeps.searches import Grid
-from ssl_xcit.sweeps.space import Choice, Space
-from ssl_xcit.utils.locks import InUse
+from ssl_xcit.sweeps.job import IN_USE, PARENT
+from ssl_xcit.sweeps.launchers import local, ray_cluster, slurm
+from ssl_xcit.utils.locks import InUse, lock_holder
+
+SIX = ["1", "2", "3", "4", "5", "6"]
 
 
-def folders(folder):
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def states(folder):
-    return [trials.state_of(p) for p in folders(folder)]
-
-
-def steps(folder):
-    """Every step that any start of a trial has taken."""
-    return [(p / "steps.txt").read_text().split() for p in folders(folder)]
-
-
-def wait_for(condition, seconds=20):
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.02)
-
-
-def test_all_trials_and_a_rerun_does_nothing(tmp_path):
-    code, lines = swept(tmp_path)
-    assert code == 0
-    assert [line for line in lines if line[0] == "finished"] == [
-        ("finished", 0, 80.0, ""), ("finished", 1, 90.0, ""), ("finished", 2, 100.0, ""),
-    ]  # fmt: skip
+def test_all_trials_and_a_rerun_does_nothing(tmp_path, capsys):
+    assert swept(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "[1/3] lr=1: finished; k-NN 20 80.0\n" in out
+    assert "[3/3] lr=3: finished; k-NN 20 100.0\n" in out
     content = json.loads((tmp_path / "lr-2/trial.json").read_text())
     assert (content["overrides"], content["number"]) == (["lr=2"], 1)
     assert (content["state"], content["exit_code"]) == ("finished", 0)
     assert [start["seconds"] >= 0 for start in content["starts"]] == [True]
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    code, lines = swept(tmp_path)
-    assert code == 0
-    assert {line[0] for line in lines} == {"finished"}
-    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    swept(tmp_path, ("1", "2", "3", "4"))  # one more value: one more trial
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*")}
+    assert swept(tmp_path) == 0
+    assert "[1/3] lr=1: finished before; k-NN 20 80.0\n" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*")}
+    shutil.rmtree(tmp_path / "lr-2")  # a folder that is gone is run again
+    assert swept(tmp_path, ("1", "2", "3", "4")) == 0  # one more value: one more trial
     assert len(folders(tmp_path)) == 4
-    assert all(s == [str(i) for i in range(1, 9)] for s in steps(tmp_path))
+    assert steps(tmp_path) == [WHOLE] * 4
 
 
-def test_a_failed_trial_is_marked_and_the_others_run(tmp_path):
-    more = {"1": [], "2": ["fail=1"], "3": ["fail=9"]}
-    search, launcher = Grid(), Basic()
-    search.start(Space((), {"lr": Choice(tuple(more))}), tmp_path)
-    launcher.start(tmp_path)
-    sweep = Sweep(
-        search, launcher, lambda t: toy_words(t, *more[t.overrides[0][-1]]), "knn_k20", True
-    )
-    assert sweep.run() == 1
-    launcher.close()
-    assert states(tmp_path) == ["finished", "failed", "failed"]
-    errors = [trials.read(p).get("error") for p in folders(tmp_path)]
-    assert errors == [None, "optim.lr=huge: a number below 10", "killed by SIGKILL: out of memory?"]
-    code, lines = swept(tmp_path, retry=False)
-    assert code == 1
-    assert [line[0] for line in lines] == ["finished", "failed", "failed"]
-    assert swept(tmp_path)[0] == 0  # tried again, and now nothing is in the way
-    assert states(tmp_path) == ["finished"] * 3
+@pytest.mark.parametrize(
+    "search", [{"values": ("1", "2")}, {"sampler": TPE, "num_trials": 2, "space": INTEGERS}]
+)
+def test_a_failed_trial_is_marked_and_tried_again_when_asked(search, tmp_path, capsys):
+    for fail, error in (("1", "optim.lr=huge: a number below 10"), ("9", "killed by SIGKILL: out")):
+        assert swept(tmp_path, more=[f"fail={fail}"], **search) == 1
+        assert capsys.readouterr().out.count(f": failed; {error}") == 2
+        assert all(trials.read(p)["error"].startswith(error) for p in folders(tmp_path))
+    assert swept(tmp_path, retry_failed=False, **search) == 1
+    assert states(tmp_path) == ["failed"] * 2
+    assert swept(tmp_path, **search) == 0  # nothing is in the way any more
+    assert states(tmp_path) == ["finished"] * 2
+    assert [len(trials.read(p)["starts"]) for p in folders(tmp_path)] == [3, 3]
 
 
 @pytest.mark.slow
@@ -87,59 +63,78 @@ def test_a_failed_trial_is_marked_and_the_others_run(tmp_path):
 @pytest.mark.parametrize("victim", ["driver", "group"])
 def test_killed_twice_no_step_is_taken_twice(tmp_path, jobs, victim):
     """SIGKILL of the sweep alone, or of its group; the third start ends with six results."""
-    for wanted in (1, 3):
-        sweep = process(tmp_path, jobs)
-        wait_for(lambda n=wanted: len(list(tmp_path.glob("*/summary.json"))) >= n)
-        wait_for(lambda: "running" in states(tmp_path))
-        if victim == "driver":
-            sweep.kill()
-        else:
-            os.killpg(sweep.pid, signal.SIGKILL)
-        sweep.wait(20)
-        assert len(list(tmp_path.glob("*/summary.json"))) < 6
-    assert process(tmp_path, jobs).wait(60) == 0
+    kill_twice(tmp_path, os.kill if victim == "driver" else os.killpg, values=SIX, jobs=jobs)
     assert states(tmp_path) == ["finished"] * 6
-    assert steps(tmp_path) == [[str(i) for i in range(1, 9)]] * 6
+    assert steps(tmp_path) == [WHOLE] * 6
+
+
+@pytest.mark.slow
+def test_killed_twice_it_searches_as_if_it_had_not_been(tmp_path):
+    search = {"sampler": TPE, "num_trials": 8}
+    assert process(tmp_path / "whole", **search).wait(60) == 0
+    kill_twice(tmp_path / "killed", os.killpg, **search)
+    names = [[p.name for p in folders(tmp_path / run)] for run in ("whole", "killed")]
+    assert names[0] == names[1]
+    assert steps(tmp_path / "killed") == steps(tmp_path / "whole")
+
+
+def kill_twice(folder, kill, **arguments):
+    """Kill a sweep after one result, and after three; the third start runs to its end."""
+    for wanted in (1, 3):
+        sweep = process(folder, more=["sleep=0.05"], **arguments)
+        wait_for(lambda n=wanted: len(list(folder.glob("*/summary.json"))) >= n)
+        wait_for(lambda: "running" in states(folder))
+        kill(sweep.pid, signal.SIGKILL)
+        sweep.wait(20)
+        assert len(list(folder.glob("*/summary.json"))) < 6
+    assert process(folder, more=["sleep=0.05"], **arguments).wait(60) == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_asked_to_stop_every_trial_saves(tmp_path, number, code):
-    sweep = process(tmp_path, 2, "1,2,3", "sleep=0.3")
+    sweep = process(tmp_path, jobs=2, more=["sleep=0.3"])
     wait_for(lambda: len(list(tmp_path.glob("*/steps.txt"))) == 2)
     sweep.send_signal(number)
     assert sweep.wait(20) == code
-    assert sorted(states(tmp_path)) == ["stopped", "stopped"]
+    assert states(tmp_path) == ["stopped", "stopped"]
     assert [trials.read(p)["exit_code"] for p in folders(tmp_path)] == [code, code]
-    assert process(tmp_path, 2, "1,2,3", "sleep=0.01").wait(60) == 0
-    assert steps(tmp_path) == [[str(i) for i in range(1, 9)]] * 3
+    assert process(tmp_path, jobs=2).wait(60) == 0
+    assert steps(tmp_path) == [WHOLE] * 3
 
 
-def test_another_sweeps_trial_is_waited_for(tmp_path):
-    """By the lock of its run folder: two sweeps of the same trials share them out."""
+def test_two_sweeps_at_once_share_the_trials(tmp_path):
+    sweeps = [process(tmp_path, values=SIX, more=["sleep=0.1"]) for _ in range(2)]
+    assert [sweep.wait(60) for sweep in sweeps] == [0, 0]
+    assert steps(tmp_path) == [WHOLE] * 6
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_another_sweeps_trial_is_waited_for(seen, tmp_path, capsys, monkeypatch):
+    """Also where its lock is taken between a look and the start of a trial."""
+    looks = []
+
+    def look(folder):
+        looks.append(lock_holder(folder) if seen else "")
+        return looks[-1]
+
+    monkeypatch.setattr("ssl_xcit.sweeps.driver.lock_holder", look)
     folder, summary = tmp_path / "lr-2", {"results": {"p": {"knn_k20": 7.0}}}
 
     def finish(holder):
+        output = folder / "output.txt"
+        wait_for(lambda: any(looks) or (output.exists() and "in use by" in output.read_text()))
         (folder / "summary.json").write_text(json.dumps(summary))
         os.kill(holder, signal.SIGKILL)
 
     with held_by_another(folder / ".lock") as holder:
-        threading.Timer(0.5, finish, [holder]).start()
-        code, lines = swept(tmp_path)
-    assert code == 0
-    assert any(line[1].startswith(f"lr=2: waiting for process {holder} on") for line in lines
-               if line[0] == "message")  # fmt: skip
-    assert lines[-1] == ("finished", 1, 7.0, "")
-    assert not (folder / "steps.txt").exists()
-
-
-def test_a_trial_whose_lock_is_taken_at_its_start_is_tried_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("ssl_xcit.sweeps.driver.lock_holder", lambda folder: "")
-    with held_by_another(tmp_path / "lr-1/.lock") as holder:
-        threading.Timer(0.5, os.kill, [holder, signal.SIGKILL]).start()
-        code, lines = swept(tmp_path, ("1",), ["steps=2"])
-    assert code == 0
-    assert lines[-1] == ("finished", 0, 80.0, "")
-    assert "in use by process" in (tmp_path / "lr-1/output.txt").read_text()
+        threading.Thread(target=finish, args=[holder]).start()
+        assert swept(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert (f"lr=2: waiting for process {holder} on" in out) == seen
+    assert "lr=2: finished" in out
+    if seen:
+        assert "k-NN 20 7.0" in out
+        assert not (folder / "steps.txt").exists()
 
 
 def test_a_trial_says_by_its_exit_code_that_its_folder_is_in_use(monkeypatch):
@@ -161,49 +156,55 @@ def test_a_trial_says_by_its_exit_code_that_its_folder_is_in_use(monkeypatch):
 def test_trials_on_one_machine_share_its_gpus_and_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("ssl_xcit.sweeps.launchers.usable_cores", lambda: 8)
-    launcher = Joblib(None, [0, 1, 2, 3], 2)
-    assert launcher.slots == 2
-    assert launcher.overrides() == ["num_workers=3"]
+    launcher = local(None, None, [0, 1, 2, 3], 2)
+    assert (launcher.slots, launcher.overrides) == (2, ["num_workers=3"])
     started = time.monotonic()
-    assert swept(tmp_path, ("1", "2", "3", "4"), ["rest=0.5"], launcher)[0] == 0
+    assert swept(tmp_path, ("1", "2", "3", "4"), ["rest=0.5"], launcher) == 0
+    assert time.monotonic() - started < 20
     summaries = [json.loads((p / "summary.json").read_text()) for p in folders(tmp_path)]
     assert {s["visible"] for s in summaries} == {"0,1", "2,3"}
+    threads = {"OMP_NUM_THREADS": "4"}
     assert {s["threads"] for s in summaries} == {"4"}
-    assert time.monotonic() - started < 20
     with pytest.raises(UserError, match=r"set launcher\.n_jobs=1"):
-        Local(3, [0, 1], 2)
+        local(None, 3, [0, 1], 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert Local().gpus == ["5", "7"]
-    assert Local().slots == 2
+    assert local(n_jobs=None).environment(1) == {"CUDA_VISIBLE_DEVICES": "7", **threads}
+    assert local().environment(0) == {}  # one trial has the whole machine
 
 
 def test_submitit_without_slurm(tmp_path):
     """A local executor really runs the trials, in processes of its own."""
-    launcher = Submitit("local", 2, {"timeout_min": 5, "cpus_per_task": None})
-    assert swept(tmp_path, ("1", "2"), ["steps=2"], launcher)[0] == 0
+    launcher = slurm(tmp_path, "local", 2, {"timeout_min": 5, "cpus_per_task": None})
+    assert swept(tmp_path, ("1", "2"), ["steps=2"], launcher) == 0
     assert steps(tmp_path) == [["1", "2"]] * 2
     assert list((tmp_path / ".submitit").glob("*_result.pkl"))
+    for cluster, parameters, message in (
+        (None, {}, "no SLURM here"), ("local", {"timeout": 5}, "timeout"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            slurm(tmp_path, cluster, 1, parameters)
 
 
-@pytest.mark.parametrize(
-    ("cluster", "parameters", "message"),
-    [
-        (None, {}, "no SLURM here"),
-        ("local", {"timeout": 5}, "timeout"),
-    ],
-)
-def test_submitit_that_cannot_start(tmp_path, cluster, parameters, message):
-    with pytest.raises(UserError, match=message):
-        Submitit(cluster, 1, parameters).start(tmp_path)
+def test_ray_gets_resources_and_jobs(tmp_path, monkeypatch):
+    """Ray itself is not installed for the tests; a stand-in records its arguments."""
+    arguments, pool = {}, ThreadPoolExecutor(2)
 
+    def remote(**resources):
+        arguments.update(resources)
 
-def test_a_job_whose_launcher_ends_is_stopped(tmp_path):
-    """The job's own end takes the trial along, saved."""
-    job = Job((sys.executable, "-c", "import time; time.sleep(60)"), str(tmp_path))
-    codes = []
-    thread = threading.Thread(target=lambda: codes.append(job()))
-    thread.start()
-    time.sleep(0.5)
-    (tmp_path / ".stop").write_text(str(int(signal.SIGTERM)))
-    thread.join(10)
-    assert codes == [-signal.SIGTERM]
+        def submit(function, job):
+            running = pool.submit(function, job)
+            return types.SimpleNamespace(future=lambda: running)
+
+        return lambda function: types.SimpleNamespace(remote=lambda job: submit(function, job))
+
+    ray = types.SimpleNamespace(
+        init=arguments.update, remote=remote, shutdown=lambda: arguments.update(down=True)
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert swept(tmp_path, ("1", "2"), ["steps=1"], ray_cluster(num_cpus=3, num_gpus=0.5)) == 0
+    assert arguments == {
+        "address": None, "log_to_driver": False, "ignore_reinit_error": True,
+        "num_cpus": 3, "num_gpus": 0.5, "down": True,
+    }  # fmt: skip
+    assert states(tmp_path) == ["finished"] * 2
