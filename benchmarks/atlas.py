@@ -1,12 +1,12 @@
-"""The map of images: seconds of t-SNE, size of the page, milliseconds of a frame in the browser.
+"""The map of images: seconds of t-SNE, size of the page, milliseconds of a move in the browser.
 
     python benchmarks/atlas.py [--parts places,page] [--points 1000,5000,20000]
 
 Places: clustered Gaussians in 192 dimensions, by `tsne` (openTSNE) and by scikit-learn's TSNE with
 as many iterations, in turns. Page: windows of the built-in photographs as often as needed, places
-at random around centres; opened in headless Chromium (Debian: chromium, chromium-driver), where 50
-frames are drawn at once and the pixels read back, of all dots and of thumbnails from near. Writes
-benchmarks/results/atlas.json, atlas.png and atlas-dark.png.
+at random around centres; opened in headless Chromium (Debian: chromium, chromium-driver) without a
+GPU: seconds until all is drawn, and until a move of the mouse that drags the map is answered.
+Writes benchmarks/results/atlas.json, atlas.png and atlas-dark.png.
 """
 
 import argparse
@@ -28,18 +28,9 @@ from ssl_xcit.eval.viz.atlas import Atlas, atlas_page, sprites
 from ssl_xcit.eval.viz.atlas_data import side_of
 from ssl_xcit.eval.viz.embedding import COMPONENTS, components, tsne
 
-FRAMES = """
-const atlas = document.querySelector('.atlas').atlas, times = [];
-atlas.find(''); atlas.select([]); atlas.reset(); atlas.zoom(arguments[0]); atlas.draw();
-for (let n = 0; n < 50; n++) {
-  const started = performance.now();
-  atlas.look(atlas.view.x + 1e-4, atlas.view.y, atlas.view.k);
-  atlas.draw();
-  atlas.over.getImageData(0, 0, 1, 1);  // not before all of it is drawn
-  times.push(performance.now() - started);
-}
-return {times, ...atlas.stats};
-"""
+READY = """const atlas = document.querySelector('.atlas')?.atlas;
+  return Boolean(atlas?.sheets.every((_, n) => atlas.bitmaps[n]));"""
+SECONDS = 3  # of dragging
 
 
 def clustered(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -106,17 +97,19 @@ def opened_page(count: int) -> dict[str, object]:
         try:
             start = time.perf_counter()
             browser.get(file.as_uri())
+            while not browser.execute_script(READY):
+                time.sleep(0.05)
             found["opening_seconds"] = round(time.perf_counter() - start, 2)
             time.sleep(2)
-            for name, zoom in (("all dots", 1), ("near", 4), ("nearer", 12)):
-                told = browser.execute_script(FRAMES, zoom)
-                times = sorted(told["times"])
-                found[name] = {
-                    "median_ms": round(statistics.median(times), 2),
-                    "p95_ms": round(times[47], 2),
-                    "dots": told["dots"],
-                    "thumbs": told["thumbs"],
-                }
+            for name, zoom in (("all", 1), ("near", 4), ("nearer", 12)):
+                browser.execute_script(
+                    "const { atlas } = document.querySelector('.atlas');"
+                    "atlas.look(atlas.layout.xaxis.range, atlas.layout.yaxis.range)"
+                    ".then(() => atlas.zoom(arguments[0]))",
+                    zoom,
+                )
+                time.sleep(1)
+                found[name] = dragged(browser)
                 print(f"  {name}: {found[name]}")
             pictures_of(browser)
         finally:
@@ -124,12 +117,36 @@ def opened_page(count: int) -> dict[str, object]:
     return found
 
 
+def dragged(browser) -> dict[str, object]:
+    """Milliseconds until a move of the mouse that drags the map is answered."""
+
+    def mouse(kind: str, x: float) -> None:
+        at = {"type": kind, "x": x, "y": 450, "button": "left", "buttons": 1, "clickCount": 1}
+        browser.execute_cdp_cmd("Input.dispatchMouseEvent", at)
+
+    mouse("mouseMoved", 500)
+    mouse("mousePressed", 500)
+    times: list[float] = []
+    while sum(times) < SECONDS:
+        start = time.perf_counter()
+        mouse("mouseMoved", 500 + abs(len(times) % 80 - 40) * 3)
+        times.append(time.perf_counter() - start)
+    mouse("mouseReleased", 500)
+    thumbs = browser.execute_script("return document.querySelector('.atlas').atlas.pictured.length")
+    return {
+        "median_ms": round(1000 * statistics.median(times), 1),
+        "p95_ms": round(1000 * sorted(times)[int(0.95 * len(times))], 1),
+        "thumbs": thumbs,
+    }
+
+
 def driver():
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
-    for word in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+    for word in ("headless=new", "no-sandbox", "disable-dev-shm-usage",
+                 "enable-unsafe-swiftshader"):  # fmt: skip
         options.add_argument(f"--{word}")
     made = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     made.set_window_size(1280, 900)
@@ -143,10 +160,12 @@ def pictures_of(browser) -> None:
         media = [{"name": "prefers-color-scheme", "value": theme}]
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
         browser.execute_script(
-            "const a = document.querySelector('.atlas').atlas; a.reset(); a.zoom(arguments[0])",
+            "const { atlas } = document.querySelector('.atlas');"
+            "atlas.look(atlas.layout.xaxis.range, atlas.layout.yaxis.range)"
+            ".then(() => atlas.zoom(arguments[0]))",
             zoom,
         )
-        time.sleep(0.5)
+        time.sleep(1.5)
         browser.save_screenshot(str(RESULTS / f"{name}.png"))
 
 

@@ -18,55 +18,38 @@ from pathlib import Path
 from measure import save
 
 
-def parts(run: Path) -> list[tuple[str, float, int]]:
-    """Name, seconds and bytes of each part."""
-    from ssl_xcit.eval.report.report import Report
+def main() -> None:
+    from ssl_xcit.eval.report.report import write_report
     from ssl_xcit.eval.report.run_features import ReportOptions
     from ssl_xcit.eval.report.run_reader import read_run
-    from ssl_xcit.eval.viz.markup import script_json
 
-    started = time.perf_counter()
-    report = Report([read_run(run)], ReportOptions())
-    text = report.html()
-    total = time.perf_counter() - started
-    found = [
-        (p.title, p.seconds, len((p.html + p.head + p.script + script_json(p.data)).encode()))
-        for p in report.parts
-    ]
-    rest = total - sum(seconds for _, seconds, _ in found)
-    size = len(text.encode())
-    found.append(("page, style, plotly", rest, size - sum(b for *_, b in found)))
-    return [*found, ("all", total, size)]
-
-
-def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("run", type=Path)
     arguments.add_argument("--rounds", type=int, default=3)
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.html"
-        environment = {**os.environ, "XDG_CACHE_HOME": folder}
+        os.environ["XDG_CACHE_HOME"] = folder
         command = [str(Path(sys.executable).with_name("ssl-xcit")), "report"]
         command += [f"run={given.run}", f"out={out}"]
         seconds = []
         for _ in range(1 + given.rounds):
             started = time.perf_counter()
-            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             seconds.append(round(time.perf_counter() - started, 2))
+        parts = write_report([read_run(given.run)], ReportOptions(), out)
         size = out.stat().st_size
-        os.environ["XDG_CACHE_HOME"] = folder
-        rows = parts(given.run)
+    rows = [(part.title, round(part.seconds, 3), len(part.html.encode())) for part in parts]
+    rows.append(("page, style, plotly", 0.0, size - sum(count for *_, count in rows)))
     for name, took, count in rows:
         print(f"{name:28} {took:7.2f} s {count / 1e6:7.2f} MB")
-    first, *others = seconds
-    later = statistics.median(others)
+    first, later = seconds[0], statistics.median(seconds[1:])
     print(f"the command: {first:.1f} s at first, {later:.1f} s later; {size / 1e6:.2f} MB")
     row = {
         "seconds_first": first,
         "seconds_later": later,
         "bytes": size,
-        "parts": {name: {"seconds": round(s, 3), "bytes": b} for name, s, b in rows},
+        "parts": {name: {"seconds": took, "bytes": count} for name, took, count in rows},
     }
     save("report", {given.run.name: row})
 

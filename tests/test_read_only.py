@@ -19,7 +19,7 @@ from ssl_xcit import load_backbone
 from ssl_xcit.errors import UserError
 from ssl_xcit.eval.commands import atlas as atlas_command  # noqa: F401
 from ssl_xcit.eval.commands import eval as evaluation
-from ssl_xcit.eval.report import page_layout
+from ssl_xcit.eval.report import page as report_page
 from ssl_xcit.eval.report import report as _report  # noqa: F401  # once, not in every child
 from ssl_xcit.eval.report import sweep_page as _sweep  # noqa: F401
 from ssl_xcit.export import safetensors_files  # noqa: F401
@@ -103,7 +103,7 @@ def colleague(tmp_path_factory):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    monkeypatch.setattr(page_layout, "get_plotlyjs", lambda: "Plotly = 0")
+    monkeypatch.setattr(report_page, "get_plotlyjs", lambda: "Plotly = 0")
     (tmp_path / "here").mkdir()
     return tmp_path / "here"
 

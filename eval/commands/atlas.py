@@ -25,7 +25,6 @@ from ..features.extractor import FeatureExtractor, placed
 from ..runner import cache_folder
 from ..viz.atlas import Atlas, atlas_page, sprites
 from ..viz.atlas_data import (
-    Stopwatch,
     chosen_sources,
     classes_of,
     side_of,
@@ -78,20 +77,18 @@ def main(settings: AtlasSettings) -> None:
         raise UserError(f"ckpt={s.ckpt}: one at a time; each checkpoint has its own map")
     path = checkpoint_path(ckpt)
     out = atlas_file(s.out, path)
-    show, watch = shown_in_terminal(), Stopwatch()
-    with watch.timed("weights"):
-        backbone = load_backbone(path, s.which, expected_architecture(s.model))
-        extractor = FeatureExtractor(
-            backbone, of_weights(backbone.preprocess, s.max_pixels), placed(backbone, s.device)[0],
-            s.batch_size, s.num_workers, show=show, cache=cache_folder(s.cache),
-        )  # fmt: skip
+    show = shown_in_terminal()
+    backbone = load_backbone(path, s.which, expected_architecture(s.model))
+    extractor = FeatureExtractor(
+        backbone, of_weights(backbone.preprocess, s.max_pixels), placed(backbone, s.device)[0],
+        s.batch_size, s.num_workers, show=show, cache=cache_folder(s.cache),
+    )  # fmt: skip
     data = load_data_set(s.eval_data, s.ckpt)
     sources = chosen_sources(data, s.part, s.max_images)
-    with watch.timed("features"):
-        sets = [
-            image_features(extractor, source, data, f"{name} features".strip())
-            for name, source in sources
-        ]
+    sets = [
+        image_features(extractor, source, data, f"{name} features".strip())
+        for name, source in sources
+    ]
     unread = [
         name
         for (_, source), images in zip(sources, sets, strict=True)
@@ -99,14 +96,12 @@ def main(settings: AtlasSettings) -> None:
     ]
     features = np.concatenate([np.asarray(images.features, np.float32) for images in sets])
     side = side_of(len(features)) if s.thumbnail is None else s.thumbnail
-    with watch.timed("places"):
-        places = tsne(features, s.perplexity, s.seed, show)
-    with watch.timed("thumbnails"):
-        sheets = sprites(thumbnails(sets, side, show), side)
+    places = tsne(features, s.perplexity, s.seed, show)
+    sheets = sprites(thumbnails(sets, side, show), side)
     classes, class_names = classes_of(sets)
     names = [images.name(i) for images in sets for i in range(len(images))]
     count = f"{len(names):,} image{'s' * (len(names) != 1)}"
-    with watch.timed("page"), written_to(out), replacing(out) as part:
+    with written_to(out), replacing(out) as part:
         atlas = Atlas(places, names, classes, class_names, sheets, side)
         title = f"{data.name}, seen by {short_names([path])[0]}"
         words = [
@@ -118,5 +113,4 @@ def main(settings: AtlasSettings) -> None:
         examples = ", ".join(unread[:MOST_NAMES]) + ", ..." * (len(unread) > MOST_NAMES)
         total = len(unread) + len(names)
         say(f"left out, they cannot be read: {len(unread):,} of {total:,} images ({examples})")
-    say(watch.in_words())
     say(f"written: {count}, {out.stat().st_size / 1e6:.1f} MB; open {out}")

@@ -32,11 +32,11 @@ def print_leaderboard(sweep: SweepResults, most: int) -> None:
     """Print the best trials, then the errors of those that failed."""
     left_out = f", the best {most} of {len(sweep.trials)}" if len(sweep.trials) > most else ""
     say(f"{sweep.path}: {sweep.in_words()}{left_out}")
-    headings, rows = leaderboard(sweep)
+    board = leaderboard(sweep)
     table = Table()
-    for heading in headings:
+    for heading in board.headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows[:most]:
+    for row in board.rows[:most]:
         table.add_row(*row)
     console().print(table)
     for trial in sweep.trials:

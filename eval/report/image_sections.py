@@ -1,5 +1,5 @@
-"""Sections of the report about single images: attention and components of fixed images over
-training, channel attention.
+"""Content of the report's sections with images: attention and components of fixed images over
+training, channel attention, nearest neighbours, and the map of all.
 
 A run leaves pictures of its way in `RUN/pictures/`; of a run that has none they are drawn by the
 newest checkpoint.
@@ -7,38 +7,47 @@ newest checkpoint.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ssl_xcit.errors import UserError
 
-from ..viz.dataset import evenly_spaced
-from ..viz.markup import esc, file_uri, jpeg_uri, paragraph
-from ..viz.pictures import visible
+from ..viz.atlas import Atlas, atlas_fragment, sprites
+from ..viz.dataset import evenly_spaced, has_classes
+from ..viz.embedding import tsne
+from ..viz.markup import file_uri, jpeg_uri
+from ..viz.neighbors import Queries, neighbor_rows
+from ..viz.pictures import Picture, thumbnail, visible
 from ..viz.snapshots import FOLDER, INDEX, FixedImage, Snapshots, read_sized
+from .figures import Entropy, entropy_figure
 from .run_features import RunFeatures, for_each_run
 from .run_reader import Run, is_number, message_of
 
+Content = dict[str, Any]  # of a section, by the arguments of its macro
 SIDE = 224  # long side of pictures inside the page
 BUDGET = 2_600_000  # bytes of the files of all pictures; moments are left out above it
 NUM_IMAGES = 6  # drawn where the run has left none
-KINDS = (("attention", "Class attention"), ("pca", "Components of the patches"))
+KINDS = {"attention": "Class attention", "pca": "Components of the patches"}
+NUM_QUERIES = 6
+NUM_NEIGHBOURS = 8
+NEIGHBOUR_SIDE = 128
+ATLAS_SIDE = 64  # pixels of a thumbnail
+MIN_IMAGES = 8  # of a map
 
 
-@dataclass
-class Moment:
-    """Pictures at a step, one of each kind for each image; empty where one is missing."""
+class Moment(NamedTuple):
+    """Pictures at a step, by kind one for each image, as URIs; empty where one is missing."""
 
     step: int
-    attention: list[str]
-    pca: list[str]
-    entropy: list[float] = field(default_factory=list)
+    pictures: dict[str, list[str]]
+    entropy: list[float]  # of channel attention, by block
 
 
-@dataclass
-class Timeline:
-    """Fixed images, and their pictures at several steps, as URIs."""
+class Timeline(NamedTuple):
+    """Fixed images, and their pictures at several steps."""
 
     names: list[str]  # of the images
     labels: list[str]  # likewise, for people; images of a class have the same
@@ -47,14 +56,21 @@ class Timeline:
     note: str  # where they are from, and what was left out
 
 
-def timeline_of(features: RunFeatures, budget: int) -> Timeline:
-    """The pictures that the run has left, else drawn now.
+def timelines_of(
+    runs: Sequence[RunFeatures],
+) -> tuple[list[tuple[RunFeatures, Timeline]], list[str]]:
+    """The pictures that each run has left, else drawn now, and why others have none.
 
     Raises:
-        UserError: neither can be done.
+        UserError: no run has any.
     """
-    recorded = features.once("recorded", lambda: recorded_timeline(features.run, budget))
-    return recorded or features.once("drawn", lambda: drawn_timeline(features))
+
+    def timeline(features: RunFeatures) -> Timeline:
+        budget = BUDGET // len(runs)
+        recorded = features.once("recorded", lambda: recorded_timeline(features.run, budget))
+        return recorded or features.once("drawn", lambda: drawn_timeline(features))
+
+    return for_each_run(runs, timeline)
 
 
 def recorded_timeline(run: Run, budget: int) -> Timeline | None:
@@ -64,77 +80,60 @@ def recorded_timeline(run: Run, budget: int) -> Timeline | None:
     folder = run.path / FOLDER
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        images = [
-            (str(entry["name"]), str(entry["label"] or Path(entry["name"]).name), entry["file"])
-            for entry in content["images"]
-        ]
+        names = [str(entry["name"]) for entry in content["images"]]
+        labels = [str(entry["label"] or Path(entry["name"]).name) for entry in content["images"]]
+        files = [inside(folder, entry["file"]) for entry in content["images"]]
         moments = [moment for moment in content["moments"] if type(moment["step"]) is int]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         run.problems.append(f"{FOLDER}/{INDEX} cannot be read: {message_of(error)}")
         return None
-    if not images or not moments:
+    if not names or not moments:
         return None
+
+    def files_of(moment: Content, kind: str) -> list[Path | None]:
+        listed = moment.get(kind)
+        found = [inside(folder, name) for name in listed] if isinstance(listed, list) else []
+        return [*found, *[None] * len(names)][: len(names)]
+
     sizes = [
-        sum(
-            size_of(folder, file)
-            for kind, _ in KINDS
-            for file in picture_files(m, kind, len(images))
-        )
-        for m in moments
+        sum(file.stat().st_size for kind in KINDS for file in files_of(moment, kind) if file)
+        for moment in moments
     ]
     count = len(moments)
     while count > 2 and sum(sizes[i] for i in evenly_spaced(len(moments), count)) > budget:
         count -= 1
+    kept = [moments[i] for i in evenly_spaced(len(moments), count)]
     note = "Drawn while the run was training, by the teacher."
-    if count < len(moments):
-        note += f" {count} of {len(moments)} moments are shown."
-    names, labels, files = zip(*images, strict=True)
+    if len(kept) < len(moments):
+        note += f" {len(kept)} of {len(moments)} moments are shown."
     return Timeline(
-        list(names),
-        list(labels),
-        [picture_at(folder, str(file)) for file in files],
-        [moment_of(folder, moments[i], len(images)) for i in evenly_spaced(len(moments), count)],
+        names,
+        labels,
+        [picture_at(file) for file in files],
+        [
+            Moment(
+                moment["step"],
+                {kind: [picture_at(file) for file in files_of(moment, kind)] for kind in KINDS},
+                [float(v) for v in moment.get("entropy") or [] if is_number(v)],
+            )
+            for moment in kept
+        ],
         note,
     )
 
 
-def picture_files(moment: dict[str, Any], kind: str, count: int) -> list[str]:
-    """File names of a kind, one for each image; empty where there is none."""
-    listed = moment.get(kind)
-    names = [str(name) for name in listed] if isinstance(listed, list) else []
-    return [*names, *[""] * count][:count]
+def inside(folder: Path, name: Any) -> Path | None:
+    """A file of the folder; None for any other place, and where there is none."""
+    path = (folder / str(name)).resolve()
+    return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
 
 
-def moment_of(folder: Path, content: dict[str, Any], count: int) -> Moment:
-    """A moment with its pictures."""
-    maps, components = (
-        [picture_at(folder, name) for name in picture_files(content, kind, count)]
-        for kind, _ in KINDS
-    )
-    entropy = content.get("entropy")
-    values = entropy if isinstance(entropy, list) else []
-    return Moment(content["step"], maps, components, [float(v) for v in values if is_number(v)])
-
-
-def path_inside(folder: Path, name: str) -> Path | None:
-    """The path of a file of the folder; None for any other place."""
-    path = (folder / name).resolve()
-    return path if name and path.is_relative_to(folder.resolve()) else None
-
-
-def size_of(folder: Path, name: str) -> int:
-    """Bytes of a file; 0 where there is none."""
-    path = path_inside(folder, name)
-    return path.stat().st_size if path is not None and path.is_file() else 0
-
-
-def picture_at(folder: Path, name: str) -> str:
+def picture_at(file: Path | None) -> str:
     """A picture as a URI; empty where it cannot be read."""
-    path = path_inside(folder, name)
     try:
-        return "" if path is None else file_uri(path, SIDE)
+        return "" if file is None else file_uri(file, SIDE)
     except OSError:
         return ""
 
@@ -159,10 +158,10 @@ def drawn_timeline(features: RunFeatures) -> Timeline:
     ]
     panels = snapshots.draw(extractor)
     digits = "".join(c for c in features.checkpoint.stem if c.isdigit())
+    drawn = {"attention": panels.attention, "pca": panels.pca}
     moment = Moment(
         int(digits) if digits else features.run.step,
-        [jpeg_uri(picture) for picture in panels.attention],
-        [jpeg_uri(picture) for picture in panels.pca],
+        {kind: [jpeg_uri(picture) for picture in pictures] for kind, pictures in drawn.items()},
         panels.entropy,
     )
     return Timeline(
@@ -174,86 +173,115 @@ def drawn_timeline(features: RunFeatures) -> Timeline:
     )
 
 
-def pictures_section(runs: Sequence[RunFeatures]) -> str:
+def pictures_section(runs: Sequence[RunFeatures]) -> Content:
     """Rows of images, columns of moments; of several runs a column for the newest of each.
 
     Raises:
         UserError: no run has pictures.
     """
-    timelines, errors = for_each_run(runs, lambda run: timeline_of(run, BUDGET // len(runs)))
-    several = len(runs) > 1
-    notes = [(f"{f.run.name}: " if several else "") + timeline.note for f, timeline in timelines]
-    html = [paragraph(words, "hint") for words in (*notes, *errors)]
+    timelines, errors = timelines_of(runs)
     first = timelines[0][1]
-    if not several:
-        columns = [(f"step {m.step:,}", m) for m in first.moments]
-        return "".join([*html, strip(first, columns)])
-    newest = [
-        (f.run.name, f"step {timeline.moments[-1].step:,}", timeline) for f, timeline in timelines
-    ]
+    if len(runs) == 1:
+        columns = [(f"step {moment.step:,}", moment) for moment in first.moments]
+        return {"runs": [("", strip(first, columns))], "notes": [first.note], "kinds": KINDS}
+    notes = [f"{features.run.name}: {timeline.note}" for features, timeline in timelines]
+    newest = [(f.run.name, f"step {t.moments[-1].step:,}", t) for f, t in timelines]
     if all(timeline.names == first.names for _, timeline in timelines):
-        columns = [(f"{name}, {step}", timeline.moments[-1]) for name, step, timeline in newest]
-        return "".join([*html, strip(first, columns)])
-    for name, step, timeline in newest:
-        html += [f"<h3>{esc(name)}</h3>", strip(timeline, [(step, timeline.moments[-1])])]
-    return "".join(html)
+        columns = [(f"{name}, {step}", t.moments[-1]) for name, step, t in newest]
+        strips = [("", strip(first, columns))]
+    else:
+        strips = [(name, strip(t, [(step, t.moments[-1])])) for name, step, t in newest]
+    return {"runs": strips, "notes": [*notes, *errors], "kinds": KINDS}
 
 
-def strip(timeline: Timeline, columns: Sequence[tuple[str, Moment]]) -> str:
-    """A table of both kinds, of which one is seen where there are several columns; a click enlarges
-    a picture.
-    """
-    switches = "".join(
-        f'<button type="button" data-kind="{kind}" aria-pressed="{"false" if n else "true"}">'
-        f"{esc(title)}</button>"
-        for n, (kind, title) in enumerate(KINDS)
-    )
-    head = "".join(f"<th>{esc(title)}</th>" for title, _ in columns)
-    rows = []
-    for row, (label, image) in enumerate(zip(timeline.labels, timeline.images, strict=True)):
-        cells = "".join(
-            "<td>"
-            + "".join(
-                img_tag(uris[row], f"{label}: {title.lower()}, {when}", kind)
-                for (kind, title), uris in zip(KINDS, (m.attention, m.pca), strict=True)
-            )
-            + "</td>"
-            for when, m in columns
-        )
-        own = img_tag(image, label, "image")
-        rows.append(f'<tr><th scope="row">{own}<span>{esc(label)}</span></th>{cells}</tr>')
-    return (
-        f'<div class="strip" data-shown="{"attention" if len(columns) > 1 else "both"}">'
-        f'<div class="switch">{switches}</div><div class="wide"><table>'
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></div>"
-    )
+def strip(timeline: Timeline, columns: Sequence[tuple[str, Moment]]) -> Content:
+    """A row an image, in each column its pictures by kind."""
+    rows = [
+        {
+            "label": label,
+            "image": image,
+            "cells": [{kind: m.pictures[kind][row] for kind in KINDS} for _, m in columns],
+        }
+        for row, (label, image) in enumerate(zip(timeline.labels, timeline.images, strict=True))
+    ]
+    return {"columns": [title for title, _ in columns], "rows": rows}
 
 
-def img_tag(uri: str, words: str, kind: str) -> str:
-    """An image, or a note that it is missing."""
-    if not uri:
-        return f'<span class="gap {esc(kind)}">missing</span>'
-    return f'<img class="{esc(kind)}" src="{uri}" alt="{esc(words)}" tabindex="0">'
-
-
-def entropy_data(runs: Sequence[RunFeatures]) -> list[dict[str, Any]]:
-    """Entropy of channel attention: for each run steps, and the value of each block at each.
+def channels_section(runs: Sequence[RunFeatures]) -> Content:
+    """Entropy of channel attention over depth and training.
 
     Raises:
         UserError: it is not known of any run.
     """
-    timelines, _ = for_each_run(runs, lambda run: timeline_of(run, BUDGET // len(runs)))
     numbers = {id(features): number for number, features in enumerate(runs)}
-    curves = [
-        {
-            "run": numbers[id(features)],
-            "name": features.run.name,
-            "steps": [m.step for m in moments],
-            "values": [[float(f"{v:.6g}") for v in m.entropy] for m in moments],
-        }
-        for features, timeline in timelines
-        if (moments := [m for m in timeline.moments if m.entropy])
-    ]
+    curves = []
+    for features, timeline in timelines_of(runs)[0]:
+        if moments := [m for m in timeline.moments if m.entropy]:
+            values = [[float(f"{v:.6g}") for v in m.entropy] for m in moments]
+            steps = [m.step for m in moments]
+            curves.append(Entropy(features.run.name, numbers[id(features)], steps, values))
     if not curves:
         raise UserError("the pictures of the run do not say it")
-    return curves
+    return {"figure": entropy_figure(curves)}
+
+
+def neighbours_section(features: RunFeatures) -> Content:
+    """A row for each query: itself, then its nearest neighbours with their cosines."""
+    bank, queries = features.bank, features.queries
+    chosen = np.asarray(evenly_spaced(len(queries), NUM_QUERIES), np.int64)
+    itself = chosen if queries is bank else np.full(len(chosen), -1, np.int64)
+    images = replace(queries, rows=queries.rows[chosen], features=queries.features[chosen])
+    classes = [images.class_of(i) for i in range(len(images))]
+    grid, numbers = neighbor_rows(bank, Queries(images, itself, classes), NUM_NEIGHBOURS)
+    rows = []
+    for i, row in enumerate(grid):
+        assert row.query is not None
+        neighbours = numbers["queries"][images.name(i)]["neighbours"]
+        first = classes[i] or row.query.name
+        hits = [captioned(row.query.picture, first, "query", images.name(i), "query")]
+        for cell, near in zip(row.cells, neighbours, strict=True):
+            words, kind = f"{near['similarity']:.2f}", "wrong" if cell.wrong else ""
+            hits.append(captioned(cell.picture, words, near["class"] or "", near["image"], kind))
+        rows.append(hits)
+    wrong = [cell.wrong for row in grid for cell in row.cells]
+    others = "the others" if queries is bank else "the training images"
+    words = (
+        f"{len(chosen)} evenly spaced images of {features.data.name}, and the nearest of {others} "
+        f"({len(bank):,}) with the cosine of their features."
+    )
+    if has_classes(bank.source):
+        words += f" {wrong.count(False)} of {len(wrong)} are of the query's class; others have a "
+        words += "red frame."
+    return {"words": words, "rows": rows}
+
+
+def captioned(picture: Picture, words: str, more: str, name: str, kind: str) -> Content:
+    """A picture with two lines below it."""
+    uri = jpeg_uri(thumbnail(picture, NEIGHBOUR_SIDE), 88)
+    return {"uri": uri, "words": words, "more": more, "name": name, "kind": kind}
+
+
+def atlas_section(features: RunFeatures, number: int, count: int) -> Content:
+    """The map of a run's evaluation images; several runs share the images that are allowed.
+
+    Raises:
+        UserError: there are too few images.
+    """
+    images = features.queries
+    chosen = evenly_spaced(len(images), max(MIN_IMAGES, features.options.max_images // count))
+    if len(chosen) < MIN_IMAGES:
+        raise UserError(f"a map needs at least {MIN_IMAGES} images, and there are {len(chosen)}")
+    labels = images.source.labels if has_classes(images.source) else None
+    atlas = Atlas(
+        tsne(np.asarray(images.features[np.asarray(chosen)])),
+        [images.name(i) for i in chosen],
+        None if labels is None else labels[images.rows[chosen]],
+        images.source.class_names,
+        sprites((images.picture(i) for i in chosen), ATLAS_SIDE),
+        ATLAS_SIDE,
+    )
+    words = (
+        f"{len(chosen):,} images of {features.data.name}: those that the backbone finds alike lie "
+        "close to each other (t-SNE of the features)."
+    )
+    return {"words": words, "map": atlas_fragment(atlas, f"atlas-{number}")}

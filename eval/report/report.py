@@ -4,136 +4,76 @@ A run writes it by itself when it ends (`report:` in `conf/pretrain.yaml`). What
 missing or damaged, the rest is shown, and the page says what is not there and why.
 """
 
-import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.utils.files import replacing
 from ssl_xcit.utils.tables import shown_in_terminal
 
-from ..viz.markup import asset, esc
-from . import curves, sections
-from .dataset_sections import atlas_section, neighbours_section, of_each
-from .image_sections import entropy_data, pictures_section
-from .page_layout import Part, report_page
-from .run_features import ReportOptions, RunFeatures
-from .run_reader import Run, message_of, read_run, tell_apart
+from ..viz.markup import render_macro
+from . import image_sections, sections
+from .figures import curve_groups
+from .page import Part, make_part, write_page
+from .run_features import ReportOptions, RunFeatures, for_each_run
+from .run_reader import Run, read_run, tell_apart
 
-log = logging.getLogger(__name__)
 NAME = "report.html"
-Made = tuple[str, Mapping[str, Any]]  # HTML, and data for the script
+Content = dict[str, Any]  # of a section, by the arguments of its macro
 
 
-class Report:
-    """The parts of a report, made one after another; one that fails does not stop the others."""
+def curves_section(features: Sequence[RunFeatures]) -> Content:
+    """Figures over steps.
 
-    def __init__(self, runs: Sequence[Run], options: ReportOptions):
-        tell_apart(runs)
-        self.runs = runs
-        self.features = [RunFeatures(run, options) for run in runs]
-        self.parts: list[Part] = []
-
-    def make(self) -> list[Part]:
-        """Make all of them, in the order of the page."""
-        runs, features = self.runs, self.features
-        self.add("results", "Final numbers", lambda: sections.results_section(runs, features))
-        self.add("curves", "Curves", self.curves)
-        self.add("pictures", "What it looks at", lambda: (pictures_section(features), {}))
-        self.add("channels", "Channel attention", self.channels)
-        self.add("neighbours", "Nearest neighbours",
-                 lambda: (of_each(features, neighbours_section), {}))  # fmt: skip
-        self.add("atlas", "Map of the images", self.atlas)
-        self.add("settings", "Settings", lambda: (sections.settings_section(runs), {}))
-        self.add("commands", "Commands", lambda: (sections.commands_section(runs), {}))
-        self.add("environment", "Environment", lambda: (sections.environment_section(runs), {}))
-        self.add("bad", "Bad images", lambda: (sections.bad_section(runs), {}))
-        return self.parts
-
-    def add(self, ident: str, title: str, make: Callable[[], Made]) -> None:
-        """Add a part, or why there is none."""
-        part, started = Part(ident, title), time.perf_counter()
-        self.parts.append(part)
-        try:
-            part.html, data = make()
-            part.data = dict(data)
-        except Exception as error:  # a partial report is worth more than none
-            known = isinstance(error, UserError | OSError)
-            part.trouble = (
-                message_of(error) if known else f"{type(error).__name__}: {message_of(error)}"
-            )
-            log.warning("report: %s: %s", title, part.trouble)
-            log.debug("", exc_info=error)
-        part.seconds = time.perf_counter() - started
-
-    def atlas(self) -> Made:
-        """A map of the images for each run, with the style and the script that it needs."""
-        numbers = {id(features): number for number, features in enumerate(self.features)}
-        part = self.parts[-1]
-        part.head, part.script = asset("atlas.css"), asset("atlas.js")
-        count = len(numbers)
-        return of_each(self.features, lambda run: atlas_section(run, numbers[id(run)], count)), {}
-
-    def curves(self) -> Made:
-        """Figures over steps.
-
-        Raises:
-            UserError: no run has metrics.
-        """
-        if not any(run.curves for run in self.runs):
-            raise UserError("there are no metrics: metrics.csv is missing or empty")
-        groups = curves.figure_groups(self.runs, [run.num_online() for run in self.features])
-        html = []
-        for number, group in enumerate(groups):
-            figures = "".join(
-                f'<div class="figure small" data-figure="curves" data-group="{number}" '
-                f'data-plot="{place}"></div>'
-                for place in range(len(group["plots"]))
-            )
-            html.append(f'<h3>{esc(group["title"])}</h3><div class="figures">{figures}</div>')
-        hint = (
-            '<p class="hint drag">Drag to enlarge a stretch of steps in all figures, double-click '
-            "to go back.</p>"
-        )
-        names = [run.name for run in self.runs]
-        return hint + "".join(html), {"curves": groups, "runs": names}
-
-    def channels(self) -> Made:
-        """Entropy of channel attention over depth and training."""
-        entropy = entropy_data(self.features)
-        hint = (
-            '<p class="hint">Entropy of the d x d matrices of cross-covariance attention over ln '
-            "d: at 1 every channel mixes all channels alike, at 0 it takes one.</p>"
-        )
-        return hint + '<div class="figure" data-figure="entropy"></div>', {"entropy": entropy}
-
-    def html(self) -> str:
-        """The page."""
-        parts = self.make()
-        if len(self.runs) == 1:
-            title, over = self.runs[0].name, "ssl_xcit pretraining"
-            head = sections.headline(self.runs[0])
-        else:
-            title = " · ".join(run.name for run in self.runs)
-            over = f"{len(self.runs)} runs compared"
-            head = "".join(
-                f'<div class="of-run"><h2 class="run" data-run="{n}">{esc(run.name)}</h2>'
-                f"{sections.headline(run)}</div>"
-                for n, run in enumerate(self.runs)
-            )
-        return report_page(title, over, head, parts, f"{datetime.now():%Y-%m-%d %H:%M}")
+    Raises:
+        UserError: no run has metrics.
+    """
+    runs = [each.run for each in features]
+    if not any(run.curves for run in runs):
+        raise UserError("there are no metrics: metrics.csv is missing or empty")
+    return {"groups": curve_groups(runs, [each.num_online() for each in features])}
 
 
-def write_report(runs: Sequence[Run], options: ReportOptions, out: Path) -> Report:
-    """Write the file, whole or not at all."""
-    report = Report(runs, options)
-    text = report.html()
-    with replacing(out) as part:
-        part.write_text(text, encoding="utf-8")
-    return report
+def report_parts(features: Sequence[RunFeatures]) -> list[Part]:
+    """The sections in the order of the page; one that fails does not stop the others."""
+    runs = [each.run for each in features]
+    numbers = {id(each): number for number, each in enumerate(features)}
+
+    def of_each(make: Callable[[RunFeatures], Content]) -> Content:
+        made, errors = for_each_run(features, make)
+        several = len(features) > 1
+        return {"runs": [(f.run.name if several else "", c) for f, c in made], "notes": errors}
+
+    def atlas(run: RunFeatures) -> Content:
+        return image_sections.atlas_section(run, numbers[id(run)], len(numbers))
+
+    makers: list[tuple[str, str, Callable[[], Content]]] = [
+        ("results", "Final numbers", lambda: sections.results_section(features)),
+        ("curves", "Curves", lambda: curves_section(features)),
+        ("pictures", "What it looks at", lambda: image_sections.pictures_section(features)),
+        ("channels", "Channel attention", lambda: image_sections.channels_section(features)),
+        ("neighbours", "Nearest neighbours", lambda: of_each(image_sections.neighbours_section)),
+        ("atlas", "Map of the images", lambda: of_each(atlas)),
+        ("settings", "Settings", lambda: sections.settings_section(runs)),
+        ("commands", "Commands", lambda: sections.commands_section(runs)),
+        ("environment", "Environment", lambda: sections.environment_section(runs)),
+        ("bad", "Bad images", lambda: sections.bad_section(runs)),
+    ]
+    return [make_part(*maker) for maker in makers]
+
+
+def write_report(runs: Sequence[Run], options: ReportOptions, out: Path) -> list[Part]:
+    """Write the file, whole or not at all; returns its sections."""
+    tell_apart(runs)
+    parts = report_parts([RunFeatures(run, options) for run in runs])
+    title, over = " · ".join(run.name for run in runs), f"{len(runs)} runs compared"
+    if len(runs) > 1:
+        head = render_macro("sections.html", "headlines", **sections.headlines(runs))
+    else:
+        over = "ssl_xcit pretraining"
+        head = render_macro("sections.html", "headline", **sections.headline(runs[0]))
+    write_page(out, title, over, head, parts)
+    return parts
 
 
 def write_run_report(run_dir: Path, device: str = "auto", num_workers: int | None = None) -> Path:

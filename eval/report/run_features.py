@@ -155,6 +155,11 @@ class RunFeatures:
         return min(most, len(part)) if part.labels is not None else None
 
 
+def named(runs: Sequence[Run]) -> list[tuple[str, Run]]:
+    """Runs with the name that stands over what is theirs; one alone needs none."""
+    return [(run.name if len(runs) > 1 else "", run) for run in runs]
+
+
 def for_each_run(
     runs: Sequence[RunFeatures], make: Callable[[RunFeatures], T]
 ) -> tuple[list[tuple[RunFeatures, T]], list[str]]:

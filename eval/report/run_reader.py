@@ -70,13 +70,12 @@ class Run:
     @property
     def plan(self) -> dict[str, Any]:
         """Numbers that the run derived from its settings."""
-        plan = self.about.get("plan") or self.summary.get("plan")
-        return plan if isinstance(plan, dict) else {}
+        return mapping(self.about.get("plan") or self.summary.get("plan"))
 
     @property
     def step(self) -> int:
         """The last that was reported or saved."""
-        reported = [steps[-1] for steps, _ in self.curves.values() if steps]
+        reported = [steps[-1] for steps, _ in self.curves.values()]
         saved = [int(path.stem.partition("-")[2]) for path in checkpoints_of(self.path)[-1:]]
         return max(reported + saved, default=0)
 
@@ -95,8 +94,7 @@ class Run:
     @property
     def choices(self) -> dict[str, Any]:
         """Options of the config groups."""
-        choices = self.about.get("choices")
-        return choices if isinstance(choices, dict) else {}
+        return mapping(self.about.get("choices"))
 
     @property
     def overrides(self) -> list[str]:
@@ -106,8 +104,7 @@ class Run:
 
     def setting(self, group: str, key: str) -> Any:
         """A setting of a group; None where it is not known."""
-        settings = self.config.get(group)
-        return settings.get(key) if isinstance(settings, dict) else None
+        return mapping(self.config.get(group)).get(key)
 
     def last(self, column: str) -> float | None:
         """The last value of a curve."""
@@ -137,6 +134,11 @@ class Run:
         return max(total, float(last_part)) if is_number(last_part) else total  # type: ignore[arg-type]
 
 
+def mapping(value: Any) -> dict[str, Any]:
+    """A mapping of a file, empty where it is something else."""
+    return value if isinstance(value, dict) else {}
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number, and no switch."""
     return type(value) in (int, float) and math.isfinite(value)
@@ -157,9 +159,9 @@ def read_run(path: Path) -> Run:
             "ssl-xcit pretrain has made, such as runs/photos"
         )
     run = Run(path)
-    run.about = content_of(run, "run.json", needed=True)
+    run.about = content_of(run, "run.json", "run.json is missing")
     run.summary = content_of(run, "summary.json")
-    run.config = read_config(run)
+    run.config = content_of(run, "config.yaml", "config.yaml is missing")
     read_metrics(run)
     read_results(run)
     with suppress(OSError):
@@ -181,34 +183,31 @@ def tell_apart(runs: Sequence[Run]) -> None:
         run.name = str(Path(*path[-count:]))
 
 
-def content_of(run: Run, name: str, needed: bool = False) -> dict[str, Any]:
-    """The content of a JSON file of the folder; empty where there is none."""
+def text_of(run: Run, name: str, missing: str = "") -> str | None:
+    """The text of a file of the folder, with a note on the problem where there is none."""
     try:
-        content = json.loads((run.path / name).read_text(encoding="utf-8"))
+        return (run.path / name).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        run.problems += [missing] if missing else []
+    except OSError as error:
+        run.problems.append(f"{name} cannot be read: {message_of(error)}")
+    return None
+
+
+def content_of(run: Run, name: str, missing: str = "") -> dict[str, Any]:
+    """The content of a JSON or yaml file of the folder; empty where there is none."""
+    text = text_of(run, name, missing)
+    if text is None:
+        return {}
+    try:
+        if name.endswith(".json"):
+            content = json.loads(text)
+        else:
+            content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         if not isinstance(content, dict):
             raise ValueError("no object")
-    except FileNotFoundError:
-        if needed:
-            run.problems.append(f"{name} is missing")
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        run.problems.append(f"{name} cannot be read: {error}")
-        return {}
-    return content
-
-
-def read_config(run: Run) -> dict[str, Any]:
-    """The content of `config.yaml`; empty where there is none."""
-    path = run.path / "config.yaml"
-    if not path.is_file():
-        run.problems.append("config.yaml is missing")
-        return {}
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        if not isinstance(content, dict):
-            raise ValueError("no settings")
     except Exception as error:  # yaml and OmegaConf raise a dozen types
-        run.problems.append(f"config.yaml cannot be read: {message_of(error)}")
+        run.problems.append(f"{name} cannot be read: {message_of(error)}")
         return {}
     return {str(key): value for key, value in content.items()}
 
@@ -222,23 +221,20 @@ def read_metrics(run: Run) -> None:
     """Read `metrics.csv` line by line, without damaged lines and a last one that is being
     written.
     """
-    try:
-        text = (run.path / "metrics.csv").read_bytes().decode("utf-8", "replace")
-    except FileNotFoundError:
-        run.problems.append("metrics.csv is missing: there are no curves")
-        return
-    except OSError as error:
-        run.problems.append(f"metrics.csv cannot be read: {message_of(error)}")
+    text = text_of(run, "metrics.csv", "metrics.csv is missing: there are no curves")
+    if text is None:
         return
     lines = text.split("\n")
-    columns, damaged, last = cells_of(lines[0]), 0, -1
+    columns, damaged, last = list[str](), 0, -1
+    with suppress(csv.Error):
+        columns = next(csv.reader(lines[:1]), [])
     if "step" not in columns:
         run.problems.append("metrics.csv has no column step: there are no curves")
         return
     for line in lines[1:-1]:  # what follows the last line's end is cut off
-        row = cells_of(line)
         try:
-            numbers = {k: float(v) for k, v in zip(columns, row, strict=True) if v != ""}
+            row = zip(columns, line.split(","), strict=True)
+            numbers = {name: float(value) for name, value in row if value}
             step = int(numbers.pop("step"))
             if step < last:
                 raise ValueError("steps go back")
@@ -255,14 +251,6 @@ def read_metrics(run: Run) -> None:
         run.problems.append(f"metrics.csv: {damaged} {lines_are} damaged and left out")
     if not run.curves:
         run.problems.append("metrics.csv holds no numbers yet")
-
-
-def cells_of(line: str) -> list[str]:
-    """Cells of a line; none where it cannot be parsed."""
-    try:
-        return next(csv.reader([line]), [])
-    except csv.Error:
-        return []
 
 
 def read_results(run: Run) -> None:
@@ -282,40 +270,38 @@ def read_results(run: Run) -> None:
 
 def merged(own: RunResults, end: RunResults) -> RunResults:
     """All numbers of `own`, and those of `end` that it has not measured."""
-    numbers, intervals = dict[str, dict[str, float]](), dict[str, dict[str, tuple[float, float]]]()
-    for row in [*end.numbers, *(row for row in own.numbers if row not in end.numbers)]:
-        numbers[row] = end.numbers.get(row, {}) | own.numbers.get(row, {})
+    numbers, intervals, more = Numbers(), Intervals(), False
+    for row in dict.fromkeys([*end.numbers, *own.numbers]):
+        new, old = own.numbers.get(row, {}), end.numbers.get(row, {})
+        numbers[row] = old | new
         known = end.intervals.get(row, {})  # of a number measured again only its own interval
-        kept = {m: v for m, v in known.items() if m not in own.numbers.get(row, {})}
+        kept = {metric: interval for metric, interval in known.items() if metric not in new}
         intervals[row] = kept | own.intervals.get(row, {})
-    more = any(set(end.numbers[row]) - set(own.numbers.get(row, {})) for row in end.numbers)
+        more |= not old.keys() <= new.keys()
     source = f"{own.source} and {end.source}" if more else own.source
     return RunResults(source, numbers, intervals, end.content | own.content)
 
 
 def as_results(source: str, content: Mapping[str, Any], run: Run) -> RunResults | None:
     """The numbers that have the right form; None where there are none."""
-    rows = content.get("results")
+    rows, known = mapping(content.get("results")), mapping(content.get("intervals"))
     numbers = {
-        str(row): {str(m): float(v) for m, v in values.items() if is_number(v)}
-        for row, values in (rows.items() if isinstance(rows, dict) else ())
-        if isinstance(values, dict)
+        row: {str(m): float(v) for m, v in mapping(values).items() if is_number(v)}
+        for row, values in rows.items()
     }
     numbers = {row: values for row, values in numbers.items() if values}
     if not numbers:
-        if rows:
+        if content.get("results"):
             run.problems.append(f"{source}: results are no numbers by row and metric")
         return None
-    known = content.get("intervals")
-    intervals: Intervals = {}
-    for row, values in known.items() if isinstance(known, dict) else ():
-        if isinstance(values, dict):
-            pairs = {m: v for m, v in values.items() if isinstance(v, list) and len(v) == 2}
-            intervals[str(row)] = {
-                str(m): (float(v[0]), float(v[1]))
-                for m, v in pairs.items()
-                if all(map(is_number, v))
-            }
+    intervals = {
+        row: {
+            str(m): (float(v[0]), float(v[1]))
+            for m, v in mapping(values).items()
+            if isinstance(v, list) and len(v) == 2 and all(map(is_number, v))
+        }
+        for row, values in known.items()
+    }
     return RunResults(source, numbers, intervals, dict(content))
 
 

@@ -115,22 +115,16 @@ def side_by_side(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[s
     """Keys and their values in each column. Where `a=null` stands for `a.b` and `a.c`, only `a` is
     listed.
     """
-    keys = {key for column in columns for key in column}
-
-    def inside_another(key: str) -> bool:
-        parts = key.split(".")
-        return any(".".join(parts[:count]) in keys for count in range(1, len(parts)))
+    keys: list[str] = []
+    for key in sorted({key for column in columns for key in column}):
+        if not any(key.startswith(f"{outer}.") for outer in keys):  # outer ones come first
+            keys.append(key)
 
     def value_in(column: Mapping[str, str], key: str) -> str:
-        if key in column:
-            return column[key]
-        return SEVERAL if any(other.startswith(f"{key}.") for other in column) else ABSENT
+        inside = any(other.startswith(f"{key}.") for other in column)
+        return column.get(key, SEVERAL if inside else ABSENT)
 
-    return [
-        (key, [value_in(column, key) for column in columns])
-        for key in sorted(keys)
-        if not inside_another(key)
-    ]
+    return [(key, [value_in(column, key) for column in columns]) for key in keys]
 
 
 def differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -1,27 +1,38 @@
-"""Make an interactive map of images for a page: dots by class, thumbnails from near, search, and
-selection of files. `assets/atlas.js` draws it.
+"""Make an interactive map of images for a page: points by class, thumbnails from near, search, and
+selection of files. `assets/atlas.js` draws it by plotly.
 
-All of it is inside the page: places and classes as little-endian numbers in base64, names as JSON,
-thumbnails as a few sheets of WebP. No maintained library does this in one file
-(docs/atlas.md).
+All of it is inside the page: places and names as JSON, thumbnails as a few sheets of WebP.
 """
 
-import base64
 import io
 import math
+import os.path
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
+from markupsafe import Markup
 from PIL import Image
+from plotly.offline import get_plotlyjs
 
-from .markup import asset, data_uri, esc, script_json
+from ssl_xcit.utils.terminal import printable
+
+from .markup import data_uri, render
 
 SHEET = 2048  # most pixels of a sheet's side: a phone decodes it
 QUALITY = 78  # of WebP
+SYMBOLS = ("circle", "square", "diamond", "triangle-up")  # of plotly, each for ten colours
+LAYOUT = {
+    "margin": dict.fromkeys("lrtb", 0),
+    "showlegend": False,
+    "dragmode": "pan",
+    "hovermode": "closest",
+    "hoverdistance": 24,
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class Atlas:
     names: Sequence[str]  # of files, or ids; N
     classes: Sequence[int] | np.ndarray | None = None  # a class id of each; None: without classes
     class_names: Sequence[str] = ()  # by class id; one without a name is called by its number
-    sheets: Sequence[str] = ()  # of `sprites`, in the same order; none: dots only
+    sheets: Sequence[str] = ()  # of `sprites`, in the same order; none: points only
     side: int = 64  # of a thumbnail in the sheets, in pixels
 
     def __post_init__(self) -> None:
@@ -43,41 +54,29 @@ class Atlas:
         if self.classes is not None and len(self.classes) != count:
             raise ValueError(f"{len(self.classes)} classes of {count} images")
 
-    def content(self) -> dict[str, Any]:
-        """Data for the script. Classes are numbered from 0 in the order of their ids, without
-        those that no image has.
-        """
-        names = [str(name) for name in self.names]
-        folder = common_folder(names)
-        classes, words = None, []
-        if self.classes is not None:
-            ids, classes = np.unique(np.asarray(self.classes, np.int64), return_inverse=True)
-            known = self.class_names
-            words = [str(known[i]) if 0 <= i < len(known) else str(i) for i in ids.tolist()]
-        return {
-            "count": len(names),
-            "places": base64_of(np.asarray(self.places), "<f4"),
-            "classes": None if classes is None else base64_of(classes, "<i4"),
-            "classNames": words,
-            "folder": folder,
-            "names": [name[len(folder) :] for name in names],
-            "side": self.side,
-            "perSheet": (SHEET // self.side) ** 2,
-            "sheets": list(self.sheets),
-        }
 
-
-def base64_of(values: np.ndarray, kind: str) -> str:
-    """Numbers as a little-endian type, one after another, in base64."""
-    return base64.b64encode(np.ascontiguousarray(values.astype(kind)).tobytes()).decode()
+def normalised(
+    places: Float[np.ndarray, "N 2"],
+) -> tuple[Float[np.ndarray, "N 2"], Float[np.ndarray, "2 2"], float]:
+    """Places whose longer side is 1 and whose middle is 0, to five digits; the ends of both axes
+    with a margin; and about how far neighbours are from each other.
+    """
+    count = len(places)
+    ends = np.stack([places.min(axis=0), places.max(axis=0)]) if count else np.zeros((2, 2))
+    sides = ends[1] - ends[0]
+    unit = sides.max() or 1.0
+    places = ((places - ends.mean(axis=0)) / unit).round(5)
+    half = 0.54 * np.maximum(sides / unit, 0.05)
+    cells = max(1, math.ceil((count / 2) ** 0.5))
+    taken = len(np.unique(np.floor((places + 0.5) * cells), axis=0))
+    spacing = (taken / count) ** 0.5 / cells if count else 1.0
+    return places, np.stack([-half, half], axis=1), spacing
 
 
 def common_folder(names: Sequence[str]) -> str:
     """The folder that all names begin with, up to a slash; the page has it once."""
-    first, last = min(names, default=""), max(names, default="")  # others lie between
-    pairs = enumerate(zip(first, last, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
-    return first[: first.rfind("/", 0, same) + 1]
+    prefix = os.path.commonprefix(list(names))  # noqa: RUF071 - cut at a slash below
+    return prefix[: prefix.rfind("/") + 1]
 
 
 def sprites(pictures: Iterable[UInt8[np.ndarray, "_ _ 3"]], side: int) -> list[str]:
@@ -124,30 +123,49 @@ def sprite_sheet(thumbs: Sequence[UInt8[np.ndarray, "side side 3"]], columns: in
     return data_uri(file.getvalue(), "image/webp")
 
 
-def atlas_fragment(atlas: Atlas, ident: str) -> str:
-    """HTML of one atlas: an element with its data, which `atlas.js` draws; a page needs that script
-    and `atlas.css` once.
+def atlas_fragment(atlas: Atlas, ident: str) -> Markup:
+    """HTML of the map: an element with its data, which `atlas.js` draws; a page needs that
+    script, plotly and `atlas.css` once.
     """
-    return (
-        f'<div class="atlas" id="{esc(ident)}">'
-        f'<script type="application/json">{script_json(atlas.content())}</script>'
-        "<noscript>The map needs JavaScript.</noscript></div>"
+    names = [str(name) for name in atlas.names]
+    folder = common_folder(names)
+    inner = [name[len(folder) :] for name in names]
+    classes, legend = None, []
+    if atlas.classes is not None:  # numbered without those that no image has
+        ids, classes, counts = np.unique(
+            np.asarray(atlas.classes, np.int64), return_inverse=True, return_counts=True
+        )
+        known = atlas.class_names
+        words = [str(known[i]) if 0 <= i < len(known) else str(i) for i in ids.tolist()]
+        legend = list(zip(words, (f"{n:,}" for n in counts), strict=True))
+    places, ranges, spacing = normalised(atlas.places)
+    content = {
+        "x": places[:, 0].tolist(),
+        "y": places[:, 1].tolist(),
+        "layout": LAYOUT
+        | {
+            "xaxis": {"visible": False, "range": ranges[0].tolist()},
+            "yaxis": {"visible": False, "range": ranges[1].tolist(), "scaleanchor": "x"},
+        },
+        "spacing": spacing,
+        "symbols": [SYMBOLS[n // 10 % 4] for n in range(max(1, len(legend)))],
+        "classes": None if classes is None else classes.tolist(),
+        "classNames": [printable(name) for name, _ in legend],
+        "folder": folder,
+        "names": inner,
+        "odd": {i: printable(name) for i, name in enumerate(inner) if not name.isprintable()},
+        "side": atlas.side,
+        "perSheet": (SHEET // atlas.side) ** 2,
+        "sheets": list(atlas.sheets),
+    }
+    return render(
+        "atlas.html", ident=ident, content=content, classes=legend, count=f"{len(names):,}"
     )
 
 
 def atlas_page(title: str, words: Sequence[str], atlas: Atlas) -> str:
     """A whole page that needs no network."""
-    return "\n".join(
-        [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            '<link rel="icon" href="data:,">',
-            f"<title>{esc(title)}</title><style>{asset('atlas-page.css')}{asset('atlas.css')}</style></head>",
-            f'<body class="atlas-page"><h1>{esc(title)}</h1>',
-            *(f"<p>{esc(paragraph)}</p>" for paragraph in words),
-            atlas_fragment(atlas, "atlas"),
-            f"<script>{asset('atlas.js')}</script></body></html>",
-            "",
-        ]
+    fragment = atlas_fragment(atlas, "atlas")
+    return str(
+        render("atlas_page.html", title=title, words=words, map=fragment, plotly=get_plotlyjs)
     )

@@ -2,12 +2,9 @@
 
 import logging
 import os
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,24 +20,6 @@ from .pictures import Picture, missing_picture, visible
 log = logging.getLogger(__name__)
 AHEAD = 64  # thumbnails that are made in advance
 SIDES = ((2_500, 64), (8_000, 48))  # of thumbnails, up to so many images; 32 beyond
-
-
-@dataclass
-class Stopwatch:
-    """Seconds that each part took."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the time of what happens inside."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-    def in_words(self) -> str:
-        """`features 3.1 s, places 2.0 s`."""
-        return ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
 
 
 def chosen_sources(data: DataSet, part: str, most: int) -> list[tuple[str, Source]]:

@@ -1,14 +1,10 @@
-"""Pieces of HTML: escaped words, tables, pictures inside the page, data for its script.
+"""Fill the templates of pages: escaped words, and pictures and data of scripts inside the page.
 
-What comes from files and settings may hold anything; it goes into the page through these functions
-only.
+What comes from files and settings may hold anything; it goes into a page through a template only.
 """
 
 import base64
-import html
 import io
-import json
-from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -40,15 +36,10 @@ def html_path(out: object) -> Path:
     return path
 
 
-def esc(words: object) -> str:
-    """Text in an element or an attribute, with escapes for characters that are not seen."""
-    return html.escape(printable(str(words)))
-
-
 @cache
 def templates() -> Environment:
     """The files of `templates/`, in which every value is escaped unless it is `Markup`, and a
-    character that is not seen appears as its escape. `asset` and `script_json` can be called.
+    character that is not seen appears as its escape. `asset` can be called.
     """
     environment = Environment(
         loader=PackageLoader(__package__, "templates"),
@@ -58,10 +49,8 @@ def templates() -> Environment:
         lstrip_blocks=True,
         finalize=lambda v: printable(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
     )
-    environment.globals |= {
-        "asset": lambda name: Markup(asset(name)),
-        "script_json": lambda content: Markup(script_json(content)),
-    }
+    environment.globals["asset"] = lambda name: Markup(asset(name))
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment
 
 
@@ -70,25 +59,10 @@ def render(template: str, **values: Any) -> Markup:
     return Markup(templates().get_template(template).render(values))
 
 
-def all_printable(content: Any) -> Any:
-    """Data for a script that only shows it, with each text in it as `printable` has it."""
-    if isinstance(content, str):
-        return printable(content)
-    if isinstance(content, Mapping):
-        return {key: all_printable(value) for key, value in content.items()}
-    return [all_printable(item) for item in content] if isinstance(content, list) else content
-
-
-def script_json(content: Any) -> str:
-    """JSON inside `<script>`: nothing in it ends the script or begins a comment.
-
-    Raises:
-        ValueError: a number is not finite, which JSON has no word for.
-    """
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+def render_macro(template: str, macro: str, **values: Any) -> Markup:
+    """Fill a macro of a file of `templates/`."""
+    filled: Markup = getattr(templates().get_template(template).module, macro)(**values)
+    return filled
 
 
 def asset(name: str) -> str:
@@ -127,43 +101,6 @@ def file_uri(path: Path, side: int) -> str:
         raise
     except Exception as error:  # Pillow's decoders raise what they like
         raise OSError(f"{path.name}: {error}") from error
-
-
-def table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool = False, kind: str = ""
-) -> str:
-    """A table that scrolls by itself where it is too wide; its cells are HTML.
-
-    Args:
-        headings: text; none: no head.
-        rows: cells.
-        numeric: all columns but the first are numbers.
-        kind: more classes.
-    """
-    css = f"{kind} numeric".strip() if numeric else kind
-    head = "".join(f"<th>{esc(word)}</th>" for word in headings)
-    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    head = f"<thead><tr>{head}</tr></thead>" if headings else ""
-    return f'<div class="wide"><table class="{esc(css)}">{head}<tbody>{body}</tbody></table></div>'
-
-
-def details(title: str, inner: str, opened: bool = False) -> str:
-    """A part that is folded away until it is clicked; the title is text."""
-    return f"<details{' open' * opened}><summary>{esc(title)}</summary>{inner}</details>"
-
-
-def paragraph(words: str, kind: str = "") -> str:
-    """A paragraph of text."""
-    return f'<p class="{esc(kind)}">{esc(words)}</p>' if kind else f"<p>{esc(words)}</p>"
-
-
-def command_line(words: str) -> str:
-    """A command to copy."""
-    return (
-        f'<div class="command"><code>{esc(words)}</code><button type="button" class="copy" '
-        'aria-label="copy the command">copy</button></div>'
-    )
 
 
 def duration_in_words(seconds: float) -> str:

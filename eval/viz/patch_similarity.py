@@ -9,6 +9,7 @@ import base64
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from torch.nn.functional import normalize
 
 from ssl_xcit.utils.files import replacing
 
-from .markup import asset, script_json
 from .pictures import BRIGHTEST, colour_table
 
 ENERGY = 0.995  # share of the squared length that is kept
@@ -46,11 +46,10 @@ def write_features(patches: Float[Tensor, "C h w"], path: Path) -> None:
         part.write_text(f"comparePatches({content})\n", encoding="utf-8")
 
 
-def similarity_script(strength: float) -> str:
-    """The script for the end of the page."""
-    settings = {
+def similarity_settings(strength: float) -> dict[str, Any]:
+    """What the page's script needs to draw similarities."""
+    return {
         "colours": colour_table().flatten().tolist(),
         "strength": strength if math.isfinite(strength) else 1.0,
         "brightest": BRIGHTEST,
     }
-    return f"<script>const SIMILAR = {script_json(settings)}\n{asset('similarity.js')}</script>"

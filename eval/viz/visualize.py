@@ -17,12 +17,12 @@ from ssl_xcit.utils.files import replacing, sha256_of, write_json
 from ssl_xcit.utils.validation import Network, Text
 
 from ..checkpoints import check_comparable, checkpoints_in, short_names
-from .album import album_page
 from .channels import Summary, channel_section
 from .dataset import evenly_spaced
 from .dataset_panels import grid_sections
 from .image_panels import ImageTiles, PanelOptions, image_section
-from .patch_similarity import similarity_script
+from .markup import render
+from .patch_similarity import similarity_settings
 
 
 class Checkpoint(NamedTuple):
@@ -178,7 +178,12 @@ def write_album(
     if "channels" in options.kinds:
         sections.append(channel_section(results.numbers, results.summaries, out))
     sections += [image_section(image, list(checkpoints), out) for image in images]
-    script = similarity_script(options.overlay) if "pca" in options.kinds else ""
-    title = "What the backbone sees" if len(checkpoints) == 1 else "What the backbones see"
+    page = render(
+        "album.html",
+        title="What the backbone sees" if len(checkpoints) == 1 else "What the backbones see",
+        words=words,
+        sections=sections,
+        similar=similarity_settings(options.overlay) if "pca" in options.kinds else None,
+    )
     with replacing(out / "index.html") as part:
-        part.write_text(album_page(title, words, sections, script), encoding="utf-8")
+        part.write_text(page, encoding="utf-8")

@@ -17,7 +17,7 @@ def chrome():
     for word in (
         "headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-quic",
         "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync",
-        "hide-scrollbars",
+        "hide-scrollbars", "enable-unsafe-swiftshader",
     ):  # fmt: skip
         options.add_argument(f"--{word}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -29,7 +29,19 @@ def chrome():
 
 @pytest.fixture
 def browser(chrome):
-    """At a desktop's size; a test ends with no error on the console."""
+    """Light and at a desktop's size, or as `browser.emulate(scheme, width)` says; a test ends with
+    no error on the console.
+    """
+
+    def emulate(scheme="light", width=None):
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        name = "setDeviceMetricsOverride" if width else "clearDeviceMetricsOverride"
+        chrome.execute_cdp_cmd(f"Emulation.{name}", size if width else {})
+
+    chrome.emulate = emulate
+    emulate()
     chrome.set_window_size(1280, 900)
     chrome.get("about:blank")
     chrome.get_log("browser")

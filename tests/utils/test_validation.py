@@ -281,12 +281,13 @@ REFUSED = {  # what is allowed -> commands or targets, with words that are refus
         "eval.tasks.video_segmentation.VideoSegmentation topk=0; "
         "eval.online.OnlineEvaluation every_steps=0; data.fused.FusedMultiCrop local_size=0; "
         "data.preprocess.preprocess max_pixels=0; data.shards.tar_shards window=0; "
-        "eval.viz.snapshots.Snapshots images=0"
+        "eval.viz.snapshots.Snapshots images=0; models.xcit.XCiT embed_dim=0; "
+        "models.xcit.create_model in_chans=0"
     ),
     "a whole number of at least 0": (
         "pretrain seed=-1 augment.num_local=-1; atlas seed=-1; shard seed=-1; "
         "eval.tasks.video_segmentation.VideoSegmentation num_context=-1; "
-        "data.fused.FusedMultiCrop num_local=-1"
+        "data.fused.FusedMultiCrop num_local=-1; models.xcit.create_model num_classes=-1"
     ),
     "a number of at least 0": "pretrain optim.min_lr=null init.freeze_epochs=-1",
     "a number above 0 or null": (
@@ -295,7 +296,8 @@ REFUSED = {  # what is allowed -> commands or targets, with words that are refus
         "eval.tasks.linear_augmented.AugmentedProbe epochs=0"
     ),
     "a number of at least 0 and below 1": (
-        "pretrain objective.center_momentum=1; data.folders.labelled_folders test_fraction=1"
+        "pretrain objective.center_momentum=1; data.folders.labelled_folders test_fraction=1; "
+        "models.xcit.XCiT drop_path=1.0"
     ),
     "a whole number of at least 0 or null": (
         "pretrain num_workers=-1; check num_workers=-1; eval num_workers=-1; "
@@ -310,7 +312,7 @@ REFUSED = {  # what is allowed -> commands or targets, with words that are refus
     "a whole number of at least 2": (
         "pretrain callbacks.health.queue=1; report max_images=1; "
         "eval.online.OnlineEvaluation max_images=1; "
-        "eval.viz.snapshots.Snapshots moments=1 moments=true"
+        "eval.viz.snapshots.Snapshots moments=1 moments=true; models.head.DINOHead num_prototypes=1"
     ),
     "3 probabilities, 0 to 1": (
         "pretrain augment.solarise_prob=0.2; "
@@ -320,14 +322,15 @@ REFUSED = {  # what is allowed -> commands or targets, with words that are refus
         "pretrain compile=maybe; eval per_class=7; film side_by_side=1; "
         "visualize over_time=1; shard shuffle=7; "
         "eval.tasks.landmark_retrieval.Retrieval crop_queries=1; "
-        "data.folders.folder labels=some"
+        "data.folders.folder labels=some; export formats.onnx.patches=2; "
+        "models.xcit.XCiT tokens_norm=1"
     ),
     "fresh or kept": "pretrain init.head=some",
     "same or changed": "pretrain resume.data=other",
     "a group of settings or null": "pretrain report=true; eval.runner.evaluate evaluators.linear=5",
     "teacher or student": (
-        "eval which=techer; atlas which=both; film which=both; report which=both; "
-        "visualize which=both"
+        "eval which=techer; atlas which=both; export which=both; film which=both; "
+        "report which=both; visualize which=both"
     ),
     "a number above 0 or a list of numbers above 0": (
         "eval evaluation.evaluators.linear.lrs=many; "
@@ -357,6 +360,7 @@ REFUSED = {  # what is allowed -> commands or targets, with words that are refus
     "a whole number of at least 8 and of at most 256 or null": "atlas thumbnail=1000",
     "a number of at least 1": "atlas perplexity=0",
     "text": "atlas device=7",
+    "text or a list of texts": "export format=3",
     "attention or pca": "film kind=mask",
     "1 or 2, of the two class-attention blocks": "film block=3; visualize block=3 block=true",
     "a number of at least 0.001 and below 1001": "film fps=0 fps=0.0001",

@@ -15,39 +15,28 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
         self.text = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
-        self.tags, self.ids, self.links, self.tables, self.json = [], [], [], [], []
-        self.words, self.cell = "", None
+        self.tags, self.tables, self.json, self.words = [], [], [], ""
         self.feed(self.text)
+        known = [pair for _, attributes in self.tags for pair in attributes.items()]
+        self.ids = [value for key, value in known if key == "id"]
+        self.links = [v for k, v in known if k in ("src", "href", "srcset", "action") and v]
 
     def handle_starttag(self, tag, attrs):
-        known = dict(attrs)
-        self.tags.append((tag, known))
-        self.ids += [known["id"]] if "id" in known else []
-        self.links += [v for k, v in attrs if k in ("src", "href", "srcset", "action") and v]
+        self.tags.append((tag, dict(attrs)))
         if tag == "table":
-            self.tables.append((known.get("class", ""), []))
-        if tag == "tr" and self.tables:
+            self.tables.append((dict(attrs).get("class", ""), []))
+        if tag == "tr":
             self.tables[-1][1].append([])
         if tag == "td":
-            self.cell = ""
-
-    def handle_endtag(self, tag):
-        if tag == "td":
-            self.tables[-1][1][-1].append(self.cell)
-            self.cell = None
+            self.tables[-1][1][-1].append("")
 
     def handle_data(self, words):
-        if self.cdata_elem:
-            if self.tags[-1][1].get("type") == "application/json":
-                self.json.append(json.loads(words))
-            return
-        self.words += words
-        if self.cell is not None:
-            self.cell += words
-
-    def classes(self, name, tag=None):
-        """Attributes of the elements of a class."""
-        return [k for t, k in self.tags if k.get("class") == name and tag in (None, t)]
+        if not self.cdata_elem:
+            self.words += words
+            if self.lasttag == "td":
+                self.tables[-1][1][-1][-1] += words.rstrip("\n")
+        elif self.tags[-1][1].get("type") == "application/json":
+            self.json.append(json.loads(words))
 
     def rows(self, kind):
         """Cells of the tables of a class."""

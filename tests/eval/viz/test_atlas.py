@@ -11,11 +11,11 @@ import pytest
 from commands import images, run
 from html_page import Page
 from PIL import Image
+from plotly.offline import get_plotlyjs
 
 from ssl_xcit.eval.viz.atlas import (
     SHEET,
     Atlas,
-    atlas_fragment,
     atlas_page,
     common_folder,
     sprites,
@@ -23,10 +23,6 @@ from ssl_xcit.eval.viz.atlas import (
 )
 
 ODD = ["/d/</script><b>x.png", "/d/a\udcff.png", '/d/"q" & \u2028ü.jpg', "/d/<!--.png"]
-
-
-def numbers(text, kind):
-    return np.frombuffer(base64.b64decode(text), kind)
 
 
 def opened(uri):
@@ -44,25 +40,23 @@ def test_what_is_in_the_page_is_what_went_in():
     html = atlas_page("<A> & b", ["<i>"], atlas)
     read = Page(html)
     (content,) = read.json
-    assert np.array_equal(numbers(content["places"], "<f4").reshape(-1, 2), places.astype("f4"))
-    ids = numbers(content["classes"], "<i4")
-    assert [content["classNames"][i] for i in ids] == ["</style>&", "</script>", "</style>&", "9"]
+    drawn = np.stack([content["x"], content["y"]], axis=1)
+    unit = np.ptp(places, axis=0).max()
+    assert np.allclose(drawn - drawn[0], (places - places[0]) / unit, atol=2e-5)
+    assert [content["classNames"][i] for i in content["classes"]] == [
+        "</style>&", "</script>", "</style>&", "9"
+    ]  # fmt: skip
+    assert read.words.count("</style>&") == read.words.count("</script>") == 1  # in the legend
     assert [content["folder"] + name for name in content["names"]] == ODD
     assert os.fsencode(content["folder"] + content["names"][1]) == b"/d/a\xff.png"
     assert (content["side"], content["perSheet"], content["sheets"]) == (32, 64**2, ["x"])
     tags = [tag for tag, _ in read.tags]
-    assert "b" not in tags
     assert "i" not in tags
-    assert tags.count("script") == 2
+    assert tags.count("script") == 3
     assert html.encode()  # no lone surrogates outside of JSON
     assert all(link.startswith("data:") for link in read.links)
-    assert not re.search(r"https?://|//[a-z]+\.[a-z]+/|@import|url\(", html)
-
-
-def test_without_classes_or_thumbnails():
-    (content,) = Page(atlas_fragment(Atlas(np.zeros((1, 2)), ["one.png"]), "x")).json
-    assert content["classes"] is None
-    assert (content["count"], content["sheets"], content["names"]) == (1, [], ["one.png"])
+    own = html.replace(get_plotlyjs(), "")
+    assert not re.search(r"https?://|//[a-z]+\.[a-z]+/|@import|url\(", own)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +134,6 @@ def test_a_folder_with_classes(here, capsys):
     told = capsys.readouterr().out
     assert "1 of 22 images" in told
     assert "bad.png" in told
-    assert re.search(r"features [\d.]+ s, places [\d.]+ s, thumbnails [\d.]+ s", told)
     assert "21 images" in told
     assert "map.html" in told
     content = made("map.html")
@@ -148,7 +141,7 @@ def test_a_folder_with_classes(here, capsys):
     assert sorted(names) == sorted(
         f"own/{n}/{i}.png" for n, c in (("cats", 12), ("dogs", 9)) for i in range(c)
     )
-    classes = [content["classNames"][i] for i in numbers(content["classes"], "<i4")]
+    classes = [content["classNames"][i] for i in content["classes"]]
     assert classes == [Path(name).parent.name for name in names]
     sheet = opened(content["sheets"][0])
     for i, name in enumerate(names):  # each thumbnail is that of its name
@@ -165,14 +158,14 @@ def test_a_folder_without_classes(here, count):
     assert run("atlas", *words) == 0
     content = made("atlas.html")
     assert content["classes"] is None
-    assert (content["count"], content["side"]) == (count, 16)
+    assert (len(content["names"]), content["side"]) == (count, 16)
 
 
 def test_parts_of_a_run_and_fewer_images(here):
     for part, count in (("test", 6), ("all", 10)):
         assert run("atlas", "ckpt=run", f"part={part}", f"max_images={count}", *QUICK) == 0
         content = made("run/atlas.html")
-        assert abs(content["count"] - count) <= 1
+        assert abs(len(content["names"]) - count) <= 1
         parts = {"/test/" in n or n.startswith("test/") for n in
                  (content["folder"] + n for n in content["names"])}  # fmt: skip
         assert True in parts
