@@ -2,9 +2,7 @@
 
 import pytest
 
-from ssl_xcit.data import folders
-
 
 @pytest.fixture(autouse=True)
 def nothing_logged(monkeypatch):
-    monkeypatch.setattr(folders, "warned", set())
+    monkeypatch.setattr("ssl_xcit.data.folders.warned", set())

@@ -1,17 +1,15 @@
-"""What a file says of its picture holds at every depth: format x depth x property, each compared
-with the 8-bit file of the same picture, and that with the picture worked out here.
-"""
+"""16-bit files of each format and property against 8-bit ones, and those against a reference."""
 
-import base64
-import io
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from samples import channels, encoded, png_of_chunks, saved
 
 from ssl_xcit.data.decode import BadImage, decode, open_picture
 from ssl_xcit.data.preprocess import Preprocess
@@ -21,8 +19,12 @@ RNG = np.random.default_rng(7)
 RGB = RNG.integers(0, 256, (H, W, 3), np.uint8)
 ALPHA = RNG.integers(0, 256, (H, W, 1), np.uint8)
 ALPHA[0] = 0
+RGBA = np.concatenate((RGB, ALPHA), -1)
+GREY = RGB[..., :1]
+GREY_AS_RGB = np.repeat(GREY, 3, axis=-1)
 BACKGROUND = (10, 200, 90)
 ON_GREEN = Preprocess(background=BACKGROUND)
+TWELVE_BITS = Preprocess(value_range=(0, 4095))
 ORIENTATIONS = {  # as EXIF's standard tells: where the file's first row and first column lie
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -43,52 +45,32 @@ def deep(array, bits=16):
 
 
 def png(array, orientation=1, transparent=None, colours=None):
-    """With any bits, orientation (eXIf) and transparent colour (tRNS), chunk by chunk."""
+    """With any bits, orientation (eXIf) and transparent colour (tRNS)."""
     array = array.reshape(H, W, -1)
-    bits = 8 * array.dtype.itemsize
-    kind = {1: 0, 2: 4, 3: 2, 4: 6}[array.shape[-1]]
+    header = W, H, 8 * array.dtype.itemsize, {1: 0, 2: 4, 3: 2, 4: 6}[array.shape[-1]]
     rows = array.astype(array.dtype.newbyteorder(">"))
-    data = b"".join(b"\0" + row.tobytes() for row in rows)
-
-    def chunk(name, content):
-        check = struct.pack(">I", zlib.crc32(name + content))
-        return struct.pack(">I", len(content)) + name + content + check
-
-    exif = Image.Exif()
-    exif[274] = orientation
-    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, bits, kind, 0, 0, 0))]
-    if orientation > 1:
-        parts.append(chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
+    chunks = [(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))]
     if transparent is not None:
-        parts.append(chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)))
-    parts += [chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+        chunks.insert(0, (b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)))
+    if orientation > 1:
+        exif = Image.Exif()
+        exif[274] = orientation
+        chunks.insert(0, (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
+    return png_of_chunks(header, *chunks, (b"IEND", b""))
 
 
-PHOTOMETRIC = {
-    "grey": "minisblack",
-    "white is zero": "miniswhite",
-    "rgb": "rgb",
-    "cmyk": "separated",
-}
-
-
-def tiff(**preprocess):
+def tiff(planarconfig="contig", **options):
     def write(array, orientation=1, extra=(), colours="rgb"):
-        out = io.BytesIO()
-        array = array.reshape(H, W, -1)
-        options = {"planarconfig": "contig", **preprocess}
-        if options["planarconfig"] == "separate" and array.shape[-1] > 1:
-            array = np.moveaxis(array, -1, 0)
-        else:
-            options["planarconfig"] = None if array.shape[-1] == 1 else "contig"
+        array, layout = array.reshape(H, W, -1), planarconfig
         if array.shape[-1] == 1:
-            array = array[..., 0]
-        tifffile.imwrite(
-            out, array, photometric=PHOTOMETRIC[colours], extrasamples=extra or None,
-            extratags=[(274, "H", 1, orientation, True)], metadata=None, **options,
+            array, layout = array[..., 0], None
+        elif layout == "separate":
+            array = np.moveaxis(array, -1, 0)
+        return saved(
+            tifffile.imwrite, array, photometric=colours, extrasamples=extra or None,
+            extratags=[(274, "H", 1, orientation, True)], metadata=None, planarconfig=layout,
+            **options,
         )  # fmt: skip
-        return out.getvalue()
 
     return write
 
@@ -103,6 +85,7 @@ TIFFS = {
 }
 FORMATS = {"PNG": png, **TIFFS}
 each_format = pytest.mark.parametrize("kind", FORMATS)
+each_tiff = pytest.mark.parametrize("write", TIFFS.values(), ids=TIFFS)
 
 
 def over_background(colours, alpha):
@@ -125,50 +108,41 @@ def same_at_every_depth(write, array, expected, levels=1, **options):
 @each_format
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_orientation(kind, orientation):
-    expected = ORIENTATIONS[orientation](RGB)
-    same_at_every_depth(FORMATS[kind], RGB, expected, 0, orientation=orientation)
-    grey = RGB[..., :1]
-    expected = np.repeat(ORIENTATIONS[orientation](grey), 3, axis=-1)
-    options = {"orientation": orientation, "colours": "grey"}
-    same_at_every_depth(FORMATS[kind], grey, expected, 0, **options)
+    turn, options = ORIENTATIONS[orientation], {"orientation": orientation}
+    same_at_every_depth(FORMATS[kind], RGB, turn(RGB), 0, **options)
+    same_at_every_depth(FORMATS[kind], GREY, turn(GREY_AS_RGB), 0, colours="minisblack", **options)
 
 
 @each_format
 def test_straight_alpha(kind):
     extra = {"extra": ["unassalpha"]} if kind != "PNG" else {}
-    expected = over_background(RGB, ALPHA)
-    same_at_every_depth(FORMATS[kind], np.concatenate((RGB, ALPHA), -1), expected, **extra)
-    grey = np.concatenate((RGB[..., :1], ALPHA), -1)
-    expected = over_background(np.repeat(RGB[..., :1], 3, -1), ALPHA)
-    same_at_every_depth(FORMATS[kind], grey, expected, **extra, colours="grey")
+    same_at_every_depth(FORMATS[kind], RGBA, over_background(RGB, ALPHA), **extra)
+    grey, expected = np.concatenate((GREY, ALPHA), -1), over_background(GREY_AS_RGB, ALPHA)
+    same_at_every_depth(FORMATS[kind], grey, expected, **extra, colours="minisblack")
 
 
-@pytest.mark.parametrize("kind", TIFFS)
-@pytest.mark.parametrize("colours", ["rgb", "grey"])
-def test_premultiplied_alpha(kind, colours):
-    picture = RGB if colours == "rgb" else RGB[..., :1]
+@each_tiff
+@pytest.mark.parametrize(("colours", "picture"), [("rgb", RGB), ("minisblack", GREY)])
+def test_premultiplied_alpha(write, colours, picture):
     alpha = np.maximum(ALPHA, 64)  # below, 8 bits of a premultiplied colour are a few levels
     alpha[0] = 0
-    stored = np.rint(picture * (alpha / 255.0)).astype(np.uint8)
+    stored = np.concatenate((np.rint(picture * (alpha / 255.0)).astype(np.uint8), alpha), -1)
     expected = over_background(np.broadcast_to(picture, RGB.shape), alpha)
-    stored = np.concatenate((stored, alpha), -1)
-    options = {"extra": ["assocalpha"], "colours": colours}
-    same_at_every_depth(TIFFS[kind], stored, expected, 2, **options)
+    same_at_every_depth(write, stored, expected, 2, extra=["assocalpha"], colours=colours)
 
 
-@pytest.mark.parametrize("kind", TIFFS)
-def test_a_fourth_band_is_no_alpha(kind):
-    stored = np.concatenate((RGB, ALPHA), -1)
-    same_at_every_depth(TIFFS[kind], stored, RGB, 0, extra=["unspecified"])
-    stored = np.concatenate((stored, ALPHA), -1)  # two more
-    same_at_every_depth(TIFFS[kind], stored, RGB, 0, extra=["unspecified"] * 2)
+@each_tiff
+def test_a_fourth_band_is_no_alpha(write):
+    same_at_every_depth(write, RGBA, RGB, 0, extra=["unspecified"])
+    five = np.concatenate((RGBA, ALPHA), -1)
+    same_at_every_depth(write, five, RGB, 0, extra=["unspecified"] * 2)
 
 
-@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
-def test_a_fourth_band_that_the_file_does_not_mention(depth):
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_fourth_band_that_the_file_does_not_mention(bits):
     """Without the tag ExtraSamples, which the format demands; Pillow takes it for alpha."""
     stored = np.concatenate((RGB, np.zeros_like(ALPHA)), -1)
-    content = bytearray(tiff()(deep(stored, 8 * depth().itemsize), extra=["unassalpha"]))
+    content = bytearray(tiff()(deep(stored, bits), extra=["unassalpha"]))
     at = content.find(struct.pack("<HH", 338, 3))
     assert at > 0
     content[at : at + 2] = struct.pack("<H", 339)  # SampleFormat instead: 2 would be signed
@@ -176,39 +150,32 @@ def test_a_fourth_band_that_the_file_does_not_mention(depth):
     close(decode(bytes(content), ON_GREEN), RGB, 0)
 
 
-@pytest.mark.parametrize("kind", TIFFS)
-def test_cmyk(kind):
+@each_tiff
+def test_cmyk(write):
     ink = np.concatenate((RGB, ALPHA // 2), -1)
     expected = np.rint((255 - RGB.astype(float)) * (255 - (ALPHA // 2).astype(float)) / 255)
-    same_at_every_depth(TIFFS[kind], ink, expected, colours="cmyk")
-    same_at_every_depth(TIFFS[kind], ink, np.rot90(expected, -1), colours="cmyk", orientation=6)
+    same_at_every_depth(write, ink, expected, colours="separated")
+    same_at_every_depth(write, ink, np.rot90(expected, -1), colours="separated", orientation=6)
 
 
-@pytest.mark.parametrize("kind", TIFFS)
-def test_white_is_zero(kind):
-    grey = RGB[..., :1]
-    expected = np.repeat(255 - grey, 3, axis=-1)
-    same_at_every_depth(TIFFS[kind], grey, expected, 0, colours="white is zero")
-    content = TIFFS[kind](deep(grey) // 16, colours="white is zero")  # twelve bits in sixteen
-    close(decode(content, Preprocess(value_range=(0, 4095))), expected)
+@each_tiff
+def test_white_is_zero(write):
+    same_at_every_depth(write, GREY, 255 - GREY_AS_RGB, 0, colours="miniswhite")
+    content = write(deep(GREY) // 16, colours="miniswhite")  # twelve bits in sixteen
+    close(decode(content, TWELVE_BITS), 255 - GREY_AS_RGB)
 
 
 def test_palettes():
     """16-bit colours of 8-bit and of 16-bit indices."""
     colours = RNG.integers(0, 256, (3, 256), np.uint8)
     indices = RNG.integers(0, 256, (H, W), np.uint8)
-    expected = colours.T[indices]
-    out = io.BytesIO()
-    tifffile.imwrite(out, indices, photometric="palette", colormap=colours.astype(np.uint16) * 257)
-    close(decode(out.getvalue()), expected, 0)
-    out = io.BytesIO()
-    wide = np.repeat(colours.astype(np.uint16) * 257, 256, axis=1)
-    tifffile.imwrite(out, indices.astype(np.uint16) * 256, photometric="palette", colormap=wide)
-    for preprocess in (
-        Preprocess(),
-        Preprocess(value_range=(0, 4095)),
-    ):  # of intensities, not of indices
-        close(decode(out.getvalue(), preprocess), expected, 0)
+    expected, table = colours.T[indices], colours.astype(np.uint16) * 257
+    content = saved(tifffile.imwrite, indices, photometric="palette", colormap=table)
+    close(decode(content), expected, 0)
+    wide, table = indices.astype(np.uint16) * 256, np.repeat(table, 256, axis=1)
+    content = saved(tifffile.imwrite, wide, photometric="palette", colormap=table)
+    for preprocess in (Preprocess(), TWELVE_BITS):  # a range of intensities, not of indices
+        close(decode(content, preprocess), expected, 0)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -225,7 +192,7 @@ def test_one_transparent_colour_in_a_png(count):
 
 @pytest.mark.parametrize("ext", [".ppm", ".pgm", ".jp2"])
 def test_other_deep_formats(ext):
-    picture = RGB[..., :1] if ext == ".pgm" else RGB
+    picture = GREY if ext == ".pgm" else RGB
     picture = np.repeat(np.repeat(picture, 8, 0), 8, 1)
     options = [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000] if ext == ".jp2" else []
     expected = np.broadcast_to(picture, (*picture.shape[:2], 3))
@@ -239,7 +206,7 @@ def test_other_deep_formats(ext):
 
 @pytest.mark.parametrize("magic", ["P5", "P6", "P2", "P3"])
 def test_portable_maps_of_twelve_bits(magic):
-    picture = RGB if magic in ("P6", "P3") else RGB[..., :1]
+    picture = RGB if magic in ("P6", "P3") else GREY
     values = deep(picture, 12)
     body = values.astype(">u2").tobytes()
     if magic in ("P2", "P3"):
@@ -249,64 +216,34 @@ def test_portable_maps_of_twelve_bits(magic):
     assert open_picture(content).deep == (values.max(), 4095)
 
 
-# 64 x 64, rising by one from 0 to 4,095: JPEG 2000 and AVIF that say that they have 12 bits
-TWELVE = {
-    "JPEG2000": (
-        "/0//UQApAAAAAABAAAAAQAAAAAAAAAAAAAAAQAAAAEAAAAAAAAAAAAABCwEB/1IADAAAAAEAAwQEAAH/XAANQGBo"
-        "aHBoaHBoaHD/ZAAlAAFDcmVhdGVkIGJ5IE9wZW5KUEVHIHZlcnNpb24gMi41LjT/kAAKAAAAAACZAAH/k9/hKBIr"
-        "AwsLE+S5L4U/OFCLF3Xs/uu+yVJRa52G23Nx5ov+kXlXWf2JNYfRvuZF7pOu4roUqtrBsRM7iZNaaxsRf7lomeXc"
-        "sd+8/3o/wAfCJB+YWDahmr89pjRbENxcOhTTP8ADokD8AwBfp8eHnawpQQDDGAYMhRkvwAEkB9oOi2IBv+GNYqd/"
-        "2H//2Q=="
-    ),
-    "AVIF": (
-        "AAAAHGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZgAAAOltZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAA"
-        "AAAAAAAAAAAAAA5waXRtAAAAAAABAAAAHmlsb2MAAAAARAAAAQABAAAAAQAAAQ0AAAG4AAAAKGlpbmYAAAAAAAEA"
-        "AAAaaW5mZQIAAAAAAQAAYXYwMUNvbG9yAAAAAGhpcHJwAAAASWlwY28AAAAUaXNwZQAAAAAAAABAAAAAQAAAAA5w"
-        "aXhpAAAAAAEMAAAADGF2MUOBQHwAAAAAE2NvbHJuY2x4AAIAAgACgAAAABdpcG1hAAAAAAAAAAEAAQQBAoMEAAAB"
-        "wG1kYXQSAAoGWBV//46gMqsDEACOItVhsk6Pl6tUKYg4wRHv9a6xTXIAMIrJIerJ46MaIQXPQ2RW8ky+yRn3HsDL"
-        "1TOMwRMs45zIuGXl0BK3FnS5iZfIwGTVaoU/gpZkIiyF2A/VT3sxuQy9cbI1lTsxGBsaizKiLgECRHh0hWquo6Wf"
-        "CdRNDdOsn1AnjXeR8JRx4r9NO/c2VE2R6sMOr1E2snzLunWMWyLEHRoOAOZrNj+rZtUrG/xFVmYCMrDkSWvtqP2k"
-        "4eVhKdUIp+/LiRl0tSVhsJn0glAjb2xvmfS0570wHy/fQbFScg5OMmV56mr0aOOvpAFFcA6Xf/fgoWUpQtrLHGmr"
-        "dBtePd+yk7k9QJK4Z+uElfg3nT8BLJf36mGGpKqOADIdRm677Ep6R5VDn8OnvmVl7LTHhESf5831Dq8cC7ZtroXs"
-        "EoIKwbjFcQmVGCWHrVLAVDXTrVm6badxskzjDncWdApuQ2J8wH7KtzMWW3GP3JetElQpjU8IFltsnQn9v6FkqWwx"
-        "dg9PJbB4qnLD+tJvesavna+Eqv5d3Y+qj0EZTqpUm1t0ldLOvOCsMxjf+ucm0lCWgA=="
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", TWELVE)
-def test_twelve_bits_that_the_file_names(kind):
-    content = base64.b64decode(TWELVE[kind])
+@pytest.mark.parametrize("ending", ["jp2", "avif"])
+def test_twelve_bits_that_the_file_names(ending):
+    """64 x 64 pixels, rising by one from 0 to 4,095."""
+    content = Path(__file__).with_name(f"twelve_bits.{ending}").read_bytes()
     ramp = np.arange(64 * 64).reshape(64, 64, 1)
-    close(decode(content), np.broadcast_to(np.rint(ramp / 4095 * 255), (64, 64, 3)), 2)
-    bright = decode(content, Preprocess(value_range=(0, 1023)))
-    close(bright, np.broadcast_to(np.rint(np.minimum(ramp / 1023, 1) * 255), (64, 64, 3)), 4)
+    for top, levels in ((4095, 2), (1023, 4)):
+        pixels = decode(content, Preprocess(value_range=None if top == 4095 else (0, top)))
+        expected = np.rint(np.minimum(ramp / top, 1) * 255)
+        close(pixels, np.broadcast_to(expected, (64, 64, 3)), levels)
 
 
-def packed_twelve_bits(orientation=1):
-    """A grey TIFF of 12 bits a sample, two samples in three bytes."""
-    values = deep(RGB[..., 0], 12).reshape(-1, 2).astype(int)
-    data = bytes(b for a, c in values for b in (a >> 4, (a & 15) << 4 | c >> 8, c & 255))
-    tags = {256: W, 257: H, 258: 12, 259: 1, 262: 1, 273: 8, 274: orientation, 277: 1, 278: H}
-    tags[279] = len(data)
-    directory = b"".join(struct.pack("<HHII", number, 4, 1, v) for number, v in tags.items())
-    body = data + b"\0" * (len(data) % 2)
-    head = b"II*\0" + struct.pack("<I", 8 + len(body))
-    return head + body + struct.pack("<H", len(tags)) + directory + struct.pack("<I", 0)
-
-
-def test_twelve_bits_of_a_tiff():
-    expected = np.repeat(RGB[..., :1], 3, axis=-1)
-    close(decode(packed_twelve_bits()), expected)
-    close(decode(packed_twelve_bits(6)), np.rot90(expected, -1))
-    assert open_picture(packed_twelve_bits()).deep.top == 4095
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_twelve_bits_of_a_tiff(orientation):
+    """Two samples in three bytes."""
+    values = deep(GREY, 12).reshape(-1, 2).astype(int)
+    packed = bytes(b for a, c in values for b in (a >> 4, (a & 15) << 4 | c >> 8, c & 255))
+    content = saved(
+        tifffile.imwrite, iter([packed]), shape=(H, W), dtype=np.uint16, bitspersample=12,
+        rowsperstrip=H, metadata=None, extratags=[(274, "H", 1, orientation, True)],
+    )  # fmt: skip
+    close(decode(content), ORIENTATIONS[orientation](GREY_AS_RGB))
+    assert open_picture(content).deep.top == 4095
 
 
 def test_big_endian_arrays():
-    out = io.BytesIO()
-    np.save(out, deep(RGB).astype(">u2"))
-    close(decode(out.getvalue()), RGB, 0)
-    close(decode(deep(RGB).astype(">u2")), RGB, 0)
+    stored = deep(RGB).astype(">u2")
+    close(decode(saved(np.save, stored)), RGB, 0)
+    close(decode(stored), RGB, 0)
 
 
 def test_transparency_is_never_scaled_by_the_range_of_the_colours():
@@ -316,23 +253,22 @@ def test_transparency_is_never_scaled_by_the_range_of_the_colours():
         close(decode(content, preprocess), over_background(RGB, ALPHA))
 
 
-def test_bands_are_asked_for_and_not_guessed():
-    four = tiff()(deep(np.concatenate((RGB, ALPHA), -1)), colours="grey", extra=["unspecified"] * 3)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_bands_are_asked_for_and_not_guessed(bits):
+    """Bands, RGB with an alpha, and RGB with a further band."""
+    four = deep(RGBA, bits)
+    bands = tiff()(four, colours="minisblack", extra=["unspecified"] * 3)
     with pytest.raises(BadImage, match="channels=3"):
-        decode(four)
-    preprocess = Preprocess(4, (0.5,) * 4, (0.2,) * 4)
-    close(decode(four, preprocess), np.concatenate((RGB, ALPHA), -1), 0)
-    # the same bands, and RGB with an alpha, where four channels are wanted
-    close(decode(tiff()(deep(np.concatenate((RGB, ALPHA), -1)), extra=["unassalpha"]), preprocess),
-          np.concatenate((RGB, ALPHA), -1), 0)  # fmt: skip
+        decode(bands)
+    for content in (bands, *(tiff()(four, extra=[e]) for e in ("unassalpha", "unspecified"))):
+        close(decode(content, channels(4)), RGBA, 0)
 
 
 def test_a_camera_s_mosaic_is_no_grey_image():
-    out = io.BytesIO()
-    tifffile.imwrite(out, deep(RGB[..., 0]), photometric="cfa", extratags=[
-        (33421, "H", 2, (2, 2), True), (33422, "B", 4, (0, 1, 1, 2), True)])  # fmt: skip
+    tags = [(33421, "H", 2, (2, 2), True), (33422, "B", 4, (0, 1, 1, 2), True)]
+    content = saved(tifffile.imwrite, deep(RGB[..., 0]), photometric="cfa", extratags=tags)
     with pytest.raises(BadImage, match="colours CFA"):
-        decode(out.getvalue())
+        decode(content)
 
 
 def test_the_largest_value_of_deep_images_is_known():
@@ -347,9 +283,7 @@ def test_heic_as_phones_write_it():
 
     pillow_heif.register_heif_opener()
     picture = np.repeat(np.repeat(RGB, 16, 0), 16, 1)
-    out = io.BytesIO()
-    Image.fromarray(picture).save(out, "HEIF", quality=-1)
-    decoded = open_picture(out.getvalue())
+    decoded = open_picture(encoded(picture, "HEIF", quality=-1))
     assert decoded.kind == "HEIF RGB"
     assert np.abs(decoded.pixels().astype(int) - picture).mean() < 12  # colours at half resolution
 
@@ -357,34 +291,21 @@ def test_heic_as_phones_write_it():
 @pytest.mark.parametrize("options", [{"imagej": True}, {"ome": True, "photometric": "minisblack"}])
 @pytest.mark.parametrize("axes", ["CYX", "ZCYX"])
 def test_channels_that_a_microscope_stores_as_pages(options, axes):
-    three = np.moveaxis(RGB, -1, 0)
+    options = {"metadata": {"axes": axes}, **options}
     for bits in (8, 16):
-        planes = deep(three, bits)
+        planes = deep(np.moveaxis(RGB, -1, 0), bits)
         planes = planes if axes == "CYX" else np.stack((planes, planes // 2))
-        out = io.BytesIO()
-        tifffile.imwrite(out, planes, metadata={"axes": axes}, **options)
-        close(decode(out.getvalue()), RGB, 0)
+        content = saved(tifffile.imwrite, planes, **options)
+        close(decode(content), RGB, 0)
         with pytest.raises(BadImage, match="channels=5"):
-            decode(out.getvalue(), Preprocess(5, (0.5,) * 5, (0.2,) * 5))
-    out = io.BytesIO()
-    slices = np.concatenate((planes, planes), axis=axes.index("C"))  # six channels
-    tifffile.imwrite(out, slices, metadata={"axes": axes}, **options)
+            decode(content, channels(5))
+    six = np.concatenate((planes, planes), axis=axes.index("C"))
     with pytest.raises(BadImage, match="channels=3"):  # of which none is chosen unasked
-        decode(out.getvalue())
-
-
-@pytest.mark.parametrize("bits", [8, 16])
-def test_a_further_band_is_kept_where_it_is_wanted(bits):
-    four = deep(np.concatenate((RGB, ALPHA), -1), bits)
-    preprocess = Preprocess(4, (0.5,) * 4, (0.2,) * 4)
-    expected = np.concatenate((RGB, ALPHA), -1)
-    close(decode(tiff()(four, extra=["unspecified"]), preprocess), expected, 0)
+        decode(saved(tifffile.imwrite, six, **options))
 
 
 def test_signed_numbers_of_eight_bits():
-    values = (RGB[..., 0].astype(int) - 128).astype(np.int8)
-    content = tiff()(values, colours="grey")
+    content = tiff()((GREY.astype(int) - 128).astype(np.int8), colours="minisblack")
     with pytest.raises(BadImage, match="value_range"):
         decode(content)
-    pixels = decode(content, Preprocess(value_range=(-128, 127)))
-    close(pixels, np.repeat(RGB[..., :1], 3, -1), 0)
+    close(decode(content, Preprocess(value_range=(-128, 127))), GREY_AS_RGB, 0)

@@ -7,15 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from samples import classes, logged, put
+from samples import classes, logged, put, put_all
 
 from ssl_xcit.data.decode import decode
 from ssl_xcit.data.lists import labelled_lists, path_list
 
 
 def test_lists_of_paths(tmp_path):
-    for name in ("x/1.png", "x/2.png", "y z/3.png"):
-        put(tmp_path / name)
+    put_all(tmp_path, ("x/1.png", "x/2.png", "y z/3.png"))
     (tmp_path / "plain.txt").write_text("x/1.png\n\ny z/3.png\r\n")
     source = path_list(str(tmp_path / "plain.txt"))
     assert [decode(source.read(i)).shape for i in range(2)] == [(12, 12, 3)] * 2
@@ -33,8 +32,7 @@ def test_lists_of_paths(tmp_path):
     assert path_list(str(tmp_path / "bare.parquet")).labels is None
     odd = "x/\udce9\u2028\x0c.png"  # Latin-1 and other ends of lines, legal in names
     put(tmp_path / odd)
-    content = b"\xef\xbb\xbfx/1.png\n" + os.fsencode(odd) + b"\n"
-    (tmp_path / "odd.txt").write_bytes(content)
+    put(tmp_path / "odd.txt", b"\xef\xbb\xbfx/1.png\n" + os.fsencode(odd) + b"\n")
     source = path_list(str(tmp_path / "odd.txt"))
     assert [decode(source.read(i)).shape for i in range(2)] == [(12, 12, 3)] * 2
     with pytest.raises(ValueError, match="without images to learn from"):
@@ -47,31 +45,28 @@ def test_lists_of_paths(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.txt", None, "no such file"),
         ("empty.txt", b"\n", "lists no paths"),
         ("mixed.txt", b"a.png\t1\nb.png\n", "lines of [1, 2] columns"),
         ("binary.txt", b"\xff\xfe\x00", "not a text file"),
-        ("gone.txt", b"nowhere/a.png\n", "set data.root=DIR"),
         ("bad.parquet", b"PAR1 not really", "bad.parquet"),
+        ("a.parquet", {"where": ["a"]}, "columns where; `path` is needed"),
+        ("b.parquet", {"path": ["a"], "label": [None]}, "1 rows have no label"),
+        ("c.parquet", {"path": [1]}, "not text"),
+        ("a.csv", b"id,label\n1,a\n", "columns id, label; `path` is needed, or name it with "
+         "data.image"),
+        ("a.csv", b'path,label\n"x,a\n', "not a table"),
+        ("a.csv", b"path,label\nx\n", "lines of [1, 2] columns"),
+        ("a.csv", b"path,label\nnone.png,a\n", "none of the paths tried exists"),
+        ("a.csv", b"path\n", "it lists no paths"),
     ],
-)
+)  # fmt: skip
 def test_bad_lists(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    if isinstance(content, dict):
+        pq.write_table(pa.table(content), tmp_path / name)
+    else:
+        put(tmp_path / name, content)
     with pytest.raises(ValueError, match=re.escape(message)):
         path_list(str(tmp_path / name))
-
-
-def test_bad_parquet_columns(tmp_path):
-    pq.write_table(pa.table({"where": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="columns where; `path` is needed"):
-        path_list(str(tmp_path / "a.parquet"))
-    pq.write_table(pa.table({"path": ["a"], "label": [None]}), tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match="1 rows have no label"):
-        path_list(str(tmp_path / "b.parquet"))
-    pq.write_table(pa.table({"path": [1]}), tmp_path / "c.parquet")
-    with pytest.raises(ValueError, match="not text"):
-        path_list(str(tmp_path / "c.parquet"))
 
 
 @pytest.fixture
@@ -81,25 +76,30 @@ def listed(tmp_path):
     return tmp_path, [(name, name.split("/")[0]) for name in names]
 
 
-LISTS = {
-    "spaces.txt": lambda rows: "".join(f"{p}\t{c}{' ' * ('1' in p)}\n" for p, c in rows),
-    "table.csv": lambda rows: "path,label\n" + "".join(f"{p},{c}\n" for p, c in rows),
-    "quoted.csv": lambda rows: "label,path\n" + "".join(f'{c},"{p}"\n' for p, c in rows),
-    "more.csv": lambda rows: "id,Class Name,file_name\n" + "".join(f"1,{c},{p}\n" for p, c in rows),
-    "bom.csv": lambda rows: "\ufeffpath,label\r\n" + "".join(f"{p},{c}\r\n" for p, c in rows),
-    "semicolon.csv": lambda rows: "path;label\n" + "".join(f"{p};{c}\n" for p, c in rows),
-    "bare.csv": lambda rows: "".join(f"{p},{c}\n" for p, c in rows),
-    "table.tsv": lambda rows: "target\timage\n" + "".join(f"{c}\t{p}\n" for p, c in rows),
-    "imagenet.txt": lambda rows: "".join(f"{p} {c}\n" for p, c in rows),
-    "header.txt": lambda rows: "path\tlabel\n" + "".join(f"{p}\t{c}\n" for p, c in rows),
-}  # fmt: skip
+def table(path, rows, line="{p},{c}\n", head="path,label\n"):
+    cells = ({"p": p, "c": c, "space": " " * ("1" in p)} for p, c in rows)
+    return str(put(path, (head + "".join(line.format(**cell) for cell in cells)).encode()))
+
+
+LISTS = {  # what stands above the lines, and a line
+    "spaces.txt": ("", "{p}\t{c}{space}\n"),
+    "table.csv": ("path,label\n", "{p},{c}\n"),
+    "quoted.csv": ("label,path\n", '{c},"{p}"\n'),
+    "more.csv": ("id,Class Name,file_name\n", "1,{c},{p}\n"),
+    "bom.csv": ("\ufeffpath,label\r\n", "{p},{c}\r\n"),
+    "semicolon.csv": ("path;label\n", "{p};{c}\n"),
+    "bare.csv": ("", "{p},{c}\n"),
+    "table.tsv": ("target\timage\n", "{c}\t{p}\n"),
+    "imagenet.txt": ("", "{p} {c}\n"),
+    "header.txt": ("path\tlabel\n", "{p}\t{c}\n"),
+}
 
 
 @pytest.mark.parametrize("name", LISTS)
 def test_lists_as_they_are_published(listed, name):
     root, rows = listed
-    (root / name).write_text(LISTS[name](rows), newline="")
-    source = path_list(str(root / name))
+    head, line = LISTS[name]
+    source = path_list(table(root / name, rows, line, head))
     assert source.class_names == ("ant", "bee")
     assert np.bincount(source.labels).tolist() == [4, 4]
     assert all(decode(source.read(i)).size for i in range(8))
@@ -107,63 +107,45 @@ def test_lists_as_they_are_published(listed, name):
 
 def test_columns_by_name_backslashes_and_utf_16(listed):
     root, rows = listed
-    text = "wo,was\n" + "".join("{},{}\n".format(p.replace("/", "\\"), c) for p, c in rows)
-    (root / "a.csv").write_text(text)
+    rows = [(p.replace("/", "\\"), c) for p, c in rows]
+    file, named = table(root / "a.csv", rows, head="wo,was\n"), {"image_column": "wo"}
     with pytest.raises(ValueError, match="separate folders by backslashes"):
-        path_list(str(root / "a.csv"))
-    named = {"image_column": "wo", "label_column": "was"}
-    with pytest.raises(ValueError, match=r"set data\.backslashes=true"):
-        path_list(str(root / "a.csv"), **named)
-    assert path_list(str(root / "a.csv"), backslashes=True, **named).class_names == ("ant", "bee")
+        path_list(file)
     with pytest.raises(ValueError, match="no column art; there are wo, was"):
-        path_list(str(root / "a.csv"), image_column="wo", label_column="art")
-    (root / "b.txt").write_text("\n".join(p for p, _ in rows), encoding="utf-16")
+        path_list(file, label_column="art", **named)
+    with pytest.raises(ValueError, match=r"set data\.backslashes=true"):
+        path_list(file, label_column="was", **named)
+    source = path_list(file, label_column="was", backslashes=True, **named)
+    assert source.class_names == ("ant", "bee")
+    names = [p for p, _ in listed[1]]
+    (root / "b.txt").write_text("\n".join(names), encoding="utf-16")
     assert len(path_list(str(root / "b.txt"))) == 8
-    pq.write_table(pa.table({"wo": [p for p, _ in rows]}), root / "c.parquet")
-    assert len(path_list(str(root / "c.parquet"), image_column="wo")) == 8
+    pq.write_table(pa.table({"wo": names}), root / "c.parquet")
+    assert len(path_list(str(root / "c.parquet"), **named)) == 8
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("id,label\n1,a\n", "columns id, label; `path` is needed, or name it with data.image"),
-        ('path,label\n"x,a\n', "not a table"),
-        ("path,label\nx\n", "lines of [1, 2] columns"),
-        ("path,label\nnone.png,a\n", "none of the paths tried exists"),
-        ("path\n", "it lists no paths"),
-    ],
-)  # fmt: skip
-def test_lists_that_are_none(tmp_path, text, message):
-    (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        path_list(str(tmp_path / "a.csv"))
-
-
-def test_numbers_in_lists_and_tables(listed):
+def test_numbers_in_lists_and_tables(listed, caplog):
     root, rows = listed
     names = [name for name, _ in rows]
-    (root / "a.csv").write_text(
-        "path,y\n" + "".join(f"{p},{i / 7}\n" for i, (p, _) in enumerate(rows))
-    )
-    assert labelled_lists(str(root / "a.csv")).train.labels.dtype == np.float64
-    (root / "b.csv").write_text(
-        "path,y\n" + "".join(f"{p},{i % 2}.0\n" for i, (p, _) in enumerate(rows))
-    )
-    with pytest.raises(ValueError, match="are they classes or quantities"):
-        labelled_lists(str(root / "b.csv"))
-    assert path_list(str(root / "b.csv"), label_kind="classes").class_names == ("0", "1")
+    fractions = table(root / "a.csv", [(p, i / 7) for i, p in enumerate(names)], head="path,y\n")
+    assert labelled_lists(fractions).train.labels.dtype == np.float64
     pq.write_table(pa.table({"path": names, "label": [0.5] * 8}), root / "c.parquet")
     assert path_list(str(root / "c.parquet")).labels.dtype == np.float64
+    whole = [(p, f"{i % 2}.0") for i, p in enumerate(names)]
+    for file in (
+        table(root / "b.csv", whole, head="path,y\n"),
+        table(root / "b.txt", whole, "{p}\t{c}\n", ""),
+    ):
+        with pytest.raises(ValueError, match="are they classes or quantities"):
+            labelled_lists(file)
+        assert path_list(file, label_kind="classes").class_names == ("0", "1")
+        caplog.clear()
+        assert path_list(file).labels is None  # enough to pretrain on
+        assert "labels are left out: " in logged(caplog)[0]
 
 
-def test_labels_that_mean_nothing_do_not_keep_from_pretraining(listed, caplog):
+def test_rows_without_a_label(listed):
     root, rows = listed
-    (root / "a.txt").write_text("".join(f"{p}\t{i % 2}.0\n" for i, (p, _) in enumerate(rows)))
-    assert path_list(str(root / "a.txt")).labels is None
-    assert "labels are left out: " in logged(caplog)[0]
-    with pytest.raises(ValueError, match="are they classes or quantities"):
-        labelled_lists(str(root / "a.txt"))
-    cells = "".join(f"{p},{c * (i > 2)}\n" for i, (p, c) in enumerate(rows))
-    (root / "b.csv").write_text("path,label\n" + cells)
+    file = table(root / "b.csv", [(p, c * (i > 2)) for i, (p, c) in enumerate(rows)])
     with pytest.raises(ValueError, match="3 rows have no label"):
-        labelled_lists(str(root / "b.csv"))
+        labelled_lists(file)

@@ -1,6 +1,7 @@
 """Sources and their parts, and the built-in photographs."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +19,9 @@ def test_photographs_are_disjoint_and_cut_the_same_twice(cache, photos_pair, tmp
     assert set(photos_pair.test.labels) == set(range(17))
 
     def windows(source, photograph):
-        for i in range(len(source)):
-            if f"/{photograph}/" in source.name(i):
-                top, left = map(
-                    int, source.name(i).rsplit("/", 1)[1].removesuffix(".png").split("_")
-                )
-                yield source.name(i), top, left
+        for path in map(Path, map(source.name, range(len(source)))):
+            if path.parent.name == photograph:
+                yield path, *map(int, path.stem.split("_"))
 
     for photograph, file in photographs():
         image = read_image(file)
@@ -36,16 +34,10 @@ def test_photographs_are_disjoint_and_cut_the_same_twice(cache, photos_pair, tmp
         assert (covered == 1).any()
         assert (covered == 2).any()
 
-    again = cut_photos(tmp_path)
-    first = sorted(
-        p.relative_to(cache / "photos-64-128-32")
-        for p in (cache / "photos-64-128-32").rglob("*.png")
-    )
-    assert first == sorted(p.relative_to(again) for p in again.rglob("*.png"))
-    assert all(
-        (again / p).read_bytes() == (cache / "photos-64-128-32" / p).read_bytes()
-        for p in first[::50]
-    )
+    first, again = cache / "photos-64-128-32", cut_photos(tmp_path)
+    names, others = (sorted(p.relative_to(f) for p in f.rglob("*.png")) for f in (first, again))
+    assert names == others
+    assert all((again / p).read_bytes() == (first / p).read_bytes() for p in names[::50])
 
 
 def test_stratified_never_takes_all():

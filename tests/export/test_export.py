@@ -1,10 +1,13 @@
 """Every format in the tool that it is made for, against the backbone itself."""
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jaxtyping
 import numpy as np
@@ -13,14 +16,13 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from commands import images, run
-from omegaconf import OmegaConf
+from brute_force import cosines, exact_neighbours
+from commands import images, run, same
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import make_run, sharp_backbone
 
 from ssl_xcit import create_model, load_backbone
-from ssl_xcit.commands.export import ExportSettings
 from ssl_xcit.data.preprocess import Preprocess, normalise, resize_center_crop
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.export import huggingface, programs, safetensors_files
@@ -28,11 +30,9 @@ from ssl_xcit.export.comparison import compare, compare_rounded
 from ssl_xcit.export.description import Weights, describe, export_name, last_parts
 from ssl_xcit.export.output_files import output_path, replacing_path
 from ssl_xcit.export.safetensors_files import timm_arguments
-from ssl_xcit.models.timm_keys import to_timm_names
 from ssl_xcit.models.weights import checkpoint_path
 from ssl_xcit.models.xca import gram_is_faster
 from ssl_xcit.models.xcit import SIZES, XCiT
-from ssl_xcit.utils.validation import parse
 
 SHAPES = [(1, 3, 32, 32), (3, 3, 75, 52), (2, 3, 128, 224)]
 
@@ -71,19 +71,16 @@ def backbone(run_dir):
 
 @pytest.fixture
 def weights(run_dir, backbone):
-    path = checkpoint_path(run_dir)
-    return Weights(backbone, "lr-0.001", describe("teacher", path, run_dir, "XCiT"))
+    about = describe("teacher", checkpoint_path(run_dir), run_dir, "XCiT")
+    return Weights(backbone, "lr-0.001", about)
 
 
 @pytest.fixture(scope="module")
 def exported(run_dir, shapes_of_symbols):
     """Output of one command line with three formats, and its folder."""
-    with pytest.MonkeyPatch.context() as patched:
-        output = []
-        patched.setattr("ssl_xcit.commands.export.say", lambda *lines: output.extend(lines))
-        words = [f"ckpt={run_dir}", "format=[safetensors,timm,huggingface]"]
-        assert run("export", *words) == 0
-    return "\n".join(output), run_dir / "export"
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert run("export", f"ckpt={run_dir}", "format=[safetensors,timm,huggingface]") == 0
+    return output.getvalue(), run_dir / "export"
 
 
 def inputs(channels=3):
@@ -95,9 +92,8 @@ def assert_same(backbone, other, bound=1e-5):
     with torch.no_grad():
         for x in inputs(backbone.architecture["in_chans"]):
             ours = backbone(x)
-            assert (torch.as_tensor(other(x)) - ours).abs().max() <= bound * ours.abs().max(), (
-                x.shape
-            )
+            difference = (torch.as_tensor(other(x)) - ours).abs().max()
+            assert difference <= bound * ours.abs().max(), x.shape
 
 
 def executed(output, word):
@@ -123,17 +119,15 @@ def test_safetensors_and_back(run_dir, backbone, exported):
     assert about["architecture"] == backbone.architecture
     assert about["preprocess"]["mean"] == [0.485, 0.456, 0.406]
     assert file.stat().st_mode == file.with_suffix(".json").stat().st_mode
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "lr-0.001-huggingface", "lr-0.001-timm.safetensors", "lr-0.001.json",
-        "lr-0.001.safetensors",
-    ]  # fmt: skip
+    ends = ("-huggingface", "-timm.safetensors", ".json", ".safetensors")
+    assert {p.name for p in folder.iterdir()} == {f"lr-0.001{end}" for end in ends}
 
 
 def test_timm_and_back(backbone, exported):
     output, folder = exported
     assert_same(backbone, executed(output, "timm")["model"].eval())
-    loaded = load_backbone(folder / "lr-0.001-timm.safetensors").state_dict()
-    assert all(torch.equal(v, backbone.state_dict()[k]) for k, v in loaded.items())
+    loaded = load_backbone(folder / "lr-0.001-timm.safetensors")
+    assert same(loaded.state_dict(), backbone.state_dict())
 
 
 def test_a_published_size_has_timms_name(tmp_path):
@@ -141,32 +135,21 @@ def test_a_published_size_has_timms_name(tmp_path):
     model = create_model("xcit_nano_12_p8", in_chans=2, num_classes=7).eval()
     model.preprocess = {"channels": 2, "mean": [0.1, 0.2], "std": [1.0, 2.0]}
     use = safetensors_files.timm(Weights(model, "nano", {}), tmp_path / "nano").use
-    name = "xcit_nano_12_p8_224"
-    assert f'create_model("{name}", num_classes=0, in_chans=2, checkpoint_path=' in use
-    path = tmp_path / "nano-timm.safetensors"
-    other = timm.create_model(name, num_classes=0, in_chans=2, checkpoint_path=path)
-    assert_same(model, other.eval())
+    assert 'create_model("xcit_nano_12_p8_224", num_classes=0, in_chans=2, checkpoint_' in use
+    options = {"num_classes": 0, "in_chans": 2, "checkpoint_path": "nano-timm.safetensors"}
+    assert_same(model, timm.create_model("xcit_nano_12_p8_224", **options).eval())
 
 
 def test_timms_name_is_of_the_whole_architecture():
     """The nano size with norms over all tokens is not timm's nano."""
     for name, (dim, depth, heads, eta, tokens_norm) in SIZES.items():
         with torch.device("meta"):
-            same, other = (
+            usual, other = (
                 timm_arguments(Weights(XCiT(dim, depth, heads, 16, eta, norm), "x", {}))
                 for norm in (tokens_norm, not tokens_norm)
             )
-        assert same == (f"xcit_{name}_p16_224", {"num_classes": 0})
+        assert usual == (f"xcit_{name}_p16_224", {"num_classes": 0})
         assert other[1]["tokens_norm"] is not tokens_norm
-    torch.manual_seed(0)
-    backbone = XCiT(128, 12, 4, 16, 1.0, tokens_norm=True).eval()
-    with torch.no_grad():
-        for block in backbone.cls_attn_blocks:
-            block.norm2.weight.normal_()
-    name, arguments = timm_arguments(Weights(backbone, "x", {}))
-    model = timm.create_model(name, **arguments).eval()
-    model.load_state_dict(to_timm_names(backbone.state_dict()))
-    assert_same(backbone, model)
 
 
 def test_huggingface_by_transformers_timm_and_us(backbone, exported, monkeypatch):
@@ -188,11 +171,11 @@ def test_huggingface_by_transformers_timm_and_us(backbone, exported, monkeypatch
     config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
     size = config["input_size"][-1]
     resize = round(size / config["crop_pct"])
-    pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 3), np.uint8)
-    pixels = np.asarray(Image.fromarray(pixels).resize((400, 300)))
-    theirs = AutoImageProcessor.from_pretrained(folder)(Image.fromarray(pixels))["pixel_values"][0]
-    ours = torch.from_numpy(resize_center_crop(pixels, resize, size).transpose(2, 0, 1).copy())
-    ours = normalise(ours, Weights(backbone, "", {}).preprocess)
+    noise = np.random.default_rng(0).integers(0, 256, (90, 130, 3), np.uint8)
+    image = Image.fromarray(noise).resize((400, 300))
+    theirs = AutoImageProcessor.from_pretrained(folder)(image)["pixel_values"][0]
+    cropped = resize_center_crop(np.asarray(image), resize, size)
+    ours = normalise(torch.tensor(cropped).movedim(-1, 0), Weights(backbone, "", {}).preprocess)
     assert (theirs - ours).abs().max() < 0.03  # a grey level or two of rounding
 
 
@@ -203,26 +186,25 @@ def test_crops_are_as_large_as_evaluations():
             assert math.floor(size / huggingface.crop_share(resize, size)) == resize
 
 
-def knn_accuracy(network, train, test, k=20, temperature=0.07):
+def knn_accuracy(network, train, test):
     """k-NN in percent, as the protocol reads."""
 
     def features(files):
         pixels = [resize_center_crop(np.asarray(Image.open(f)), 48, 32) for f in files]
-        x = torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())
+        x = torch.tensor(np.stack(pixels)).movedim(-1, 1).contiguous()
         with torch.no_grad():
-            return torch.nn.functional.normalize(network(normalise(x, Preprocess())), dim=-1)
+            return network(normalise(x, Preprocess())).numpy()
 
-    labels = [torch.tensor([f.parent.name == "b" for f in files]).long() for files in (train, test)]
-    similarity, near = (features(test) @ features(train).T).topk(k)
-    votes = torch.zeros(len(test), 2)
-    votes.scatter_add_(1, labels[0][near], (similarity / temperature).exp())
-    return 100.0 * (votes.argmax(dim=1) == labels[1]).double().mean().item()
+    bank, labels, right = features(train), np.array([f.parent.name == "b" for f in train]), 0
+    for file, query in zip(test, features(test), strict=True):
+        near = exact_neighbours(bank, query, 20)
+        votes = np.bincount(labels[near], np.exp(cosines(bank, query)[near] / 0.07), 2)
+        right += votes.argmax() == (file.parent.name == "b")
+    return 100.0 * right / len(test)
 
 
 def test_programs_and_rounded_weights(tmp_path, capsys):
-    """In one command, for exporters are slow: ONNX, torch.export's and int8 with patches, bfloat16;
-    at any size, with k-NN on labelled images beside the float32 one.
-    """
+    """In one command, for exporters are slow; with k-NN on labelled images."""
     backbone = sharp_backbone(patch_size=4)
     del backbone.blocks[1]
     torch.save(backbone.state_dict(), "w.0.pth")
@@ -235,12 +217,14 @@ def test_programs_and_rounded_weights(tmp_path, capsys):
     assert run("export", "ckpt=w.0.pth", "format=[onnx,program,int8,bf16]", *words) == 0
     captured = capsys.readouterr()
     assert not captured.err
-    assert sorted(p.name for p in Path("here").iterdir()) == [
-        "w.0-bf16.json", "w.0-bf16.safetensors", "w.0-int8.json", "w.0-int8.onnx", "w.0.onnx",
-        "w.0.pt2",
-    ]  # fmt: skip
+    ends = ("-bf16.json", "-bf16.safetensors", "-int8.json", "-int8.onnx", ".onnx", ".pt2")
+    assert {p.name for p in Path("here").iterdir()} == {f"w.0{end}" for end in ends}
     check_programs(load_backbone("w.0.pth"), captured.out)
     check_rounded(load_backbone("w.0.pth"), captured.out)
+
+
+def onnx_outputs(session, x):
+    return [torch.from_numpy(t) for t in session.run(None, {"images": x.numpy()})]
 
 
 def check_programs(ours, out):
@@ -255,15 +239,11 @@ def check_programs(ours, out):
         x = torch.randn(shape)
         with torch.no_grad():
             expected = ours.forward_features(x)
-            outputs = [[torch.from_numpy(t) for t in session.run(None, {"images": x.numpy()})]]
-            if min(shape[2:]) >= 5:
-                outputs.append(program(x))
+            outputs = [onnx_outputs(session, x), *([program(x)] if min(shape[2:]) >= 5 else [])]
         for theirs in outputs:
             for one, other in zip(expected, theirs, strict=True):
                 assert (one - other).abs().max() < 1e-5 * one.abs().max(), shape
-        rounded = [torch.from_numpy(t) for t in low.run(None, {"images": x.numpy()})]
-        for one, other in zip(expected, rounded, strict=True):
-            # a network made sharp on purpose
+        for one, other in zip(expected, onnx_outputs(low, x), strict=True):  # of a sharp network
             assert torch.cosine_similarity(one, other).min() > 0.8, shape
     model = onnx.load("here/w.0.onnx")
     shape = [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
@@ -279,16 +259,11 @@ def check_programs(ours, out):
 def check_rounded(ours, out):
     low = load_backbone("here/w.0-bf16.safetensors")
     assert_same(ours, low, bound=0.05)
-    assert {v.dtype for v in load_file("here/w.0-bf16.safetensors").values()} == {
-        torch.bfloat16, torch.int64,
-    }  # fmt: skip
+    dtypes = {v.dtype for v in load_file("here/w.0-bf16.safetensors").values()}
+    assert dtypes == {torch.bfloat16, torch.int64}
     session = onnxruntime.InferenceSession("here/w.0-int8.onnx")
-
-    def int8(x):
-        return torch.from_numpy(session.run(["features"], {"images": x.numpy()})[0])
-
     files = [sorted(Path(part).rglob("*.png")) for part in ("train", "test")]
-    for name, network in (("int8", int8), ("bf16", low)):
+    for name, network in (("int8", lambda x: onnx_outputs(session, x)[0]), ("bf16", low)):
         about = json.loads(Path(f"here/w.0-{name}.json").read_text())
         scores = about[name]["knn_k20"]
         assert scores["float32"] == pytest.approx(knn_accuracy(ours, *files))
@@ -367,31 +342,25 @@ def test_where_files_go(run_dir, weights, tmp_path, monkeypatch):
 
 
 def test_what_differs_is_not_exported(tmp_path):
-    weights = Weights(sharp_backbone(), "x", {})
-    with pytest.raises(RunFailed, match="features differ by"):
-        compare(weights, sharp_backbone(1))
-    with pytest.raises(RunFailed, match="not finite: nothing is exported"):
-        compare(weights, lambda x: weights.backbone(x) * float("nan"))
-    with pytest.raises(RunFailed, match="features have the shapes"):
-        compare(weights, lambda x: weights.backbone(x)[:, :5])
-    runs = weights.backbone, lambda x: -weights.backbone(x)
-    with pytest.raises(RunFailed, match=r"cosine similarity to float32 fell to -1\.00"):
-        compare_rounded(weights, "int8", runs, (2, 1), None)
+    backbone = sharp_backbone()
+    weights = Weights(backbone, "x", {})
 
     def doubled(x):
-        cls, patches = weights.backbone.forward_features(x)
+        cls, patches = backbone.forward_features(x)
         return cls, 2 * patches
 
-    with pytest.raises(RunFailed, match="features differ by"):
-        compare(weights, doubled, patches=True)
-
-    def half():
-        with replacing_path(tmp_path / "x.onnx") as part:
-            part.write_text("half")
-            raise RunFailed("")
-
-    with pytest.raises(RunFailed):
-        half()
+    for other, message in (
+        (sharp_backbone(1), "features differ by"), (doubled, "features differ by"),
+        (lambda x: backbone(x) * float("nan"), "not finite: nothing is exported"),
+        (lambda x: backbone(x)[:, :5], "features have the shapes"),
+    ):  # fmt: skip
+        with pytest.raises(RunFailed, match=message):
+            compare(weights, other, patches=other is doubled)
+    with pytest.raises(RunFailed, match=r"cosine similarity to float32 fell to -1\.00"):
+        compare_rounded(weights, "int8", (backbone, lambda x: -backbone(x)), (2, 1), None)
+    with pytest.raises(RunFailed), replacing_path(tmp_path / "x.onnx") as part:  # noqa: PT012
+        part.write_text("half")
+        raise RunFailed("")
     assert not list(tmp_path.iterdir())
 
 
@@ -405,48 +374,31 @@ def test_weights_that_diverged(capsys):
 
 
 def test_a_broken_off_export_leaves_what_was_there(weights, tmp_path, monkeypatch):
+    def written():
+        return {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
     formats = (huggingface.huggingface, safetensors_files.safetensors)
     for export in formats:
         export(weights, tmp_path / "x")
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    for trouble in (RunFailed("x"), KeyboardInterrupt()):
-
-        def fail(*_, trouble=trouble):
-            raise trouble
-
+    before = written()
+    for trouble in (RunFailed, KeyboardInterrupt):
+        fail = mock.Mock(side_effect=trouble("x"))
         monkeypatch.setattr("ssl_xcit.export.comparison.real_images", fail)
         for export in formats:
-            with pytest.raises(type(trouble)):
+            with pytest.raises(trouble):
                 export(weights, tmp_path / "x")
-        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+        assert written() == before
 
 
 def test_a_format_that_is_not_known(run_dir, capsys):
-    assert run("export", f"ckpt={run_dir}", "format=tflite") == 2
-    error = capsys.readouterr().err
-    assert "format=tflite must be one of safetensors, timm, huggingface, onnx" in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format": []}, r"format=\[\] must be one or several of onnx"),
-        ({"format": 3}, "format=3 must be text or a list of texts"),
-        ({"which": "both"}, "which=both must be teacher or student"),
-        ({"formats": {"onnx": {"_target_": "ssl_xcit.export.programs.onnx", "patches": 2}}},
-         r"formats\.onnx\.patches=2 must be true or false"),
-        ({"knn": {"_target_": "ssl_xcit.eval.evaluators.exported_knn.ExportedKNN", "k": 0}},
-         r"knn\.k=0 must be a whole number of at least 1"),
-    ],
-)  # fmt: skip
-def test_settings_out_of_range(change, message):
-    settings = {
-        "main": "x", "ckpt": "x", "format": "onnx", "which": "teacher", "out": None,
-        "formats": {"onnx": {"_target_": "ssl_xcit.export.programs.onnx"}}, "knn": {},
-    }  # fmt: skip
-    with pytest.raises(UserError, match=message):
-        _ = parse(ExportSettings, OmegaConf.create(settings | change)).chosen
+    for word, message in (
+        ("tflite", "format=tflite must be one of safetensors, timm, huggingface, onnx"),
+        ("[]", "format=[] must be one or several of safetensors, timm"),
+    ):
+        assert run("export", f"ckpt={run_dir}", f"format={word}") == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -478,29 +430,25 @@ def test_what_a_format_cannot_hold(weights, capsys):
 def test_push_only_when_asked(weights, tmp_path, monkeypatch):
     sent = []
 
-    class Hub:
-        def __init__(self):  # the token is its own affair
-            pass
+    def upload(repo_id, folder_path):
+        sent.append(sorted(p.name for p in Path(folder_path).iterdir()))
+        return f"https://hub/{repo_id}"
 
-        def create_repo(self, repo, private, exist_ok):
-            sent.append((repo, private))
-
-        def upload_folder(self, repo_id, folder_path):
-            sent.append(sorted(p.name for p in Path(folder_path).iterdir()))
-            return f"https://hub/{repo_id}"
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    hub = mock.Mock(upload_folder=upload)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)  # the token is its own affair
     with pytest.raises(UserError, match="push=name must be USER/NAME"):
         huggingface.huggingface(weights, tmp_path / "x", push="name")
     assert not list(tmp_path.iterdir())
     huggingface.huggingface(weights, tmp_path / "x")
     assert not sent
+    hub.create_repo.assert_not_called()
     exported = huggingface.huggingface(weights, tmp_path / "x", push="me/net")
     assert "pushed: https://hub/me/net" in exported.notes
-    assert sent == [("me/net", True), ["README.md", "config.json", "model.safetensors"]]
+    assert sent == [["README.md", "config.json", "model.safetensors"]]
+    hub.create_repo.assert_called_once_with("me/net", private=True, exist_ok=True)
     assert 'from_pretrained("me/net")' in (tmp_path / "x-huggingface/README.md").read_text()
     huggingface.huggingface(weights, tmp_path / "x", push="me/net", private=False)
-    assert sent[2] == ("me/net", False)
+    hub.create_repo.assert_called_with("me/net", private=False, exist_ok=True)
 
 
 def test_push_without_network(weights, tmp_path, monkeypatch):

@@ -6,13 +6,10 @@ from copy import deepcopy
 
 import pytest
 import torch
+from numerics import kept_bytes, relative, with_gradients
 
 from ssl_xcit.models.layers import MLP, DropPath, NormMLP
 from ssl_xcit.models.xcit import CACHED_SIZES, FourierPosition, XCiT
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def norm_and_mlp(dim):
@@ -29,23 +26,16 @@ def test_mlp_by_parts_is_the_layers_one_after_another(rows, monkeypatch):
     norm, mlp, gain = norm_and_mlp(6)
     parameters = [*norm.parameters(), *mlp.parameters(), gain]
     x = torch.randn(3, 5, 6, requires_grad=True)
-
-    def gradients(form):
-        out = form()
-        return out, *torch.autograd.grad(out.square().sum(), [x, *parameters])
-
-    ours = gradients(lambda: mlp.of_norm(x, norm, gain))
-    for a, b in zip(ours, gradients(lambda: mlp(norm(x), gain)), strict=True):
-        assert relative(a, b) < 1e-5
+    ours = with_gradients(lambda: mlp.of_norm(x, norm, gain), [x, *parameters])
+    plain = with_gradients(lambda: mlp(norm(x), gain), [x, *parameters])
+    assert all(relative(a, b) < 1e-5 for a, b in zip(ours, plain, strict=True))
     with torch.no_grad():
         assert torch.allclose(mlp.of_norm(x, norm, gain), ours[0])
-    plain_weights = [p.detach() for p in parameters[:-1]]
-    made = []
-    empty = torch.Tensor.new_empty
+    made, empty = [], torch.Tensor.new_empty
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda t, *a, **k: made.append(a) or empty(t, *a, **k)
     )
-    NormMLP.apply(x, *plain_weights, 1e-6, False)
+    NormMLP.apply(x, *(p.detach() for p in parameters[:-1]), 1e-6, False)
     assert made[0][0] == 0  # without gradients no hidden layer is kept
     x, norm, mlp = x.detach().double().requires_grad_(), norm.double(), mlp.double()
     weights = (norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
@@ -54,39 +44,36 @@ def test_mlp_by_parts_is_the_layers_one_after_another(rows, monkeypatch):
 
 def test_mlp_by_parts_rounds_no_worse_under_autocast():
     norm, mlp, gain = norm_and_mlp(32)
-    parameters = [*norm.parameters(), *mlp.parameters(), gain]
     x = torch.randn(2, 40, 32, requires_grad=True)
-
-    def gradients(form, low):
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            out = form()
-        return out, *torch.autograd.grad(out.float().square().sum(), [x, *parameters])
-
+    inputs = [x, *norm.parameters(), *mlp.parameters(), gain]
     plain, parts = lambda: mlp(norm(x), gain), lambda: mlp.of_norm(x, norm, gain)
-    exact = gradients(plain, False)
-    for a, b, c in zip(gradients(parts, True), gradients(plain, True), exact, strict=True):
+    exact = with_gradients(plain, inputs)
+    low = [with_gradients(form, inputs, low=True) for form in (parts, plain)]
+    for a, b, c in zip(*low, exact, strict=True):
         assert a.dtype == b.dtype
         assert relative(a.float(), c) < 1.3 * relative(b.float(), c) + 1e-3
 
 
 def test_dropped_samples_are_not_computed():
     torch.manual_seed(0)
-    drop, seen = DropPath(0.5), []
+    drop, seen = XCiT(32, 1, 2, patch_size=4, drop_path=0.5).blocks[0].drop_path, []
 
     def branch(x):
         seen.append(len(x))
         return 3.0 * x
 
     x = torch.randn(1000, 2, 3, requires_grad=True)
-    out = drop.by_sample(x, branch)
-    kept = (out != x).flatten(1).all(1)
-    assert seen == [kept.sum().item()]
-    assert 400 < seen[0] < 600
-    assert torch.allclose(out[kept], 7.0 * x[kept])  # x + 3 x / (1 - rate)
-    assert torch.equal(out[~kept], x[~kept])
+    for out in (drop(x, branch(x)), drop.by_sample(x, branch)):
+        kept = (out != x).flatten(1).all(1)
+        assert 400 < kept.sum() < 600
+        assert torch.allclose(out[kept], 7.0 * x[kept])  # x + 3 x / (1 - rate)
+        assert torch.equal(out[~kept], x[~kept])
+    assert seen == [1000, kept.sum().item()]
     out.sum().backward()
     assert set(x.grad.unique().tolist()) == {1.0, 7.0}
-    assert torch.equal(drop.eval().by_sample(x, branch), x + 3.0 * x)
+    drop.eval()
+    for out in (drop(x, branch(x)), drop.by_sample(x, branch)):
+        assert torch.equal(out, x + 3.0 * x)
 
 
 def test_parameters_have_gradients_when_every_sample_drops_the_branch():
@@ -109,10 +96,8 @@ def test_small_branches_are_not_rounded_away_in_bfloat16():
 
     def change(low):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
-            seen = []
-            hook = model.blocks[0].register_forward_pre_hook(
-                lambda block, inputs: seen.append(inputs[0])
-            )
+            block, seen = model.blocks[0], []
+            hook = block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
             after, _ = model.patch_tokens(x)
             hook.remove()
         assert after.dtype == torch.float32
@@ -133,10 +118,8 @@ def test_recomputed_blocks_are_the_same_step(low):
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             out = model(x)
         out.square().sum().backward()
-        gradients = {name: p.grad for name, p in model.named_parameters()}
-        steps.append(
-            {"out": out, "next": torch.rand(3), **gradients, **dict(model.named_buffers())}
-        )
+        step = {name: p.grad for name, p in model.named_parameters()}
+        steps.append(step | {"out": out, "next": torch.rand(3)} | dict(model.named_buffers()))
     for name, value in steps[0].items():
         assert torch.equal(steps[1][name], value), name
 
@@ -144,11 +127,9 @@ def test_recomputed_blocks_are_the_same_step(low):
 def test_recomputed_blocks_twice():
     model, x = small(drop_path=0.4), torch.randn(2, 3, 24, 24)
     model.checkpoint_blocks = True
-    loss = model(x).square().sum()
-    first = torch.autograd.grad(
-        loss, [model.cls_token, *model.blocks.parameters()], retain_graph=True
-    )
-    second = torch.autograd.grad(loss, [model.cls_token, *model.blocks.parameters()])
+    loss, inputs = model(x).square().sum(), [model.cls_token, *model.blocks.parameters()]
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert model.blocks[0].local_mp.bn.num_batches_tracked == 1
     assert model.blocks[0].local_mp.bn.momentum == 0.1
@@ -156,18 +137,11 @@ def test_recomputed_blocks_twice():
 
 def test_recomputed_blocks_keep_less():
     """Of what autograd saves, a block's part is its input."""
-    plain, x, kept = small(), torch.randn(2, 3, 96, 96), []
-    for plain.checkpoint_blocks in (False, True):
-        sizes = {}
-
-        def pack(tensor, sizes=sizes):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out, _ = plain.patch_tokens(x)
-        kept.append(sum(sizes.values()) / out.nbytes)
-    assert kept[0] - kept[1] > 3 * 9  # three blocks, at least nine widths each
+    model, x, kept = small(), torch.randn(2, 3, 96, 96), []
+    for model.checkpoint_blocks in (False, True):
+        kept.append(kept_bytes(lambda: model.patch_tokens(x)))
+    width = model.patch_tokens(x)[0].nbytes
+    assert kept[0] - kept[1] > 3 * 9 * width  # three blocks, at least nine widths each
 
 
 WITHOUT_BREAKS = """
@@ -185,9 +159,7 @@ with torch.no_grad():
 
 
 def test_compiles_without_a_graph_break():
-    """In a process of its own: what checks types in tests cannot be compiled. Programs are
-    compiled and compared in test_slow.py.
-    """
+    """In a process of its own: what checks types in tests cannot be compiled."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_BREAKS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -1,17 +1,14 @@
 """The two forms of cross-covariance attention are one function."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from numerics import kept_bytes, with_gradients
 
-from ssl_xcit.models.xca import (
-    ChannelMixing,
-    CrossCovarianceAttention,
-    Gram,
-    channel_attention,
-    from_gram,
-    gram_is_faster,
-)
+from ssl_xcit.models import xca
+from ssl_xcit.models.xca import ChannelMixing, CrossCovarianceAttention, Gram, gram_is_faster
 
 
 def layer(dim, heads, seed=0):
@@ -32,7 +29,7 @@ def direct_form(made, x):
 
 
 def gram_form(made, x):
-    return from_gram(x, made.qkv, made.temperature, made.proj.weight, made.proj.bias)
+    return xca.from_gram(x, made.qkv, made.temperature, made.proj.weight, made.proj.bias)
 
 
 def relative(a, b):
@@ -66,7 +63,7 @@ def mixing(qkv, temperature):
     """The formula as autograd has it, and as GPUs and compiled programs run it."""
     B, N, C = qkv.shape
     q, k, v = qkv.view(B, N, 3, len(temperature), -1).permute(2, 0, 3, 4, 1)
-    mixed = v.mT @ channel_attention(q, k, temperature).mT
+    mixed = v.mT @ xca.channel_attention(q, k, temperature).mT
     return mixed.transpose(1, 2).reshape(B, N, C // 3)
 
 
@@ -79,13 +76,11 @@ def test_mixing_by_head_is_the_formula(seed):
     qkv = (scale * torch.randn(3, N, 3 * H * d, dtype=torch.float64)).requires_grad_()
     temperature = (torch.rand(H, 1, 1, dtype=torch.float64) + 0.5).requires_grad_()
     weights = torch.randn(3, N, H * d, dtype=torch.float64)
-
-    def gradients(form):
-        out = form(qkv, temperature)
-        return out, *torch.autograd.grad((out * weights).sum(), [qkv, temperature])
-
-    for a, b in zip(gradients(ChannelMixing.apply), gradients(mixing), strict=True):
-        assert relative(a, b) < 1e-11
+    ours, plain = (
+        with_gradients(partial(form, qkv, temperature), [qkv, temperature], weights)
+        for form in (ChannelMixing.apply, mixing)
+    )
+    assert all(relative(a, b) < 1e-11 for a, b in zip(ours, plain, strict=True))
     few = (qkv[:1, :4] / scale).detach().requires_grad_()
     assert torch.autograd.gradcheck(ChannelMixing.apply, (few, temperature))
 
@@ -97,9 +92,8 @@ def test_mixing_by_head_rounds_no_worse_in_bfloat16(seed):
     temperature = torch.ones(2, 1, 1)
 
     def gradient(form, x):
-        x = x.detach().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.bfloat16):
-            return torch.autograd.grad((form(x, temperature) * weights).sum(), x)[0]
+        x, low = x.detach().requires_grad_(), x.dtype == torch.bfloat16
+        return with_gradients(lambda: form(x, temperature), [x], weights, low)[1]
 
     exact = gradient(mixing, qkv)
     ours, plain = (gradient(form, qkv.bfloat16()) for form in (ChannelMixing.apply, mixing))
@@ -107,15 +101,18 @@ def test_mixing_by_head_rounds_no_worse_in_bfloat16(seed):
     assert relative(ours.float(), exact) < 1.2 * relative(plain.float(), exact) + 1e-3
 
 
+def agree(made, x, bound):
+    x = x.clone().requires_grad_()
+    direct, gram = both(made, x)
+    assert relative(gram, direct) < bound
+    gram.sum().backward()
+    assert x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 50])
 def test_constant_tokens_zero_tokens_and_one_token(tokens):
-    made = layer(16, 2)
     for value in (torch.ones(1, 1, 16), torch.zeros(1, 1, 16), torch.randn(1, 1, 16) * 1e3):
-        x = value.expand(2, tokens, 16).clone().requires_grad_()
-        direct, gram = both(made, x)
-        assert relative(gram, direct) < 1e-4
-        gram.sum().backward()
-        assert x.grad.isfinite().all()
+        agree(layer(16, 2), value.expand(2, tokens, 16), 1e-4)
 
 
 def test_a_dead_channel_attends_evenly_in_both():
@@ -124,35 +121,21 @@ def test_a_dead_channel_attends_evenly_in_both():
     with torch.no_grad():
         made.qkv.weight[[0, 16]] = 0.0  # one of q, one of k
         made.qkv.bias[[0, 16]] = 0.0
-    x = torch.randn(2, 30, 16, requires_grad=True)
-    direct, gram = both(made, x)
-    assert relative(gram, direct) < 1e-5
-    gram.sum().backward()
-    assert x.grad.isfinite().all()
+    agree(made, torch.randn(2, 30, 16), 1e-5)
 
 
-def test_gradients_of_the_gram_form():
+def test_gradients_of_the_gram_form(monkeypatch):
+    monkeypatch.setattr(xca, "gram_is_faster", lambda *_: True)
     made = layer(6, 2).double()
     x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(made(x), gram_form(made, x))
     assert torch.autograd.gradcheck(Gram.apply, (x,))
     names = [name for name, _ in made.named_parameters()]
 
     def form(x, *parameters):
-        values = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(
-            Form(made), {f"made.{k}": v for k, v in values.items()}, x
-        )
+        return torch.func.functional_call(made, dict(zip(names, parameters, strict=True)), x)
 
     assert torch.autograd.gradcheck(form, (x, *made.parameters()))
-
-
-class Form(torch.nn.Module):
-    def __init__(self, made):
-        super().__init__()
-        self.made = made
-
-    def forward(self, x):
-        return gram_form(self.made, x)
 
 
 def test_autocast_rounds_no_worse_than_the_direct_form():
@@ -168,24 +151,9 @@ def test_autocast_rounds_no_worse_than_the_direct_form():
 
 def test_only_what_is_needed_is_kept_for_the_backward_pass():
     """x once, and C x C things: a fraction of what the direct form keeps."""
-
-    def kept(form):
-        sizes = {}
-
-        def pack(tensor):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            result = form()
-        del result
-        return sum(sizes.values())
-
     made, x = layer(32, 4), torch.randn(2, 2000, 32, requires_grad=True)
-    small = kept(lambda: gram_form(made, x))
-    large = kept(lambda: direct_form(made, x))
-    assert small < 1.5 * x.nbytes
-    assert large > 4 * x.nbytes
+    assert kept_bytes(lambda: gram_form(made, x)) < 1.5 * x.nbytes
+    assert kept_bytes(lambda: direct_form(made, x)) > 4 * x.nbytes
 
 
 def test_the_choice_is_by_size():
