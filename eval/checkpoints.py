@@ -31,29 +31,19 @@ def folder_of(path: Path) -> Path:
 
 
 def data_of_run(ckpt: Text | Sequence[Text]) -> LabelledPair | None:
-    """The labelled images that a run was measured on.
-
-    Args:
-        ckpt: the weights; of several the first.
-
-    Raises:
-        UserError: the weights do not lie in a run folder.
+    """The labelled images that a run was measured on, of several weights the first's; raises
+    UserError where these do not lie in a run folder.
     """
     cfg = data_settings_of_run(checkpoints_in(ckpt)[0])
     return instantiate(cfg.eval_data) if cfg.get("eval_data") else None
 
 
 def data_settings_of_run(ckpt: str) -> DictConfig:
-    """The settings of a run's data, from the choices in its `run.json`.
+    """The settings of a run's data, from the choices in its `run.json`, by its folder or a
+    checkpoint in it; raises UserError where the weights do not lie in a run folder.
 
     Only names of our own options and plain values are taken from the file; nothing in it is
     instantiated by itself.
-
-    Args:
-        ckpt: its folder, or a checkpoint in it.
-
-    Raises:
-        UserError: the weights do not lie in a run folder.
     """
     file = folder_of(checkpoint_path(ckpt)) / "run.json"
     if not file.is_file():
@@ -79,11 +69,7 @@ def data_settings_of_run(ckpt: str) -> DictConfig:
 
 
 def checkpoints_in(ckpt: Text | Sequence[Text]) -> list[str]:
-    """The checkpoints of a setting that names one, or several in a list.
-
-    Raises:
-        UserError: the list is empty.
-    """
+    """The checkpoints of a setting that names one, or several in a list; UserError for none."""
     words = [str(word) for word in as_list(ckpt)]
     if not words:
         raise UserError("ckpt=[]: name a run folder or a checkpoint")
@@ -91,10 +77,8 @@ def checkpoints_in(ckpt: Text | Sequence[Text]) -> list[str]:
 
 
 def check_comparable(paths: Sequence[Path], preprocesses: Sequence[Preprocess]) -> None:
-    """Check that checkpoints which are measured beside each other take the same images.
-
-    Raises:
-        UserError: they have different numbers of channels, or one is named twice.
+    """Raise UserError where checkpoints that are measured beside each other do not take the same
+    images: they have different numbers of channels, or one is named twice.
     """
     if len(set(paths)) < len(paths):
         raise UserError(f"ckpt: {paths[0]} is named twice; two different ones can be compared")

@@ -38,10 +38,8 @@ class OnlineEvaluation(lightning.Callback):
     evaluation took, and `online_share`, the part of the training time that all have taken.
 
     Args:
-        evaluators: by name.
         every_steps: steps between two evaluations.
         max_images: of the training and of the test part each; evenly spaced ones are taken.
-        batch_size: images at once.
         eval_budget: share of the training time that evaluation may take: after the first, one that
             would exceed it is skipped; None: none is.
         networks: teacher, student or both; the student's numbers are called `student_...`.

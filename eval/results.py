@@ -35,17 +35,11 @@ CLASS_HEADINGS = ("class", "test images", "in %")
 
 @dataclass
 class Evaluation:
-    """Numbers by what was measured (rows: baselines, backbones) and metric.
+    """Numbers by row (baselines, backbones), then by metric, evaluator or task.
 
-    Args:
-        results: row -> metric -> value; an `Estimate` where there is an interval.
-        seconds: row -> what was measured -> time that it took.
-        chosen: row -> evaluator -> the setting that it chose.
-        heads: row -> evaluator -> the classifier that it trained.
-        by_class: row -> metric -> accuracy of each class.
-        left_out: row -> evaluator or task -> why it has no numbers.
-        compared: differences of two rows, once computed.
-        overlap: number of test images that are training images as well, by kind.
+    `results` has an `Estimate` where there is an interval, `chosen` the settings that evaluators
+    chose, `left_out` why there are no numbers, `overlap` the numbers of test images that are
+    training images as well, by kind.
     """
 
     results: Results = field(default_factory=dict)
@@ -54,7 +48,7 @@ class Evaluation:
     heads: dict[str, dict[str, LinearHead]] = field(default_factory=dict)
     by_class: dict[str, dict[str, ByClass]] = field(default_factory=dict)
     left_out: dict[str, dict[str, Exception]] = field(default_factory=dict)
-    compared: dict[tuple[str, str], dict[str, Difference]] = field(default_factory=dict)
+    compared: dict[tuple[str, str], dict[str, Difference]] = field(default_factory=dict)  # two rows
     overlap: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -100,9 +94,7 @@ def significant(paired: Mapping[str, Difference]) -> dict[str, bool]:
 
 
 def difference_rows(paired: Mapping[str, Difference], decimals: int | None) -> list[list[str]]:
-    """Cells of `DIFFERENCE_HEADINGS`; `decimals` None: three of an error in its own unit, else
-    one.
-    """
+    """Cells of `DIFFERENCE_HEADINGS`; `decimals` None: three of an error in its unit, else one."""
     verdicts, rows = significant(paired), []
     for metric, d in paired.items():
         n = decimals if decimals is not None else 3 if metric == "mae" else 1

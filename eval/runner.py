@@ -49,9 +49,7 @@ def evaluate(
         backbone: frozen; moved to `device`; several by name.
         pair: labelled images; None where there are tasks only.
         evaluators: by name; those for another kind of labels than there are, are not run.
-        baselines: by name; each makes features from (extractor, kinds of features).
-        tasks: by name.
-        batch_size: images at once.
+        baselines: each makes features from (extractor, kinds of features).
         num_workers: loader processes; None: one a core, less one.
         device: `auto` takes every GPU there is; several are joined by `+`.
         max_pixels: images with more by their header are refused.

@@ -115,9 +115,7 @@ def standard_error(items: Items, statistic: Statistic) -> float:
 
 
 def deviation(Q: int, size: int, value_of: Callable[[Weights], float]) -> float:
-    """The standard error by random halves of Q images; fewer halves where the images have many
-    numbers together (`size`).
-    """
+    """The standard error by random halves of Q images; fewer halves where `size` is large."""
     count = int(np.clip(1e8 / max(1, size), 100, HALVES))
     generator = np.random.Generator(np.random.Philox(0))
     values = np.empty(count)
@@ -139,10 +137,8 @@ class Difference:
 
 
 def paired_difference(one: Estimate, two: Estimate) -> Difference:
-    """The paired difference, image by image.
-
-    Raises:
-        ValueError: they were not measured on equally many images, or there is but one.
+    """The paired difference, image by image; raises ValueError where they were not measured on
+    equally many images, or there is but one.
     """
     Q = len(one.items)
     if len(two.items) != Q or Q < 2:

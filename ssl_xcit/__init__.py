@@ -1,6 +1,4 @@
-"""Self-supervised pretraining of XCiT backbones: `create_model`, `load_backbone`, `ssl-xcit
---help`.
-"""
+"""Self-supervised pretraining of XCiT: `create_model`, `load_backbone`, `ssl-xcit --help`."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,4 @@
-"""`python -m ssl_xcit COMMAND ...`, as `ssl-xcit COMMAND ...`; a trial of a sweep ends with the
-process that has started it.
-"""
+"""`python -m ssl_xcit COMMAND ...`; a sweep's trial ends with the process that started it."""
 
 import os
 import signal

@@ -35,24 +35,17 @@ from ssl_xcit.utils.terminal import OneLine, printable, say
 from ssl_xcit.utils.validation import missing_keys, parse
 
 CONF = "ssl_xcit.conf"
-FLAGS = (
-    "--config-dir",
-    "-cd",
-    "--config-name",
-    "-cn",
-)  # that a rank started by Lightning needs too
+FLAGS = ("--config-dir", "-cd", "--config-name", "-cn")  # a rank started by Lightning needs them
 SWEEP = ("-m", "--multirun")
 TAKES = ("-c", "--cfg", "-p", "--package", "-i", "--info", "-hd", "--hydra-help")  # a word behind
 OTHERS = (
     "-h", "--help", "--version", "--resolve", "-r", "--run", "-sc", "--shell-completion", "-cp",
     "--config-path", "--experimental-rerun",
 )  # fmt: skip
-# what Hydra shows instead of running anything
 FORMATS = {".npy": "arrays", ".npz": "arrays", ".txt": "list", ".csv": "list", ".tsv": "list",
            ".parquet": "list"}  # of data.file  # fmt: skip
+# what Hydra shows instead of running anything
 SHOWN = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-v", "--version"}
-
-
 KNOWN = {*FLAGS, *SWEEP, *TAKES, *OTHERS}
 
 
@@ -73,11 +66,6 @@ def settings_of(command: str) -> DictConfig:
     return settings
 
 
-def sweeper_of(command: str) -> str | None:
-    """What runs a sweep of this command; None: Hydra's own, one after another."""
-    return settings_of(command).get("sweeper")
-
-
 def named(command: str, arguments: Sequence[str]) -> list[str]:
     """A word that stands alone as the value of a setting: an existing folder or list of images as
     `data.root` or `data.file`, anything else as the one setting that has to be given, such as
@@ -92,7 +80,7 @@ def named(command: str, arguments: Sequence[str]) -> list[str]:
     needed = [key for key in needed if key not in given]
     takes_data = "data" in default_options(command) and not given & {"data.root", "data.file"}
     for place, (before, word) in enumerate(zip(["", *words], words, strict=False)):
-        if before in FLAGS or before in TAKES or option_of(word) in KNOWN:
+        if before in FLAGS or before in TAKES or word.partition("=")[0] in KNOWN:
             continue
         if word.startswith("-"):
             raise UserError(with_dashes(command, word, words[place + 1 :]))
@@ -107,11 +95,6 @@ def named(command: str, arguments: Sequence[str]) -> list[str]:
         else:
             raise UserError(without_key(command, word, words[place + 1 :]))
     return words
-
-
-def option_of(word: str) -> str:
-    """`--cfg` of `--cfg=job`."""
-    return word.partition("=")[0]
 
 
 def with_dashes(command: str, word: str, behind: Sequence[str]) -> str:
@@ -314,7 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
-        sweeper = sweeper_of(command) if sweep else None
+        # without one of ours Hydra's own runs the trials, one after another
+        sweeper = settings_of(command).get("sweeper") if sweep else None
         if sweeper and not SHOWN & {word.partition("=")[0] for word in arguments}:
             words = [w for w in sys.argv[1:] if w not in (*SWEEP, *flags)]
             function = get_method(sweeper)
@@ -418,9 +402,7 @@ def report(command: str, error: Exception) -> None:
 
 
 def unseen(words: Sequence[str]) -> str:
-    r"""`; data.root ends in \r: ...` where a word or its value begins or ends with a character that
-    is not seen, else nothing.
-    """
+    r"""`; data.root ends in \r: ...` if a word or value has an unseen character at an end."""
     for word in words:
         key, _, value = word.partition("=")
         key, value = printable(key.strip()), value.strip("'")

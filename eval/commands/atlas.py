@@ -6,7 +6,6 @@ thumbnails of what the backbone saw. Images that cannot be read are left out and
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -15,7 +14,7 @@ from annotated_types import Ge, Le
 from ssl_xcit.data.preprocess import of_weights
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
-from ssl_xcit.utils.files import replacing, writable_folder, writable_or_here, written_to
+from ssl_xcit.utils.files import replacing, written_to
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import Count, Network, Node, Text, Workers
@@ -24,16 +23,10 @@ from ..checkpoints import checkpoints_in, expected_architecture, folder_of, shor
 from ..features.extractor import FeatureExtractor, placed
 from ..runner import cache_folder
 from ..viz.atlas import Atlas, atlas_page, sprites
-from ..viz.atlas_data import (
-    chosen_sources,
-    classes_of,
-    side_of,
-    thumbnails,
-    unread_names,
-)
+from ..viz.atlas_data import chosen_sources, classes_of, side_of, thumbnails, unread_names
 from ..viz.dataset import image_features, load_data_set
 from ..viz.embedding import tsne
-from ..viz.markup import html_path
+from ..viz.markup import page_path
 
 MOST_NAMES = 5  # of the images left out
 
@@ -60,15 +53,6 @@ class AtlasSettings:
     eval_data: Node | None = None
 
 
-def atlas_file(out: Text | None, path: Path) -> Path:
-    """The file of the page, in a folder that can be written."""
-    if not out:
-        return writable_or_here(folder_of(path)) / "atlas.html"
-    file = html_path(out)
-    writable_folder(file.parent)
-    return file
-
-
 def main(settings: AtlasSettings) -> None:
     """`ssl-xcit atlas`: writes one HTML file."""
     s = settings
@@ -76,7 +60,7 @@ def main(settings: AtlasSettings) -> None:
     if more:
         raise UserError(f"ckpt={s.ckpt}: one at a time; each checkpoint has its own map")
     path = checkpoint_path(ckpt)
-    out = atlas_file(s.out, path)
+    out = page_path(s.out, folder_of(path), "atlas.html")
     show = shown_in_terminal()
     backbone = load_backbone(path, s.which, expected_architecture(s.model))
     extractor = FeatureExtractor(

@@ -62,11 +62,9 @@ class EmbedSettings:
 
 
 def main(settings: EmbedSettings) -> None:
-    """`ssl-xcit embed`: write one file or several, and beside them the images that are bad.
-
-    Raises:
-        UserError: settings do not go together, or a file of other features is in the way.
-        RunFailed: too many images are bad.
+    """`ssl-xcit embed`: write one file or several, and beside them the images that are bad; raises
+    UserError where settings do not go together or a file of other features is in the way, RunFailed
+    where too many images are bad.
     """
     outs = out_files(settings.out)
     path = checkpoint_path(str(settings.ckpt))
@@ -123,11 +121,7 @@ def main(settings: EmbedSettings) -> None:
 
 
 def out_files(setting: Text | Sequence[Text]) -> list[Path]:
-    """The files to write.
-
-    Raises:
-        UserError: there is none, one is named twice, or has another format.
-    """
+    """The files to write; raises UserError for none, one twice, or another format."""
     outs = [Path(str(word)).expanduser() for word in as_list(setting)]
     for out in outs:
         if out.suffix not in ENDINGS or out.is_dir():
@@ -141,11 +135,7 @@ def out_files(setting: Text | Sequence[Text]) -> list[Path]:
 
 
 def check_outside(outs: Sequence[Path], data: DataSettings) -> None:
-    """Check that no file lands among the images as one of them.
-
-    Raises:
-        UserError: one would.
-    """
+    """Raise UserError where a file would land among the images as one of them."""
     if HydraConfig.get().runtime.choices["data"] != "folder":
         return  # which alone looks for image files
     for folder in as_list(data.options["root"]):

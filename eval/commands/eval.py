@@ -129,10 +129,8 @@ def warn_left_out(evaluation: Evaluation) -> None:
 def out_file(out: Text | None, paths: Sequence[Path]) -> Path:
     """Where `results.json` goes, in a folder that can be written: as named, or into that of the
     weights, `comparison.json` for several; with the name of the data where these are not the run's
-    own, `results-cifar10.json`.
-
-    Raises:
-        UserError: `out` does not end in .json, or its folder cannot be written.
+    own, `results-cifar10.json`. Raises UserError where `out` does not end in .json, or its folder
+    cannot be written.
     """
     # under torchrun the first rank alone writes
     other_rank = int(os.environ.get("RANK", "0")) > 0

@@ -56,10 +56,8 @@ class FilmSettings:
 
 
 def colours_of(settings: FilmSettings, backbone: XCiT) -> Callable[[Iterable[AttentionPass]], Draw]:
-    """What decides the colours of a kind of film by samples.
-
-    Raises:
-        UserError: a head that the model does not have, or a size below its patch.
+    """What decides the colours of a kind of film by samples; raises UserError for a head that the
+    model does not have, or a size below its patch.
     """
     head, size, heads = settings.head, settings.size, backbone.architecture["num_heads"]
     if head is not None and head > heads:
@@ -83,10 +81,8 @@ def open_clip(settings: FilmSettings, video: Path, extractor: FeatureExtractor) 
 
 
 def out_path(settings: FilmSettings, video: Path, ckpt: Path) -> Path:
-    """A file ending in .mp4, or a folder, in a place that can be written.
-
-    Raises:
-        UserError: another ending, the video itself, or no place to write to.
+    """A file ending in .mp4, or a folder, in a place that can be written; raises UserError for
+    another ending, the video itself, or no place to write to.
     """
     head = "" if settings.head is None or settings.kind == "pca" else f"-head-{settings.head}"
     name = f"{video.resolve().name if video.is_dir() else video.stem}-{settings.kind}{head}.mp4"

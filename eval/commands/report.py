@@ -40,11 +40,7 @@ class ReportSettings:
 
 
 def folders_of(run: Text | Sequence[Text] | None, runs: Text | Sequence[Text] | None) -> list[Path]:
-    """The folders of `run` or `runs`.
-
-    Raises:
-        UserError: none, both, too many, or one twice.
-    """
+    """The folders of `run` or `runs`; raises UserError for none, both, too many, or one twice."""
     words = [str(word) for word in as_list(run if runs is None else runs)]
     if (run is None) == (runs is None) or not words:
         raise UserError("name a run folder, run=runs/photos, or several, runs=[runs/a,runs/b]")

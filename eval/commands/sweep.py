@@ -7,14 +7,13 @@ from rich.table import Table
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.sweeps.trial import FAILED, FINISHED
-from ssl_xcit.utils.files import writable_folder, writable_or_here
 from ssl_xcit.utils.tables import console
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import Count, Text
 
 from ..report.sweep import SweepResults, read_sweep
 from ..report.sweep_page import importance_of, leaderboard, write_sweep_page
-from ..viz.markup import html_path
+from ..viz.markup import page_path
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,7 @@ def main(settings: SweepSettings) -> None:
     """`ssl-xcit sweep DIR`: prints a leaderboard, writes one HTML file."""
     folder = Path(str(settings.dir)).expanduser()
     sweep = read_sweep(folder, settings.metric)
-    if settings.out:
-        out = html_path(settings.out)
-        writable_folder(out.parent)
-    else:
-        out = writable_or_here(folder) / "sweep.html"
+    out = page_path(settings.out, folder, "sweep.html")
     if not sweep.trials:
         raise UserError(f"{folder}: no trial has begun yet")
     if not sweep.finished and sweep.count(FINISHED):

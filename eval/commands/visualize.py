@@ -82,11 +82,7 @@ class VisualizeSettings:
 
 
 def make_folder(out: Text | None, path: Path) -> Path:
-    """The folder of the page, without what a killed process left.
-
-    Raises:
-        UserError: `out` is a file, or cannot be written.
-    """
+    """The folder of the page, without partial files; raises UserError where none can be written."""
     if out:
         folder = Path(str(out)).expanduser()
         try:

@@ -33,11 +33,7 @@ class ClassRetrieval(Evaluator):
         self.max_bank = max_bank
 
     def __call__(self, features: FeatureSet) -> Iterator[tuple[str, float]]:
-        """(name, percent).
-
-        Raises:
-            UserError: labels that are not one class an image.
-        """
+        """(name, percent); raises UserError for labels that are not one class an image."""
         classes = features.train_labels
         if classes.ndim != 1 or classes.dtype.kind not in "iu":
             raise UserError(
@@ -68,9 +64,7 @@ class ClassRetrieval(Evaluator):
 
 
 def slice_precision(similarity: Float32[np.ndarray, " N"], start: int, stop: int) -> float:
-    """Average precision where start..stop are right, other than one of -inf; the similarities are
-    sorted in place.
-    """
+    """Average precision where start..stop are right, other than one of -inf; sorts in place."""
     right = np.sort(similarity[start:stop])
     right = right[right > -np.inf]
     if not len(right):

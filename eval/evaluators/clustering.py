@@ -72,9 +72,8 @@ class Clustering(Evaluator):
     of several runs, because k-means ends differently from other starts by many points.
 
     Args:
-        runs: of k-means, each from a start of its own.
+        runs: of k-means, each from a start of its own, by the seed.
         iterations: of each.
-        seed: of the starts.
     """
 
     def __init__(self, runs: Count = 10, iterations: Count = 50, seed: Seed = 0):

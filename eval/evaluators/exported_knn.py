@@ -23,24 +23,16 @@ from .knn import KNN
 
 @dataclass(frozen=True)
 class ExportedKNN:
-    """k-NN in percent on labelled images, by the protocol of the evaluation.
-
-    Args:
-        pair: the images.
-        k: neighbours.
-        batch_size: images at once.
-    """
+    """k-NN in percent on labelled images, by the protocol of the evaluation."""
 
     pair: LabelledPair
-    k: Count = 20
-    batch_size: Count = 64
+    k: Count = 20  # neighbours
+    batch_size: Count = 64  # images at once
     accuracies: dict[Run, float] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, weights: Weights, runs: Mapping[str, Run]) -> dict[str, float]:
-        """Accuracy of each function from images to features, measured once.
-
-        Raises:
-            UserError: the labels are no classes, or there are too few images.
+        """Accuracy of each function from images to features, measured once; raises UserError where
+        the labels are no classes, or there are too few images.
         """
         if label_kind(self.pair.train.labels) != "classes":
             raise UserError("k-NN needs images of one class each")

@@ -38,13 +38,8 @@ def votes(
 def elected(
     classes: Labels, near: tuple[Similarity, Indices], num_classes: int, temperature: float
 ) -> Int64[np.ndarray, " Q"]:
-    """The class with the most votes, of equals the lowest.
-
-    Args:
-        classes: (N,) of the bank, from 0.
-        near: similarities and indices (Q, k) of those that vote.
-        num_classes: K.
-        temperature: above 0.
+    """The class with the most votes, of equals the lowest, by the similarities and indices (Q, k)
+    of those that vote; `classes` (N,) are the bank's, from 0.
     """
     similarity, indices = near
     winner = np.empty(len(indices), np.int64)
@@ -59,16 +54,8 @@ def elected(
 def knn_predict(
     bank: Bank, labels: Labels, queries: Queries, k: int, temperature: float = 0.07
 ) -> Int64[np.ndarray, " Q"]:
-    """Class ids of the queries by their k nearest rows of the bank.
-
-    Of classes with equal votes the lowest wins.
-
-    Args:
-        bank: (N, C) features.
-        labels: (N,) class ids; any integers.
-        queries: (Q, C) features.
-        k: neighbours that vote; more than N means all.
-        temperature: above 0.
+    """Class ids of the queries by their k nearest rows of the bank, of which more than N means all;
+    of classes with equal votes the lowest wins. `labels` are any integers.
     """
     names, classes = np.unique(labels, return_inverse=True)
     near = nearest(bank, queries, k)
@@ -86,7 +73,6 @@ class KNN(Evaluator):
             it.
         temperature: of the votes, one or several; the paper has 0.07.
         index: `ivf` or `hnsw`, for banks of more than `exact_up_to` rows; None: always exact.
-        exact_up_to: rows.
         recall: share of the exact neighbours that an index must find.
     """
 
@@ -128,8 +114,6 @@ class FewShot(Evaluator):
     Args:
         shots: images of each class; where a class has fewer, all of them.
         draws: how many times they are drawn.
-        temperature: of the votes.
-        seed: of the draws.
     """
 
     def __init__(

@@ -94,11 +94,7 @@ def setting_grid(
 
 
 def learnable_classes(labels: np.ndarray) -> tuple[np.ndarray, Int64[np.ndarray, " N"]]:
-    """(sorted class ids, place of each image's class in them).
-
-    Raises:
-        UserError: there is one class only.
-    """
+    """(sorted class ids, place of each image's class in them); UserError for a single class."""
     names, places = np.unique(labels, return_inverse=True)
     if len(names) < 2:
         raise UserError("the training images have one class only; a linear probe needs two")
@@ -112,8 +108,6 @@ class LinearProbe(Evaluator):
         lrs: learning rates to choose from, at a batch of 256.
         weight_decays: to choose from; the published protocol has 0.
         kinds: of features to choose from; the published protocol has the class token for XCiT.
-        epochs: passes over the training features.
-        batch_size: rows a step.
         val_fraction: share of the training rows that decides.
         seed: of initial weights, order and held-out rows.
     """

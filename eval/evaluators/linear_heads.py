@@ -80,9 +80,7 @@ class ParallelHeads:
     def step_(
         self, features: Mapping[str, Float[Tensor, "B _"]], classes: Int64[Tensor, " B"], lr: float
     ) -> None:
-        """One step of SGD on the cross-entropy; `lr` is what the settings' rates are multiplied
-        with.
-        """
+        """One step of SGD on the cross-entropy; `lr` multiplies the settings' rates."""
         B = len(classes)
         for kind in self.kinds:
             x, weight, bias = features[kind], self.weight[kind], self.bias[kind]
@@ -150,23 +148,15 @@ class AccuracyMeter:
 
 @dataclass
 class LinearHead:
-    """A finished linear layer on one kind of features; `weight` (K, D) and `bias` (K).
-
-    Args:
-        kind: see `KINDS`.
-        outputs: `classes` (K class ids), `labels` (K of them, each yes or no) or `numbers`.
-        ids: class id of each output; empty unless `classes`.
-        names: of the classes, by class id.
-        setting: what it was trained with.
-    """
+    """A finished linear layer on one kind of features; `weight` (K, D) and `bias` (K)."""
 
     weight: Float[Tensor, "K D"]
     bias: Float[Tensor, " K"]
-    kind: str = "cls"
-    outputs: str = "classes"
-    ids: Sequence[int] = ()
-    names: Sequence[str] = ()
-    setting: Mapping[str, Any] | None = None
+    kind: str = "cls"  # see `KINDS`
+    outputs: str = "classes"  # K class ids, or `labels`, K of them, each yes or no, or `numbers`
+    ids: Sequence[int] = ()  # class id of each output; empty unless `classes`
+    names: Sequence[str] = ()  # of the classes, by class id
+    setting: Mapping[str, Any] | None = None  # what it was trained with
 
     def __call__(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
         """Logits, or numbers."""
@@ -188,12 +178,7 @@ class LinearHead:
 
 
 def load_head(path: str | Path) -> LinearHead:
-    """Read what `LinearHead.save` wrote.
-
-    Raises:
-        MissingPath: no such file.
-        UserError: not such a file.
-    """
+    """Read what `LinearHead.save` wrote; raises MissingPath or UserError (another file)."""
     if not Path(path).is_file():
         raise MissingPath(f"head={path}: no such file; ssl-xcit eval writes heads/*.pt")
     try:
@@ -207,8 +192,6 @@ def load_head(path: str | Path) -> LinearHead:
 
 
 def known_classes(names: np.ndarray, labels: np.ndarray) -> Int64[np.ndarray, " Q"]:
-    """Places of class ids in the sorted `names`; -1, which matches no prediction, for those not
-    among them.
-    """
+    """Places of class ids in the sorted `names`; -1, which matches no prediction, for others."""
     places = np.searchsorted(names, labels).clip(max=len(names) - 1)
     return np.where(names[places] == labels, places, -1).astype(np.int64)

@@ -37,13 +37,8 @@ Model = tuple[Float[Tensor, "K D"], Float[Tensor, " K"]]  # weight and bias
 
 
 class Problem:
-    """A regularised model to be fitted, with features along their principal axes.
-
-    Args:
-        x: (N, D) features.
-        targets: what `loss_of` takes.
-        loss_of: (logits (N, K), targets) -> mean loss.
-        K: number of outputs.
+    """A regularised model to be fitted, with features along their principal axes; `loss_of` makes
+    the mean loss from logits (N, K) and targets, of K outputs.
     """
 
     def __init__(
@@ -106,9 +101,8 @@ def fit_labels(x: Tensor, y: Tensor, K: int) -> Solver:
     """A binary logistic regression each label; y (N, K) of 0 and 1."""
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        losses = binary_cross_entropy_with_logits(
-            logits, targets.to(logits.dtype), reduction="none"
-        )
+        wanted = targets.to(logits.dtype)
+        losses = binary_cross_entropy_with_logits(logits, wanted, reduction="none")
         return losses.sum(dim=1).mean()
 
     return Problem(x, y, loss, K).solve
@@ -136,11 +130,6 @@ def scaled(features: Float[np.ndarray, "N D"]) -> tuple[Float[Tensor, "N D"], fl
     x = as_tensor(features)
     scale = float((x - x.mean(dim=0)).square().sum(dim=1).mean().sqrt().clamp_min(1e-12))
     return (x.double() if x.numel() < 20_000_000 else x) / scale, scale
-
-
-def mean_error(logits: Tensor, classes: Tensor) -> float:
-    """Cross-entropy."""
-    return float(cross_entropy(logits, classes))
 
 
 class Logistic(Evaluator):
@@ -172,7 +161,7 @@ class Logistic(Evaluator):
             return  # nothing to be tested on
         held = held_out_rows(ids, self.val_fraction, self.seed)
         head = self.chosen_head(
-            features, ids, len(names), held, fit_classes, mean_error, outputs="classes"
+            features, ids, len(names), held, fit_classes, cross_entropy, outputs="classes"
         )
         head.ids, head.names = names.tolist(), features.class_names
         predicted = self.outputs_of(head, features).argmax(dim=1).numpy()
@@ -185,17 +174,13 @@ class Logistic(Evaluator):
         K: int,
         held: np.ndarray,
         fit: Fit,
-        error_of: Callable[[Tensor, Tensor], float],
+        error_of: Loss,
         outputs: str,
     ) -> LinearHead:
         """The best model along the path of strengths, fitted again on all training images.
 
         Args:
-            features: their training part is used.
-            targets: what `fit` takes.
-            K: number of outputs.
             held: mask of the training images that the choice is made on.
-            fit: of one model.
             error_of: (outputs (N, K), targets) -> what is to be low on held-out rows.
             outputs: see `LinearHead`.
         """
@@ -207,7 +192,7 @@ class Logistic(Evaluator):
             for strength in sorted(self.strengths, reverse=True):
                 model = solve(strength, model)
                 weight, bias = model
-                error = error_of(x[rows].float() @ weight.T + bias, y[rows])
+                error = float(error_of(x[rows].float() @ weight.T + bias, y[rows]))
                 if best is None or error < best[0]:
                     best = error, kind, strength, model
         assert best is not None
@@ -238,8 +223,8 @@ class MultiLabel(Logistic):
         N, K = targets.shape
         held = held_rows(N, self.val_fraction, self.seed)
 
-        def error(logits: Tensor, wanted: Tensor) -> float:
-            return float(binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype)))
+        def error(logits: Tensor, wanted: Tensor) -> Tensor:
+            return binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype))
 
         head = self.chosen_head(features, targets, K, held, fit_labels, error, outputs="labels")
         scores = self.outputs_of(head, features).numpy()
@@ -301,8 +286,8 @@ class Regression(Logistic):
                 raise UserError(f"the {part} images' numbers are all the same: nothing to explain")
         held = held_rows(N, self.val_fraction, self.seed)
 
-        def error(predicted: Tensor, wanted: Tensor) -> float:
-            return float((predicted - wanted).square().mean(dim=0).div(spread).mean())
+        def error(predicted: Tensor, wanted: Tensor) -> Tensor:
+            return (predicted - wanted).square().mean(dim=0).div(spread).mean()
 
         spread = torch.from_numpy(targets.var(axis=0)).clamp_min(1e-12)
         head = self.chosen_head(features, targets, K, held, fit_numbers, error, outputs="numbers")
@@ -312,9 +297,7 @@ class Regression(Logistic):
 
 
 def explained(items: Float64[np.ndarray, "Q two_D"], weights: Float64[np.ndarray, " Q"]) -> float:
-    """R^2 in percent of predictions (the first D columns) and truth; columns that do not vary are
-    left out.
-    """
+    """R^2 in percent of predictions (the first D columns) and truth, over columns that vary."""
     predicted, truth = np.split(items, 2, axis=1)
     w = weights / weights.sum()
     residual = w @ (predicted - truth) ** 2

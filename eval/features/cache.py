@@ -63,9 +63,7 @@ def weights_digest(backbone: XCiT) -> str:
 
 
 def stamp_of(source: Source) -> str | None:
-    """A hash of the names, sizes and times of change of a source's files; None where these do not
-    show every change.
-    """
+    """A hash of the names, sizes and times of a source's files; None: these may hide a change."""
     inner = source.source if isinstance(source, Subset) else source
     if not isinstance(inner, Files):
         return None
@@ -84,25 +82,15 @@ def stamp_of(source: Source) -> str | None:
 
 
 class Digests(NamedTuple):
-    """Hashes of a source's stored images.
+    """Hashes of a source's stored images."""
 
-    Args:
-        whole: SHA-256 of one image after another.
-        images: 16 bytes that tell images apart; empty where one cannot be read.
-    """
-
-    whole: str
-    images: Shaped[np.ndarray, " N"]
+    whole: str  # SHA-256 of one image after another
+    images: Shaped[np.ndarray, " N"]  # 16 bytes that tell them apart; empty: one cannot be read
 
 
 def digests_of(source: Source, cache: Path | None, title: str | None = None) -> Digests:
     """Hashes of the stored images. Files whose names, sizes and times are as they were are not read
-    again.
-
-    Args:
-        source: the images.
-        cache: folder where the hashes of files are kept; None: nowhere.
-        title: shows a progress bar under this name.
+    again: their hashes are kept in `cache` (None: nowhere). `title` shows a progress bar.
     """
     stamp = stamp_of(source) if cache is not None else None
     memo = cache / "digests" / f"{stamp}.npz" if cache is not None and stamp is not None else None
@@ -132,13 +120,7 @@ def data_digest(source: Source, cache: Path | None, title: str | None = None) ->
 
 class PartialFeatures:
     """Features that are being extracted: a memory map for each part, and a note of how many images
-    are done.
-
-    Args:
-        folder: what an earlier extraction of the same parts has left there is kept.
-        parts: of the features.
-        shape: (N, C) of each.
-        dtype: of the stored numbers.
+    are done. What an earlier extraction of the same parts has left in `folder` is kept.
 
     Attributes:
         done: number of images.
@@ -195,12 +177,7 @@ class PartialFeatures:
 
 
 class Folder:
-    """One set of features on the disk.
-
-    Args:
-        path: the folder.
-        dtype: of the stored numbers.
-    """
+    """One set of features on the disk, its numbers stored as `dtype`."""
 
     def __init__(self, path: Path, dtype: str):
         self.path = path
@@ -291,9 +268,7 @@ class Folder:
 
 
 def write_rows(file: IO[bytes], array: np.ndarray, rows: Rows | None = None) -> None:
-    """An array, or some rows of it, in NumPy's format, a block at a time: it may be larger than
-    memory.
-    """
+    """An array, or some rows of it, in NumPy's format, by blocks: it may not fit into memory."""
     chosen = np.arange(len(array)) if rows is None else rows
     header = np.lib.format.header_data_from_array_1_0(array[:0])
     header["shape"] = (len(chosen), *array.shape[1:])
@@ -348,11 +323,8 @@ def cached(
 
 
 def make_room(file: Path, size: int) -> None:
-    """Create a file of so many zeros that the disk has set aside: a full disk is an error now, not
-    a signal when the map is written.
-
-    Raises:
-        OSError: the disk is full.
+    """Create a file of so many zeros that the disk has set aside: a full disk is an OSError now,
+    not a signal when the map is written.
     """
     with file.open("wb") as made:
         if size:

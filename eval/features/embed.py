@@ -63,11 +63,7 @@ def describe_differences(before: dict[str, Any], about: dict[str, Any]) -> str:
 
 
 def is_there(out: Path, about: dict[str, Any]) -> bool:
-    """Whether a file is written already.
-
-    Raises:
-        UserError: another file has its name.
-    """
+    """Whether a file is written already; raises UserError where another file has its name."""
     if not out.exists():
         return False
     before = read_about(out)
@@ -91,11 +87,7 @@ def locked(outs: Sequence[Path]) -> Iterator[None]:
 
 
 def open_folder(work: Path, about: dict[str, Any], dtype: str) -> Folder:
-    """The hidden folder, new or of an earlier start of the same command.
-
-    Raises:
-        UserError: it was begun with other settings.
-    """
+    """The hidden folder, new or begun before; raises UserError if that was with other settings."""
     work.mkdir(exist_ok=True)
     note = work / "settings.json"
     if note.is_file():
@@ -134,8 +126,6 @@ def embed(
     """Write the features of all images that can be read; return their number, and which cannot.
 
     Args:
-        extractor: the backbone.
-        source: images.
         about: `resize`, `size`, kind of `features`, `dtype`, and what else features depend on.
         outs: files to write, with what each says about itself.
         first: file that the work folder and the list of bad images are named after.

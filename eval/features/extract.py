@@ -43,22 +43,16 @@ KINDS: dict[str, tuple[str, ...]] = {  # kind: the parts that it joins
 class FeatureSet:
     """Features and labels of the images to learn from and of those to be tested on.
 
-    Args:
-        train: class tokens.
-        train_labels: class ids; or (N, K) of 0 and 1 where an image may have several labels; or
-            numbers, (N,) or (N, D).
-        test: as `train`; the same array where there is one set only.
-        test_labels: as `train_labels`.
-        more: the other parts by name, of training and test images.
-        class_names: by class id.
+    Labels are class ids; or (N, K) of 0 and 1 where an image may have several; or numbers, (N,) or
+    (N, D).
     """
 
-    train: Float[np.ndarray, "N C"]
+    train: Float[np.ndarray, "N C"]  # class tokens
     train_labels: Shaped[np.ndarray, "N *K"]
-    test: Float[np.ndarray, "M C"]
+    test: Float[np.ndarray, "M C"]  # the same array as `train` where there is one set only
     test_labels: Shaped[np.ndarray, "M *K"]
-    more: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    class_names: Sequence[str] = ()
+    more: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # other parts
+    class_names: Sequence[str] = ()  # by class id
 
     @property
     def one_set(self) -> bool:
@@ -162,11 +156,7 @@ def not_finite(where: object) -> RunFailed:
 def check_features(
     features: Features, rows: Rows, source: Source, readable: Bool[np.ndarray, " _"] | None = None
 ) -> None:
-    """Of readable images: all, or those that `readable` names.
-
-    Raises:
-        RunFailed: one is not finite (names the image).
-    """
+    """Raise RunFailed, naming an image, where those of `readable` (None: all) are not finite."""
     blocks = [features[start : start + 65_536] for start in range(0, len(features), 65_536)]
     sound = np.concatenate([np.isfinite(block).all(axis=1) for block in blocks])
     if readable is not None:
@@ -185,20 +175,9 @@ def extract(
     parts: Sequence[str] = ("cls",),
     title: str | None = None,
 ) -> tuple[Parts, Rows]:
-    """The backbone's parts of every readable image, in the source's order, and which; see
-    `batches`. With `extractor.ranks` each takes a share, and all get the whole.
-
-    Args:
-        extractor: the backbone.
-        source: images.
-        resize: short side in pixels.
-        size: of the central square.
-        parts: see `XCiT.parts`.
-        title: shows a progress bar under this name.
-
-    Raises:
-        RunFailed: a feature is not finite (names the image).
-        UserError: no image can be read.
+    """The backbone's parts of every readable image, in the source's order, and which; see `batches`
+    and `XCiT.parts`. With `extractor.ranks` each takes a share, and all get the whole. Raises
+    RunFailed where a feature is not finite (names the image), UserError where no image can be read.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if extractor.ranks else (0, 1)
     share = np.array_split(np.arange(len(source)), ranks)[rank]

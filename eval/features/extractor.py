@@ -25,31 +25,18 @@ Device = torch.device | str
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A backbone with the settings it is fed by.
+    """A backbone with the settings it is fed by."""
 
-    Args:
-        backbone: in eval mode within `inference`.
-        preprocess: from files to pixels to its input.
-        device: where it is.
-        batch_size: images at once, on each device.
-        num_workers: loader processes; None: one a core, less one.
-        pair: the labelled images, if there are any.
-        show: progress bars.
-        cache: folder where features are kept; None: nowhere.
-        more_devices: others that extract features beside `device`, each with a copy.
-        ranks: all ranks of the process group are here, and each takes a share.
-    """
-
-    backbone: XCiT
-    preprocess: Preprocess = RGB
-    device: Device = "cpu"
-    batch_size: int = 64
-    num_workers: int | None = None
-    pair: LabelledPair | None = None
-    show: bool = False
-    cache: Path | None = None
-    more_devices: Sequence[Device] = ()
-    ranks: bool = False
+    backbone: XCiT  # in eval mode within `inference`
+    preprocess: Preprocess = RGB  # from files to pixels to its input
+    device: Device = "cpu"  # where it is
+    batch_size: int = 64  # images at once, on each device
+    num_workers: int | None = None  # loader processes; None: one a core, less one
+    pair: LabelledPair | None = None  # the labelled images, if there are any
+    show: bool = False  # progress bars
+    cache: Path | None = None  # folder where features are kept; None: nowhere
+    more_devices: Sequence[Device] = ()  # others that extract features, each with a copy
+    ranks: bool = False  # all ranks of the process group are here, and each takes a share
 
     @property
     def workers(self) -> int:
@@ -86,13 +73,11 @@ class FeatureExtractor:
 
 
 def placed(backbone: nn.Module, device: str) -> list[torch.device]:
-    """Move the backbone to the first of the devices that a setting names; return all of them.
+    """Move the backbone to the first of the devices that a setting names; return all of them;
+    raises UserError where there is no such device.
 
     `auto` is every GPU there is (under torchrun the rank's own), or else the CPU; several are
     joined by `+` (cuda:0+cuda:1).
-
-    Raises:
-        UserError: there is no such device.
     """
     if device == "auto":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -41,14 +41,9 @@ def blocks(bank: Bank) -> Iterator[tuple[int, Float32[np.ndarray, "n C"]]]:
 def nearest(
     bank: Bank, queries: Queries, k: int, itself: Int64[np.ndarray, " Q"] | None = None
 ) -> tuple[Similarity, Indices]:
-    """Cosine similarities and bank indices of the k nearest, most similar first, compared in
-    float32, block by block, on a GPU where faiss finds one.
-
-    Args:
-        bank: (N, C); may be a memory map larger than memory.
-        queries: (Q, C).
-        k: at most N are given.
-        itself: (Q,) the row of the bank that each query is, and which is left out.
+    """Cosine similarities and bank indices of the k nearest (at most N), most similar first,
+    compared in float32, block by block, on a GPU where faiss finds one. The bank may be a memory
+    map larger than memory; `itself` is the row of it that each query is, and which is left out.
     """
     faiss.omp_set_num_threads(torch.get_num_threads())
     count = min(k + (itself is not None), len(bank))
@@ -89,16 +84,11 @@ class Approximate:
 
     Its effort (lists probed, or candidates kept) is doubled until, on a sample of the queries, so
     much of what exact search finds is found.
-
-    Args:
-        kind: `ivf` (inverted lists; builds fast) or `hnsw` (a graph; searches fast, takes memory).
-        recall: share of the exact neighbours, in (0, 1].
-        sample: queries that it is measured on.
     """
 
-    kind: str = "ivf"
-    recall: float = 0.95
-    sample: int = 200
+    kind: str = "ivf"  # inverted lists; builds fast; `hnsw`: a graph; searches fast, takes memory
+    recall: float = 0.95  # share of the exact neighbours, in (0, 1]
+    sample: int = 200  # queries that it is measured on
 
     def nearest(
         self, bank: Bank, queries: Queries, k: int, itself: Int64[np.ndarray, " Q"] | None = None

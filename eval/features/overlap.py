@@ -20,12 +20,8 @@ MINOR = 0.01  # share of the test images up to which it is a remark, and not a w
 
 def count_copies(pair: LabelledPair, cache: Path | None, show: bool = False) -> int:
     """Number of test images whose stored bytes are those of a training image; of one set that is
-    tested on itself, of images that are there more than once. Says so where there are any.
-
-    Args:
-        pair: the images.
-        cache: see `digests_of`.
-        show: progress bars.
+    tested on itself, of images that are there more than once. Says so where there are any. For
+    `cache` see `digests_of`.
     """
     titles = ("hashing train images", "hashing test images") if show else (None, None)
     train = digests_of(pair.train, cache, titles[0]).images

@@ -27,19 +27,12 @@ ENDINGS = (".parquet", ".npy", ".faiss")
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Features of the readable images of a source, with their names and labels.
+    """Features of the readable images of a source, with their names and labels."""
 
-    Args:
-        features: (N, C), sliced by rows: an array, a memory map, or several joined.
-        rows: which images of the source.
-        source: names and labels.
-        about: what made them, plain data.
-    """
-
-    features: Any
-    rows: Int64[np.ndarray, " N"]
-    source: Source
-    about: dict[str, Any]
+    features: Any  # (N, C), sliced by rows: an array, a memory map, or several joined
+    rows: Int64[np.ndarray, " N"]  # which images of the source
+    source: Source  # names and labels
+    about: dict[str, Any]  # what made them, plain data
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """First and last row of each block, the last excluded."""
@@ -64,11 +57,7 @@ def printable_name(source: Source, row: int) -> str:
 
 
 def write_parquet(table: FeatureTable, path: Path) -> None:
-    """Write columns row, name, label and feature; what made them is in the metadata.
-
-    Raises:
-        UserError: pyarrow is missing.
-    """
+    """Write columns row, name, label and feature; what made them is in the metadata."""
     pa, pq = import_pyarrow()
     kind = pa.from_numpy_dtype(table.features.dtype)
     width = table.features.shape[1]
@@ -90,11 +79,7 @@ def write_parquet(table: FeatureTable, path: Path) -> None:
 
 
 def import_pyarrow() -> tuple[Any, Any]:
-    """The modules pyarrow and pyarrow.parquet.
-
-    Raises:
-        UserError: it is missing.
-    """
+    """The modules pyarrow and pyarrow.parquet; raises UserError where they are missing."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -108,26 +93,16 @@ def rows_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.rows.jsonl")
 
 
-def write_beside(table: FeatureTable, path: Path) -> None:
-    """Write `NAME.npy.json`, what made the file, and `NAME.npy.rows.jsonl`, the images."""
-    with replacing(rows_file(path)) as part, part.open("w") as file:
-        for place, row in enumerate(table.rows.tolist()):
-            content = {"row": row, "name": table.name(place), "label": table.label(place)}
-            file.write(json.dumps(content) + "\n")
-    write_json(table.about, path.with_name(f"{path.name}.json"))
-
-
 def write_table(table: FeatureTable, path: Path, index: str) -> None:
-    """Write a file of features by the ending of its name.
-
-    Args:
-        table: the features.
-        path: see `ENDINGS`.
-        index: of faiss: flat (exact), ivf or hnsw.
-    """
+    """Write a file by its ending, see `ENDINGS`; `index` is faiss': flat (exact), ivf or hnsw."""
     if path.suffix == ".parquet":
         return write_parquet(table, path)
-    write_beside(table, path)  # first: a file that is there is complete
+    # first what lies beside it: a file that is there is complete
+    with replacing(rows_file(path)) as part, part.open("w") as rows:
+        for place, row in enumerate(table.rows.tolist()):
+            content = {"row": row, "name": table.name(place), "label": table.label(place)}
+            rows.write(json.dumps(content) + "\n")
+    write_json(table.about, path.with_name(f"{path.name}.json"))
     with replacing(path) as part:
         if path.suffix == ".npy":
             with part.open("wb") as file:
@@ -160,14 +135,8 @@ def is_complete(path: Path) -> bool:
 
 
 class FeatureIndex:
-    """A file of features to search in.
-
-    Args:
-        path: see `ENDINGS`.
-
-    Raises:
-        MissingPath: no such file.
-        UserError: it cannot be read, or nothing says what made it.
+    """A file of features to search in, see `ENDINGS`; raises MissingPath where there is none,
+    UserError where it cannot be read or nothing says what made it.
     """
 
     def __init__(self, path: Path):

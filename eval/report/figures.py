@@ -98,9 +98,7 @@ def rounded(value: float) -> float | None:
 
 
 def decimated(curve: Curve, most: int) -> Curve:
-    """At most so many points: the smallest and the largest of each stretch, in their order, and the
-    last one.
-    """
+    """At most so many points: the extremes of each stretch, in their order, and the last one."""
     steps, values = curve
     if len(values) <= most:
         return curve
@@ -134,14 +132,9 @@ def errors(values: Sequence[float], bounds: Sequence[tuple[float, float]]) -> Tr
 def curve_traces(
     name: str, curve: Curve, line: Trace, smooth: bool, images: int | None
 ) -> list[Trace]:
-    """A curve, over it a line of its local means or below it the band of its intervals.
-
-    Args:
-        name: its label.
-        curve: its points.
-        line: its colour and dashes.
-        smooth: whether a long one gets local means.
-        images: whose share the values are, in percent; None: the values are no shares.
+    """A curve, over it a line of its local means where it is long and `smooth`, or below it the
+    band of its intervals where the values are shares of so many images, in percent (None: they are
+    no shares).
     """
     steps, values = curve
     common: Trace = {"x": steps, "name": name, "legendgroup": name, "mode": "lines"}
@@ -352,15 +345,10 @@ def entropy_figure(runs: Sequence[Entropy]) -> Figure:
         columns = enumerate(zip(zip(*run.values, strict=False), colours, strict=False), start=1)
         lines = [(f"block {n}", run.steps, y, colour) for n, (y, colour) in columns]
     else:
-        lines = [
-            (
-                literal(f"{run.name}, step {run.steps[-1]}"),
-                list(range(1, 1 + len(run.values[-1]))),
-                run.values[-1],
-                COLOURS[run.number % len(COLOURS)],
-            )
-            for run in runs
-        ]
+        lines = []
+        for run in runs:
+            name, y = literal(f"{run.name}, step {run.steps[-1]}"), run.values[-1]
+            lines.append((name, [*range(1, 1 + len(y))], y, COLOURS[run.number % len(COLOURS)]))
     common = {"mode": "lines+markers", "hovertemplate": "%{y:.4f}"}
     data = [
         common | {"name": name, "x": x, "y": y, "line": {"color": colour, "width": 2}}
@@ -378,9 +366,7 @@ def entropy_figure(runs: Sequence[Entropy]) -> Figure:
 
 
 def parallel_figure(sweep: SweepResults, most: int = 8) -> Figure:
-    """Parallel coordinates of all trials with a value; an axis has at most so many ticks, at values
-    that occur.
-    """
+    """Parallel coordinates of trials with a value; `most` ticks an axis, at values that occur."""
     measured = [trial for trial in sweep.trials if trial.value is not None]
     dimensions: list[Trace] = []
     for key in sweep.keys:
@@ -426,13 +412,8 @@ def importance_figure(shares: Mapping[str, float]) -> Figure:
 
 
 def progress_figure(sweep: SweepResults, most: int = 40) -> Figure | None:
-    """The metric over training of the best trials, the best in a colour of its own; None where
-    nothing was measured meanwhile.
-    """
-    faint, best = (
-        {"color": f"{COLOURS[0]}66", "width": 1.5},
-        {"color": COLOURS[1], "width": 2.5},
-    )
+    """The metric over training of the best trials, the best apart; None: it was not measured."""
+    faint, best = ({"color": f"{COLOURS[0]}66", "width": 1.5}, {"color": COLOURS[1], "width": 2.5})
     data = [
         {
             "name": literal(" ".join(f"{key}={value}" for key, value in trial.values.items())),

@@ -59,10 +59,8 @@ class Timeline(NamedTuple):
 def timelines_of(
     runs: Sequence[RunFeatures],
 ) -> tuple[list[tuple[RunFeatures, Timeline]], list[str]]:
-    """The pictures that each run has left, else drawn now, and why others have none.
-
-    Raises:
-        UserError: no run has any.
+    """The pictures that each run has left, else drawn now, and why others have none; raises
+    UserError where no run has any.
     """
 
     def timeline(features: RunFeatures) -> Timeline:
@@ -139,10 +137,8 @@ def picture_at(file: Path | None) -> str:
 
 
 def drawn_timeline(features: RunFeatures) -> Timeline:
-    """One moment, by the newest checkpoint, of evenly spaced evaluation images.
-
-    Raises:
-        UserError: there is no checkpoint, or there are no images.
+    """One moment, by the newest checkpoint, of evenly spaced evaluation images; raises UserError
+    where there is no checkpoint, or there are no images.
     """
     queries, extractor = features.queries, features.extractor
     patch = extractor.backbone.patch_size
@@ -174,10 +170,8 @@ def drawn_timeline(features: RunFeatures) -> Timeline:
 
 
 def pictures_section(runs: Sequence[RunFeatures]) -> Content:
-    """Rows of images, columns of moments; of several runs a column for the newest of each.
-
-    Raises:
-        UserError: no run has pictures.
+    """Rows of images, columns of moments; of several runs a column for the newest of each. Raises
+    UserError where no run has pictures.
     """
     timelines, errors = timelines_of(runs)
     first = timelines[0][1]
@@ -208,11 +202,7 @@ def strip(timeline: Timeline, columns: Sequence[tuple[str, Moment]]) -> Content:
 
 
 def channels_section(runs: Sequence[RunFeatures]) -> Content:
-    """Entropy of channel attention over depth and training.
-
-    Raises:
-        UserError: it is not known of any run.
-    """
+    """Entropy of channel attention over depth and training; raises UserError where none has it."""
     numbers = {id(features): number for number, features in enumerate(runs)}
     curves = []
     for features, timeline in timelines_of(runs)[0]:
@@ -262,11 +252,7 @@ def captioned(picture: Picture, words: str, more: str, name: str, kind: str) -> 
 
 
 def atlas_section(features: RunFeatures, number: int, count: int) -> Content:
-    """The map of a run's evaluation images; several runs share the images that are allowed.
-
-    Raises:
-        UserError: there are too few images.
-    """
+    """The map of a run's images, of several runs a share each; raises UserError for too few."""
     images = features.queries
     chosen = evenly_spaced(len(images), max(MIN_IMAGES, features.options.max_images // count))
     if len(chosen) < MIN_IMAGES:

@@ -44,9 +44,7 @@ class Part:
 
 
 def make_part(ident: str, title: str, make: Callable[[], Mapping[str, Any]]) -> Part:
-    """A section from the macro of this name in `sections.html` and what is made for it, or with why
-    it is missing.
-    """
+    """A section from the macro `ident` of `sections.html` and what `make` returns, or why not."""
     part, started = Part(ident, title), time.perf_counter()
     try:
         part.html = render_macro("sections.html", ident, **make())
@@ -61,15 +59,7 @@ def make_part(ident: str, title: str, make: Callable[[], Mapping[str, Any]]) -> 
 
 
 def write_page(out: Path, title: str, over: str, head: Markup, parts: Sequence[Part]) -> None:
-    """Write the file, whole or not at all.
-
-    Args:
-        out: the file.
-        title: of the page.
-        over: a line above the title.
-        head: what stands below the title.
-        parts: sections.
-    """
+    """Write the file whole, or not at all: `over` is a line above the title, `head` below it."""
     text = render(
         "page.html",
         title=title,

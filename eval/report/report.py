@@ -23,11 +23,7 @@ Content = dict[str, Any]  # of a section, by the arguments of its macro
 
 
 def curves_section(features: Sequence[RunFeatures]) -> Content:
-    """Figures over steps.
-
-    Raises:
-        UserError: no run has metrics.
-    """
+    """Figures over steps; raises UserError where no run has metrics."""
     runs = [each.run for each in features]
     if not any(run.curves for run in runs):
         raise UserError("there are no metrics: metrics.csv is missing or empty")

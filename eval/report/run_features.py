@@ -91,11 +91,10 @@ class RunFeatures:
         backbone = load_backbone(self.checkpoint, options.which)
         max_pixels = self.run.setting("preprocess", "max_pixels")
         cache = self.run.setting("evaluation", "cache")
+        most = max_pixels if isinstance(max_pixels, int) else MAX_PIXELS
         return FeatureExtractor(
             backbone,
-            of_weights(
-                backbone.preprocess, max_pixels if isinstance(max_pixels, int) else MAX_PIXELS
-            ),
+            of_weights(backbone.preprocess, most),
             placed(backbone, options.device)[0],
             num_workers=options.num_workers,
             show=options.show,
@@ -105,10 +104,7 @@ class RunFeatures:
     @made_once
     def data(self) -> DataSet:
         """The run's evaluation images, by the choices in `run.json`; without labelled ones those
-        that it was trained on.
-
-        Raises:
-            UserError: that file is damaged, or the images are gone.
+        that it was trained on. Raises UserError where that file is damaged, or the images are gone.
         """
         if not {"overrides", "choices"} <= self.run.about.keys():
             raise UserError("run.json does not say which images the run was measured on")
@@ -163,10 +159,8 @@ def named(runs: Sequence[Run]) -> list[tuple[str, Run]]:
 def for_each_run(
     runs: Sequence[RunFeatures], make: Callable[[RunFeatures], T]
 ) -> tuple[list[tuple[RunFeatures, T]], list[str]]:
-    """What is made of each run, and why others have nothing.
-
-    Raises:
-        UserError: no run has anything; of one run its own error.
+    """What is made of each run, and why others have nothing; raises UserError where no run has
+    anything, of one run its own error.
     """
     if len(runs) == 1:
         return [(runs[0], make(runs[0]))], []
@@ -182,10 +176,8 @@ def for_each_run(
 
 
 def paired_knn(one: RunFeatures, two: RunFeatures) -> dict[str, Difference]:
-    """k-NN of two runs on the same images, compared image by image.
-
-    Raises:
-        UserError: the runs were measured on different images, or on images without classes.
+    """k-NN of two runs, compared image by image; raises UserError where the runs were measured on
+    different images, or on images without classes.
     """
     pairs = [(features.bank, features.queries) for features in (one, two)]
     for first, second in zip(*pairs, strict=True):
@@ -201,10 +193,8 @@ def paired_knn(one: RunFeatures, two: RunFeatures) -> dict[str, Difference]:
         assert bank.source.labels is not None
         assert queries.source.labels is not None
         train, labels = bank.features, bank.source.labels[bank.rows]
-        test = (
-            (train, labels)
-            if queries is bank
-            else (queries.features, queries.source.labels[queries.rows])
-        )
+        test = train, labels
+        if queries is not bank:
+            test = queries.features, queries.source.labels[queries.rows]
         evaluation.results[name] = dict(KNN(k=[KNN_K])(FeatureSet(train, labels, *test)))
     return differences(evaluation, "a", "b")

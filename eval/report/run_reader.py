@@ -145,12 +145,7 @@ def is_number(value: Any) -> bool:
 
 
 def read_run(path: Path) -> Run:
-    """Read everything that can be read.
-
-    Raises:
-        MissingPath: no such folder.
-        UserError: it is no run folder.
-    """
+    """Read what can be read; raises MissingPath for no folder, UserError for no run folder."""
     if not path.is_dir():
         raise MissingPath(f"run={path}: no such folder")
     if not any((path / name).exists() for name in FILES):
@@ -218,9 +213,7 @@ def message_of(error: BaseException) -> str:
 
 
 def read_metrics(run: Run) -> None:
-    """Read `metrics.csv` line by line, without damaged lines and a last one that is being
-    written.
-    """
+    """Read `metrics.csv` by lines, without damaged ones and a last one that is being written."""
     text = text_of(run, "metrics.csv", "metrics.csv is missing: there are no curves")
     if text is None:
         return
@@ -306,9 +299,7 @@ def as_results(source: str, content: Mapping[str, Any], run: Run) -> RunResults 
 
 
 def of_other_weights(run: Run, results: RunResults) -> str:
-    """The weights of the results, where the manifest says that they are not the newest checkpoint's
-    teacher; else nothing.
-    """
+    """The results' weights, if by the manifest not the newest checkpoint's teacher; or nothing."""
     if results.content.get("which") == "student":
         return "the student"
     newest, digest = run.newest_digest(), results.content.get("weights_sha256")

@@ -111,11 +111,7 @@ def best_baseline(results: RunResults, metric: str) -> str:
 
 
 def results_section(features: Sequence[RunFeatures]) -> Content:
-    """Final numbers with intervals; of several runs their differences.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Final numbers with intervals; of several runs also differences. Raises UserError for none."""
     runs = [each.run for each in features]
     measured = [(run.name, run.results) for run in runs if run.results is not None]
     words = "in %. Bars are 95 % intervals over the test images."
@@ -160,11 +156,7 @@ def results_table(results: RunResults) -> Table:
 
 
 def comparison_table(measured: Sequence[tuple[str, RunResults]]) -> Table:
-    """A row a metric, for each run a column and one with its interval.
-
-    Raises:
-        UserError: no run has final numbers.
-    """
+    """A row a metric, for each run a column and one with its interval; UserError for no run."""
     if not measured:
         raise UserError("no run has final numbers")
     backbones = {name: results.backbone for name, results in measured}
@@ -179,9 +171,7 @@ def comparison_table(measured: Sequence[tuple[str, RunResults]]) -> Table:
 
 
 def paired_differences(one: RunFeatures, two: RunFeatures) -> Content:
-    """Second run minus the first, image by image: as `ssl-xcit eval ckpt=[one,two]` left it, else
-    k-NN alone.
-    """
+    """Second run minus the first, by image: as `ssl-xcit eval` left it, else k-NN alone."""
     title, words, command = f"{two.run.name} - {one.run.name}", "", ""
     differences = recorded_differences(one.run, two.run)
     if differences:
@@ -199,9 +189,7 @@ def paired_differences(one: RunFeatures, two: RunFeatures) -> Content:
 
 
 def recorded_differences(one: Run, two: Run) -> dict[str, Difference]:
-    """Those of `comparison.json` beside the first run, when it is about both runs' newest
-    weights.
-    """
+    """Those of `comparison.json` beside the first run, if about both runs' newest weights."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         content = json.loads((one.path / "comparison.json").read_text(encoding="utf-8"))
         newest = [run.newest_digest() for run in (one, two)]

@@ -112,9 +112,7 @@ def settings_of_run(run: Run) -> tuple[list[Setting], list[str]]:
 
 
 def side_by_side(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
-    """Keys and their values in each column. Where `a=null` stands for `a.b` and `a.c`, only `a` is
-    listed.
-    """
+    """Keys and their values in each column; of `a=null` beside `a.b` and `a.c` only `a`."""
     keys: list[str] = []
     for key in sorted({key for column in columns for key in column}):
         if not any(key.startswith(f"{outer}.") for outer in keys):  # outer ones come first

@@ -72,18 +72,12 @@ class SweepResults:
 
 
 def read_sweep(path: Path, metric: str | None = None) -> SweepResults:
-    """Read a sweep as its files are now, ranked by a metric or its own; it may be running.
-
-    Raises:
-        MissingPath: it is no folder of a sweep.
+    """Read a sweep as its files are now, ranked by a metric or its own; it may be running. Raises
+    MissingPath where it is no folder of a sweep.
     """
     about = read_json(path / trial_files.SWEEP_FILE)
     if not about:
-        near = (
-            sorted(p.parent for p in path.parent.glob(f"*/{trial_files.SWEEP_FILE}"))
-            if path.parent.is_dir()
-            else []
-        )
+        near = sorted(p.parent for p in path.parent.glob(f"*/{trial_files.SWEEP_FILE}"))
         hint = f"; there is {near[0]}" if near else ""
         raise MissingPath(f"{path}: no folder of a sweep (no {trial_files.SWEEP_FILE} in it){hint}")
     if metric is not None:

@@ -59,17 +59,12 @@ def jaccards(maps: Bool[Tensor, "heads h w"], mask: Mask) -> Float[np.ndarray, "
 
 class AttentionJaccard(Task):
     """Jaccard index in percent: `attention_jaccard` of each object's best head,
-    `attention_jaccard_mean` of the mean over heads.
+    `attention_jaccard_mean` of the mean over heads. Raises as `find_pairs` does.
 
     Args:
         root: images and masks of validation, see `masks.py`.
         size: side of the square that images are squeezed to, a multiple of the patch size.
         mass: share of the attention that is kept.
-        name: of the numbers.
-
-    Raises:
-        MissingPath: files are missing.
-        UserError: two files of one stem.
     """
 
     def __init__(

@@ -69,10 +69,7 @@ class Whitening(NamedTuple):
 
 def whitening(vectors: Vectors) -> Whitening:
     """Whitening by PCA: eigenvectors of the covariance over the roots of their eigenvalues, largest
-    first.
-
-    Raises:
-        UserError: nothing varies.
+    first; raises UserError where nothing varies.
     """
     mean = vectors.mean(axis=0, dtype=np.float64)
     centred = vectors - mean
@@ -87,11 +84,7 @@ def whitening(vectors: Vectors) -> Whitening:
 
 
 def original_of(file: Path) -> int:
-    """The original that an image belongs to, by its number.
-
-    Raises:
-        UserError: the name is no number.
-    """
+    """The number of an image's original; raises UserError where its name is no number."""
     if not (file.stem.isascii() and file.stem.isdigit()):
         raise UserError(
             f"{file}: the name must be a number, as in Copydays: 200101.jpg is a copy of 200100.jpg"
@@ -105,20 +98,16 @@ def images_below(root: Path) -> list[Path]:
 
 
 class CopyDetection(Task):
-    """Mean average precision in percent of finding the originals of copies, `copy_map`.
+    """Mean average precision in percent of finding the originals of copies, `copy_map`. Raises
+    MissingPath for a folder that is missing or has no image, UserError for a file without number,
+    or a copy without original.
 
     Args:
         root: holds original/ and the copies' folders, files named as Copydays does.
         subset: folder of the copies, `strong`, `crops`, `jpegqual`, or one inside, `crops/80`.
-        size: side of the square in pixels.
         gem: power of the pooled patch tokens beside the class token; None: class token only.
         distractors: a folder of other images to search among (DINO: 10,000); None: none.
         whiten_root: a folder of yet others to learn the whitening from (DINO: 20,000); None: none.
-        name: of the numbers.
-
-    Raises:
-        MissingPath: a folder that is missing or has no image.
-        UserError: a file without number, or a copy without original.
     """
 
     def __init__(
@@ -155,9 +144,7 @@ class CopyDetection(Task):
         check_not_below(self.size, extractor.backbone.patch_size, "copy_detection")
 
     def __call__(self, extractor: FeatureExtractor) -> Iterator[tuple[str, float]]:
-        """Rank all originals and distractors for each copy; distractors that cannot be read are
-        skipped, with a warning.
-        """
+        """Rank all originals and distractors for each copy; bad distractors only warn."""
 
         def vectors(files: list[Path], part: str, skip_bad: bool = False) -> Vectors:
             prepare = partial(as_square, size=self.size)

@@ -105,11 +105,8 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_ground_truth(file: Path) -> tuple[list[str], list[Query]]:
-    """Names of the images that are searched, and the queries.
-
-    Raises:
-        MissingPath: no such file.
-        UserError: it is not the benchmark's, or an index is out of range.
+    """Names of the images that are searched, and the queries; raises MissingPath where there is no
+    such file, UserError where it is not the benchmark's, or an index is out of range.
     """
     try:
         with file.open("rb") as stream:
@@ -167,11 +164,10 @@ def class_token(
     total = torch.zeros((), device=images.device)
     for scale in scales:
         factor = max(scale, 1 / min(images.shape[-2:]))  # at least one pixel is left
-        total = total + backbone(
-            images
-            if factor == 1.0
-            else torch.nn.functional.interpolate(images, scale_factor=factor, mode="bilinear")
-        )
+        scaled = images
+        if factor != 1.0:
+            scaled = torch.nn.functional.interpolate(images, scale_factor=factor, mode="bilinear")
+        total = total + backbone(scaled)
     return total / len(scales)
 
 
@@ -184,7 +180,8 @@ def precision_at(places: Places, k: int) -> float:
 class Retrieval(Task):
     """Mean average precision in percent, `roxford_easy`, `roxford_medium`, `roxford_hard`, and of
     the last two mean precision, `roxford_medium_precision_at_1`, `_5`, `_10`. A setting in which no
-    query has an image to find is left out.
+    query has an image to find is left out. Raises MissingPath for the ground truth or an image that
+    it names, UserError for a file that is no ground truth.
 
     Args:
         root: holds gnd_roxford5k.pkl (or another gnd_NAME.pkl) and jpg/NAME.jpg.
@@ -192,10 +189,6 @@ class Retrieval(Task):
         size: images keep their aspect ratio, their long side is at most so many pixels.
         scales: of the images as the backbone sees them; several are averaged.
         crop_queries: to their boxes; DINO's script leaves them whole.
-
-    Raises:
-        MissingPath: the ground truth or an image that it names.
-        UserError: a file that is no ground truth.
     """
 
     def __init__(

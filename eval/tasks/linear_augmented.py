@@ -90,22 +90,16 @@ class RandomCrops(Dataset[tuple[UInt8[Tensor, "channels size size"], int]]):
 
 class AugmentedProbe(Task):
     """Top-1 accuracy of a linear classifier trained on augmented images: NAME, and NAME_lr, the
-    best learning rate.
+    best learning rate; raises UserError where settings do not go together.
 
     Args:
-        name: of the numbers.
         lrs: learning rates to choose from, at a batch of 256.
         weight_decays: to choose from.
         kinds: of features to choose from, see `KINDS`.
-        epochs: passes over the training images; None: `steps` counts.
-        steps: number of steps; None: `epochs` counts.
-        batch_size: images a step.
+        epochs: passes over the training images; None: `steps` counts, and the other way round.
         scale: share of the image's area in a crop.
         val_fraction: share of the training images that decides, and is not trained on.
         seed: of initial weights, order, crops and held-out images.
-
-    Raises:
-        UserError: settings do not go together.
     """
 
     def __init__(
@@ -134,11 +128,7 @@ class AugmentedProbe(Task):
         self.seed = seed
 
     def check(self, extractor: FeatureExtractor) -> None:
-        """Check that there are classes to learn, and test images.
-
-        Raises:
-            UserError: there are none.
-        """
+        """Raise UserError where there are no classes to learn, or no test images."""
         pair = extractor.pair
         if pair is None or label_kind(pair.train.labels) != "classes":
             raise UserError(f"tasks: {self.name} needs labelled images: eval_data.root=DIR")

@@ -54,11 +54,9 @@ def existing_folder(root: Directory) -> Path:
 
 
 def find_pairs(root: Directory, split: str) -> list[Pair]:
-    """Image and mask of every name of a split (`train` or `val`), sorted.
-
-    Raises:
-        MissingPath: none of the layouts, an empty folder, or an image or mask without partner.
-        UserError: two files of one stem.
+    """Image and mask of every name of a split (`train` or `val`), sorted; raises MissingPath for
+    none of the layouts, an empty folder, or an image or mask without partner, UserError for two
+    files of one stem.
     """
     home = existing_folder(root)
     if (home / VOC_LISTS).is_dir():
@@ -130,10 +128,8 @@ def read_names(path: Path) -> list[str]:
 
 
 def read_mask(path: Path, preprocess: Preprocess) -> Mask:
-    """The indices of a palette or grey PNG, never their colours.
-
-    Raises:
-        UserError: it cannot be read, has colours, or an index above 255.
+    """The indices of a palette or grey PNG, never their colours; raises UserError where it cannot
+    be read, has colours, or an index above 255.
     """
     try:
         content = read_file(path)
@@ -155,21 +151,13 @@ def read_mask(path: Path, preprocess: Preprocess) -> Mask:
     return indices.astype(np.uint8) // np.uint8(steps)
 
 
-def read_frame(path: Path, preprocess: Preprocess) -> Pixels:
-    """An image that must not be skipped; raises UserError with its path."""
-    try:
-        return read_image(path, preprocess)
-    except BadImage as error:
-        raise UserError(f"{path}: {error}; repair it, or remove it with its mask") from error
-
-
 def read_pair(pair: Pair, preprocess: Preprocess) -> tuple[Pixels, Mask]:
-    """An image and its mask of the same size.
-
-    Raises:
-        UserError: one of them cannot be read, or their sizes differ.
-    """
-    image, mask = read_frame(pair.image, preprocess), read_mask(pair.mask, preprocess)
+    """An image and its mask; raises UserError where one cannot be read, or their sizes differ."""
+    try:
+        image = read_image(pair.image, preprocess)
+    except BadImage as error:
+        raise UserError(f"{pair.image}: {error}; repair it, or remove it with its mask") from error
+    mask = read_mask(pair.mask, preprocess)
     if image.shape[:2] != mask.shape:
         raise UserError(
             f"{pair.mask} has {mask.shape[1]} x {mask.shape[0]} pixels and its image "
@@ -224,9 +212,7 @@ def finite(features: Float[Tensor, "*shape"], *files: Path) -> Float[Tensor, "*s
 def read_batches(
     extractor: FeatureExtractor, pairs: Sequence[Pair], size: int, title: str
 ) -> Iterator[tuple[Float[Tensor, "B channels size size"], list[Mask], list[Path]]]:
-    """The backbone's input, every image squeezed to a square, the masks as they are, and the
-    images' files.
-    """
+    """The backbone's input, images squeezed to squares; the masks as they are; images' files."""
 
     def read(pair: Pair) -> tuple[Pixels, Mask]:
         image, mask = read_pair(pair, extractor.preprocess)

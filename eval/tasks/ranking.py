@@ -45,19 +45,14 @@ def image_vectors(
     title: str,
     skip_bad: bool = False,
 ) -> Vectors:
-    """A vector of each image file, in their order.
+    """A vector of each image file, in their order; raises RunFailed where one is not finite (names
+    the file), UserError where a file cannot be read, or none can.
 
     Args:
-        extractor: the backbone.
-        files: of any sizes; those that `prepare` makes one size go through it together.
+            files: of any sizes; those that `prepare` makes one size go through it together.
         prepare: from pixels and place in `files` to pixels.
         describe: (backbone, images (B, channels, H, W)) to vectors (B, D).
-        title: of the progress bar.
-        skip_bad: skip files that cannot be read, with a warning.
-
-    Raises:
-        RunFailed: a vector is not finite (names the file).
-        UserError: a file cannot be read, or none can.
+            skip_bad: skip files that cannot be read, with a warning.
     """
     load = partial(load_prepared, files, prepare, extractor.preprocess)
     chunks = parallel_map(load, len(files), extractor.workers)

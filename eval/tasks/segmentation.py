@@ -50,19 +50,12 @@ Counts = Int64[np.ndarray, "Q 3 K"]  # of each image: pixels hit, predicted, tru
 
 @dataclass(frozen=True)
 class Patches:
-    """Labelled patches of the training images.
+    """Labelled patches of the training images."""
 
-    Args:
-        features: after the backbone's last norm.
-        classes: places in `indices`.
-        owner: which image each is from.
-        indices: what the masks call the classes.
-    """
-
-    features: Float[Tensor, "N C"]
-    classes: Int64[Tensor, " N"]
-    owner: Int64[Tensor, " N"]
-    indices: UInt8[np.ndarray, " K"]
+    features: Float[Tensor, "N C"]  # after the backbone's last norm
+    classes: Int64[Tensor, " N"]  # places in `indices`
+    owner: Int64[Tensor, " N"]  # which image each is from
+    indices: UInt8[np.ndarray, " K"]  # what the masks call the classes
 
 
 def miou(counts: Counts, weights: Float[np.ndarray, " Q"]) -> float:
@@ -168,7 +161,8 @@ def bank_head(patches: Patches, k: int, temperature: float, max_bank: int, seed:
 class Segmentation(Task):
     """mIoU and pixel accuracy in percent of both heads: `segmentation_linear_miou`,
     `segmentation_linear_accuracy`, `segmentation_knn_miou`, `segmentation_knn_accuracy`; and the
-    L2 strength that was chosen: `segmentation_linear_l2`.
+    L2 strength that was chosen: `segmentation_linear_l2`. Raises MissingPath where files are
+    missing, UserError where there is one training image only.
 
     Args:
         root: images and masks of training and validation, see `masks.py`.
@@ -182,11 +176,6 @@ class Segmentation(Task):
         iterations: of L-BFGS at most, for each strength.
         held_fraction: share of the training images that the choice is made on.
         seed: of samples and held-out images.
-        name: of the numbers.
-
-    Raises:
-        MissingPath: files are missing.
-        UserError: there is one training image only.
     """
 
     def __init__(
@@ -286,9 +275,7 @@ class Segmentation(Task):
         heads: dict[str, Head],
         indices: UInt8[np.ndarray, " classes"],
     ) -> dict[str, Counts]:
-        """Counts of each head for every validation image that has a labelled pixel, of the classes
-        that occur.
-        """
+        """Counts of each head, of the classes that occur, by validation image with a label."""
         counts: dict[str, list[np.ndarray]] = {name: [] for name in heads}
         for patches, mask in self.patch_maps(extractor, self.val, "val"):
             if (mask == IGNORED).all():

@@ -136,11 +136,8 @@ def frame_features(
 
 
 def find_frames(home: Path, sequence: str) -> list[Pair]:
-    """Frames of a sequence with their masks, in order.
-
-    Raises:
-        MissingPath: no frames, or one without mask.
-        UserError: fewer than three, of which none would be scored.
+    """Frames of a sequence with their masks, in order; raises MissingPath for no frames, or one
+    without mask, UserError for fewer than three, of which none would be scored.
     """
     folder = home / "JPEGImages" / "480p" / sequence
     frames = sorted(folder.glob("*.jpg"))
@@ -160,7 +157,8 @@ def find_frames(home: Path, sequence: str) -> list[Pair]:
 
 
 class VideoSegmentation(Task):
-    """J, F and their mean in percent: `davis_j`, `davis_f`, `davis_jf`.
+    """J, F and their mean in percent: `davis_j`, `davis_f`, `davis_jf`. Raises MissingPath where
+    files are missing, UserError where a sequence has fewer than three frames.
 
     Args:
         root: JPEGImages/480p/SEQUENCE/00000.jpg, Annotations/480p/SEQUENCE/00000.png (indices;
@@ -170,11 +168,6 @@ class VideoSegmentation(Task):
         neighbourhood: rows and columns of patches that labels travel at most.
         topk: nearest patches that labels come from.
         temperature: of their weights.
-        name: of the numbers.
-
-    Raises:
-        MissingPath: files are missing.
-        UserError: a sequence has fewer than three frames.
     """
 
     def __init__(

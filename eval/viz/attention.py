@@ -21,16 +21,7 @@ from ssl_xcit.models.xcit import XCiT, as_image
 from ssl_xcit.utils.validation import Words
 
 from ..tasks.attention_jaccard import largest
-from .pictures import (
-    BRIGHTEST,
-    Drawn,
-    Picture,
-    blocky,
-    enlarged,
-    highlighted,
-    overlay,
-    stretched,
-)
+from .pictures import BRIGHTEST, Drawn, Picture, blocky, enlarged, highlighted, overlay, stretched
 
 Block = Annotated[int, Ge(1), Le(2), Words("1 or 2, of the two class-attention blocks")]
 
@@ -57,11 +48,6 @@ def forward(backbone: XCiT, x: Float[Tensor, "B channels H W"]) -> AttentionPass
     return AttentionPass(weights[..., 1:].unflatten(-1, grid), weights[..., 0], patches)
 
 
-def with_mean(heads: Float[Tensor, "H h w"]) -> Float[Tensor, "maps h w"]:
-    """The mean over the heads first, then the heads: H + 1 maps."""
-    return torch.cat((heads.mean(dim=0, keepdim=True), heads))
-
-
 def peak(maps: Float[Tensor, "*maps h w"]) -> Float[Tensor, "*maps"]:
     """The largest weight over the mean weight: 1 where a map is flat, N where it is one patch."""
     return maps.amax(dim=(-2, -1)) / maps.mean(dim=(-2, -1)).clamp_min(1e-30)
@@ -70,10 +56,9 @@ def peak(maps: Float[Tensor, "*maps h w"]) -> Float[Tensor, "*maps"]:
 def attention_pictures(
     picture: Picture, heads: Float[Tensor, "H h w"], mass: float, strength: float
 ) -> Iterator[Drawn]:
-    """Colours over the picture, and the mask that holds the share `mass`, of the mean over the
-    heads and of each head.
-    """
-    maps = with_mean(heads.cpu())
+    """Colours over the picture, and the mask of the share `mass`, of the heads' mean and each."""
+    heads = heads.cpu()
+    maps = torch.cat((heads.mean(dim=0, keepdim=True), heads))  # (H + 1, h, w)
     masks, peaks = largest(maps, mass), peak(maps)
     height, width, _ = picture.shape
     for number, values in enumerate(maps.numpy()):

@@ -54,9 +54,7 @@ def of_pair(pair: LabelledPair) -> DataSet:
 
 def load_data_set(eval_data: Mapping[str, Any] | None, ckpt: Any) -> DataSet:
     """The images that `eval_data` names; a run or a folder without labels gives its images without.
-
-    Raises:
-        UserError: it names none.
+    Raises UserError where it names none.
     """
     chosen = HydraConfig.get().runtime.choices["eval_data"]
     settings = eval_data or {}
@@ -161,11 +159,8 @@ class ImageFeatures:
 def image_features(
     extractor: FeatureExtractor, source: Source, data: DataSet, title: str
 ) -> ImageFeatures:
-    """Class tokens of all images of a source that can be read, from the disk where they are kept.
-
-    Raises:
-        UserError: none can be read.
-        RunFailed: a feature is not finite.
+    """Class tokens of all images of a source that can be read, from the disk where they are kept;
+    raises UserError where none can be read, RunFailed where a feature is not finite.
     """
     parts, rows = cached(extractor, source, data.resize, data.size, title=title)
     return ImageFeatures(source, rows, parts["cls"], extractor, data.resize, data.size)

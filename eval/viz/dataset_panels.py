@@ -44,10 +44,7 @@ def without_heads(
     options: GridOptions, kinds: Sequence[str], paths: Mapping[str, Path]
 ) -> set[str]:
     """Labels of the checkpoints whose prototypes cannot be shown, for want of a head; a warning
-    says so of each.
-
-    Raises:
-        UserError: prototypes are the only kind.
+    says so of each, or a UserError is raised where prototypes are the only kind.
     """
     labels = set()
     for label, path in paths.items() if "prototypes" in kinds else ():
@@ -71,17 +68,8 @@ def draw_grids(
     name: str,
     out: Path,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Draw the grids of a checkpoint; numbers of each kind, and the file below `out` that shows it.
-
-    Args:
-        options: how they are drawn.
-        kinds: of `TITLES`.
-        extractor: the backbone.
-        path: its checkpoint.
-        data: images to search.
-        files: queries; None: images of the set itself.
-        name: of the files, without ending.
-        out: folder of the page.
+    """Draw the grids of a checkpoint, with images of the set itself as queries where `files` is
+    None; numbers of each kind, and the file below `out`, by `name` without ending, that shows it.
     """
     numbers: dict[str, Any] = {}
     rows = {}

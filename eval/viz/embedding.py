@@ -27,16 +27,12 @@ EXACT = 30_000  # points up to which all distances take no longer than an index 
 def tsne(
     features: Float[np.ndarray, "N C"], perplexity: float = 30.0, seed: int = 0, show: bool = False
 ) -> Float[np.ndarray, "N 2"]:
-    """Places of rows by the cosines of their features; the same for the same seed.
+    """Places of rows by the cosines of their features, which are finite, any number of rows from 1,
+    and may be a memory map; the same for the same seed. Raises UserError where openTSNE is missing.
 
     Args:
-        features: finite, any number of rows from 1; may be a memory map.
         perplexity: about how many neighbours each has; less where there are few rows.
         seed: of the little noise that parts equal rows at the start.
-        show: a progress bar.
-
-    Raises:
-        UserError: openTSNE is not installed.
     """
     points = components(unit(features).astype(np.float64), COMPONENTS)
     if len(points) < FEW or not points.any():

@@ -42,14 +42,9 @@ Draw: TypeAlias = Callable[[Picture, AttentionPass, int], Picture]  # of frame i
 def attention_colours(
     samples: Iterable[AttentionPass], block: int, head: int | None, strength: float
 ) -> Draw:
-    """Draw class attention over the frame; all frames share one range of colours, from the least
-    weight of the samples to their 0.995 quantile.
-
-    Args:
-        samples: passes over frames of the whole clip.
-        block: 1 or 2.
-        head: from 1; None: the mean of the heads.
-        strength: of the colours over the frame.
+    """Draw class attention of a block, 1 or 2, and a head, from 1 (None: their mean), over the
+    frame; all frames share one range of colours, from the least weight of the samples, frames of
+    the whole clip, to their 0.995 quantile.
     """
 
     def maps(output: AttentionPass) -> Float[np.ndarray, "B h w"]:
@@ -96,11 +91,7 @@ def component_colours(samples: Iterable[AttentionPass], dim: int) -> Draw:
 
 
 def sampled(extractor: FeatureExtractor, clip: Clip, most: int) -> Iterator[AttentionPass]:
-    """Passes over so many frames at most, evenly spaced over the whole clip.
-
-    Raises:
-        UserError: none of them can be read.
-    """
+    """Passes over at most so many frames, evenly spaced; raises UserError if none is readable."""
     step = ceil(clip.total / most)
     frames = track(clip.frames(step), "settling colours", ceil(clip.total / step), extractor.show)
     output = None
@@ -114,11 +105,8 @@ def sampled(extractor: FeatureExtractor, clip: Clip, most: int) -> Iterator[Atte
 def forward_frames(
     extractor: FeatureExtractor, clip: Clip, frames: Iterable[Frame]
 ) -> Iterator[tuple[list[Frame], AttentionPass]]:
-    """Frames in batches, with the backbone's pass over them.
-
-    Raises:
-        UserError: the memory does not suffice.
-        RunFailed: features that are not finite.
+    """Frames in batches, with the backbone's pass over them; raises UserError where the memory does
+    not suffice, RunFailed where features are not finite.
     """
     each = iter(frames)
     while batch := list(islice(each, extractor.batch_size)):

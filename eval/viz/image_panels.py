@@ -95,10 +95,8 @@ class ImagePanels:
     num_similar: int = 0  # images that have the patch which others are compared with
 
     def draw(self, image: ImageTiles, backbone: XCiT) -> None:
-        """Draw what one image needs alone, and keep what is needed of it later.
-
-        Raises:
-            BadImage: it cannot be read, or is too large for the memory.
+        """Draw what one image needs alone, and keep what is needed of it later; raises BadImage
+        where it cannot be read, or is too large for the memory.
         """
         options = self.options
         pixels, sides = pictures.read_fitted(
@@ -131,11 +129,7 @@ class ImagePanels:
         self.used.append(image)
 
     def forward(self, pixels: Pixels, backbone: XCiT) -> tuple[AttentionPass, list[Tensor]]:
-        """One pass over an image, and the matrices of its channel attention.
-
-        Raises:
-            BadImage: it is too large for the memory.
-        """
+        """One pass over an image, and its channel attention; raises BadImage without memory."""
         height, width, _ = pixels.shape
         message = (
             f"not enough memory for {width} x {height} pixels: try size={max(height, width) // 2}"
@@ -211,9 +205,7 @@ def draw_panels(
     out: Path,
 ) -> tuple[dict[str, Any], channels.Summary]:
     """Draw every image that can be read; the numbers and the channel attention of a checkpoint.
-
-    Raises:
-        UserError: no image can be used, or none has the patch.
+    Raises UserError where no image can be used, or none has the patch.
     """
     waiting = [image for image in images if not image.left_out]
     with TemporaryFile(dir=out) as file, extractor.inference() as backbone:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ssl_xcit.errors import UserError
+from ssl_xcit.utils.files import writable_folder, writable_or_here
 from ssl_xcit.utils.terminal import printable
 
 from .pictures import Picture, thumbnail
@@ -24,12 +25,17 @@ KINDS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 MAX_PIXELS = 16_000_000  # of a picture that is taken from a file
 
 
-def html_path(out: object) -> Path:
-    """The file that `out=` names for a page.
+def page_path(out: object, folder: Path, name: str) -> Path:
+    """A page's file in a folder that can be written: `out`, or else `name` in `folder`."""
+    if not out:
+        return writable_or_here(folder) / name
+    file = html_path(out)
+    writable_folder(file.parent)
+    return file
 
-    Raises:
-        UserError: it is a folder, or has another ending.
-    """
+
+def html_path(out: object) -> Path:
+    """The file that `out=` names for a page; raises UserError for a folder, or another ending."""
     path = Path(str(out)).expanduser()
     if path.suffix not in (".html", ".htm") or path.is_dir():
         raise UserError(f"out={out} must be a file ending in .html")
@@ -83,10 +89,9 @@ def jpeg_uri(picture: Picture, quality: int = 85) -> str:
 
 
 def file_uri(path: Path, side: int) -> str:
-    """The picture in a file as a URI: as it is where its long side is at most `side`, else smaller.
-
-    Raises:
-        OSError: it cannot be read, is no JPEG, PNG or WebP, or is larger than any that we write.
+    """The picture in a file as a URI: as it is where its long side is at most `side`, else smaller;
+    raises OSError where it cannot be read, is no JPEG, PNG or WebP, or is larger than any that we
+    write.
     """
     content = path.read_bytes()
     try:

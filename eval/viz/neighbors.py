@@ -29,18 +29,10 @@ def nearest_rows(
     itself: Int64[np.ndarray, " Q"],
     k: int,
 ) -> tuple[Int64[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:
-    """Rows of the bank and their cosines, -1 to 1: the k nearest to each query, the highest first,
-    of equals the first in the bank. The row that a query is itself is left out, its duplicates are
-    not.
-
-    Args:
-        bank: (N, C) features; may be a memory map.
-        queries: (Q, C).
-        itself: the row of the bank that each query is; -1: none.
-        k: at most N - 1 are given.
-
-    Raises:
-        UserError: the bank has fewer than two rows.
+    """Rows of the bank (may be a memory map) and their cosines, -1 to 1: the k nearest to each
+    query, the highest first, of equals the first in the bank; at most N - 1 are given. The row that
+    a query is itself (-1: none) is left out, its duplicates are not. Raises UserError where the
+    bank has fewer than two rows.
     """
     if len(bank) < 2:
         raise UserError(f"nearest neighbours: {len(bank)} images; there must be at least 2")
@@ -66,16 +58,9 @@ def make_queries(
     files: Sequence[Path] | None,
     most: int,
 ) -> Queries:
-    """Queries from files, or from the set itself: from its other part, where there is one, as in
-    k-NN classification.
-
-    Args:
-        extractor: the backbone.
-        data: the set.
-        bank: its images that are searched.
-        files: queries; None: images of the set itself. Those that are images of the set have their
-            class, and are no neighbours of themselves.
-        most: images of the set itself.
+    """Queries from `files`, or, where that is None, at most `most` of the set itself: from its
+    other part, where there is one, as in k-NN classification. Files that are images of the set have
+    their class, and are no neighbours of themselves.
     """
     if files is not None:
         queries = image_features(extractor, Files([str(file) for file in files]), data, "queries")

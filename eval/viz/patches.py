@@ -78,9 +78,7 @@ def scores_of(
 
 
 def otsu(values: Float[Tensor, " N"]) -> float:
-    """Otsu's threshold (1979), above the last bin of the lower class; of equal values none is
-    above it.
-    """
+    """Otsu's threshold (1979), above the last bin of the lower class; no equal value is above."""
     rows = values.numpy()
     return float(threshold_otsu(rows, NUM_BINS) + np.ptp(rows) / (2 * NUM_BINS))
 
@@ -95,14 +93,9 @@ def border_of(grid: tuple[int, int]) -> Bool[Tensor, "h w"]:
 def oriented(
     first: Float[Tensor, " N"], border: Bool[Tensor, " N"], threshold: float | None
 ) -> tuple[float, float]:
-    """(sign, least): the foreground is where sign * first > least.
-
-    Of the two signs the one whose foreground has the smaller share of its patches on the border.
-
-    Args:
-        first: scores along the first component.
-        border: whether a patch lies on the border of its image.
-        threshold: deviations from the mean; None: Otsu's.
+    """(sign, least): the foreground is where sign * first > least, with the first component's
+    scores and a threshold of so many deviations from their mean (None: Otsu's). Of the two signs
+    the one whose foreground has the smaller share of its patches on the border.
     """
     if threshold is None:
         at = otsu(first)
@@ -128,13 +121,9 @@ def as_colours(scores: Float[Tensor, "N components"]) -> Float[Tensor, "N compon
 def place_of(
     patch: Sequence[int | float], size: tuple[int, int], grid: tuple[int, int]
 ) -> tuple[int, int] | None:
-    """Row and column in the grid of [row, column]; None where it lies outside the image.
-
-    Args:
-        patch: whole numbers are pixels of the file (upright, from 0); with a decimal point they are
-            fractions 0..1 of height and width.
-        size: height and width of the file in pixels.
-        grid: rows and columns of patches.
+    """Row and column in the grid of [row, column]; None where it lies outside the image. Whole
+    numbers are pixels of the file of `size` (upright, from 0); with a decimal point they are
+    fractions 0..1 of height and width.
     """
     pixels = all(type(value) is int for value in patch)
     place = []

@@ -118,11 +118,7 @@ def fitted_sides(
 def read_fitted(
     path: Path, preprocess: Preprocess, size: int | None, patch: int
 ) -> tuple[Pixels, tuple[int, int]]:
-    """Pixels of a file at `fitted_sides`; the file's own height and width.
-
-    Raises:
-        BadImage: it cannot be read.
-    """
+    """Pixels of a file at `fitted_sides`; the file's own height and width. Raises BadImage."""
     opened = open_picture(read_file(path), preprocess)
     sides, scale = fitted_sides(opened.height, opened.width, size, patch)
     return resize_image(opened.pixels(1.0 / scale), *sides), (opened.height, opened.width)

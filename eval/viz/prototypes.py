@@ -60,15 +60,9 @@ class Shares(NamedTuple):
 
 
 def load_teacher(path: Path, which: str, temperature: float | None) -> Teacher:
-    """Head and center of a checkpoint of ours, with the temperature of its step.
-
-    Args:
-        path: the file.
-        which: of the networks; only the teacher's head is compared with the center.
-        temperature: of the softmax; None: the run's, from `run.json` and the step.
-
-    Raises:
-        UserError: the file has no head, or nothing tells the temperature.
+    """Head and center of a checkpoint of ours, with the softmax's temperature (None: the run's,
+    from `run.json` and the step). Only the teacher's head is compared with the center. Raises
+    UserError where the file has no head, or nothing tells the temperature.
     """
     if which != "teacher":
         raise UserError(
@@ -94,10 +88,8 @@ def load_teacher(path: Path, which: str, temperature: float | None) -> Teacher:
 
 
 def temperature_of(path: Path, step: int) -> float:
-    """The teacher's temperature in step `step` of a run, from its plan.
-
-    Raises:
-        UserError: `run.json` is not there, or does not tell.
+    """The teacher's temperature in step `step` of a run, from its plan; raises UserError where
+    `run.json` is not there, or does not tell.
     """
     file = folder_of(path) / "run.json"
     try:
@@ -118,14 +110,7 @@ def prototype_shares(
     num_top: int,
     device: torch.device | str = "cpu",
 ) -> Shares:
-    """Shares over all images, in one pass over them.
-
-    Args:
-        teacher: of K prototypes.
-        features: (N, C) class tokens.
-        num_top: images kept of each prototype; at most N.
-        device: where it is computed.
-    """
+    """Shares over all images in one pass; `num_top` images (at most N) are kept of each."""
     teacher.head.to(device)
     teacher.center.to(device)
     K = len(teacher.center.center)
@@ -149,9 +134,7 @@ def prototype_shares(
 def prototype_rows(
     bank: ImageFeatures, shares: Shares, most: int
 ) -> tuple[list[GridRow], dict[str, Any]]:
-    """A row of images for each of the prototypes with the largest shares, and the same in
-    numbers.
-    """
+    """A row of images for each prototype of the largest shares, and the same in numbers."""
     rows, largest = [], []
     for prototype in shares.mass.argsort(descending=True, stable=True)[:most].tolist():
         mass, firsts = shares.mass[prototype].item(), int(shares.firsts[prototype])

@@ -26,11 +26,7 @@ MOST_ROWS, MOST_COLUMNS = 40, 12  # of the picture
 
 
 def query_files(words: Sequence[Text]) -> list[Path]:
-    """Files that are named, and those of the folders that are.
-
-    Raises:
-        MissingPath: one is not there.
-    """
+    """Files that are named, and those of folders; raises MissingPath where one is not there."""
     files: list[Path] = []
     for word in words:
         path = Path(str(word)).expanduser()
@@ -45,10 +41,8 @@ def query_files(words: Sequence[Text]) -> list[Path]:
 
 
 def extractor_of(index: FeatureIndex, ckpt: Text | None, device: str) -> FeatureExtractor:
-    """The weights that made the file, where they were or at `ckpt`, reading images as they did.
-
-    Raises:
-        UserError: they are not there any more, or are others.
+    """The weights that made the file, where they were or at `ckpt`, reading images as they did;
+    raises UserError where they are not there any more, or are others.
     """
     about = index.about
     path = Path(str(about.get("ckpt") if ckpt is None else ckpt))
@@ -105,9 +99,7 @@ def nearest_names(index: FeatureIndex, features: np.ndarray, k: int) -> list[lis
 def search_sheet(
     results: Sequence[dict[str, Any]], extractor: FeatureExtractor, index: FeatureIndex
 ) -> Picture:
-    """A row for each query, of the first `MOST_ROWS`: itself, then its neighbours; grey where a
-    file is not there.
-    """
+    """A row for each of `MOST_ROWS` queries: itself, then its neighbours; grey: a missing file."""
     about, here = index.about, Path(index.about.get("folder", "."))
 
     def picture(name: str) -> Picture:

@@ -131,9 +131,7 @@ class Snapshots(lightning.Callback):
 
     def resume(self, step: int) -> None:
         """Keep the moments up to the step, if they show these images; a run that starts has none.
-
-        Raises:
-            OSError: the folder cannot be written.
+        Raises OSError where the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         content: dict[str, Any] = {}
@@ -216,10 +214,13 @@ class Snapshots(lightning.Callback):
     def draw(self, extractor: FeatureExtractor) -> Panels:
         """The pictures of a moment, by one pass for all images of a shape."""
         summary = channels.Summary()
+        by_shape: dict[tuple[int, ...], list[int]] = {}  # places of the images
+        for i, image in enumerate(self.images):
+            by_shape.setdefault(image.pixels.shape, []).append(i)
         maps: dict[int, Picture] = {}
         features: dict[int, Tensor] = {}
         with extractor.inference() as backbone:
-            for places in self.by_shape():
+            for places in by_shape.values():
                 images = extractor.images(*(self.images[i].pixels for i in places))
                 with channels.recorded(backbone) as matrices:
                     output = attention.forward(backbone, images)
@@ -235,13 +236,6 @@ class Snapshots(lightning.Callback):
         order = range(len(self.images))
         colours = self.components([features[i] for i in order])
         return Panels([maps[i] for i in order], colours, summary.numbers()["entropy"])
-
-    def by_shape(self) -> list[list[int]]:
-        """Places of the images of each shape."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, image in enumerate(self.images):
-            groups.setdefault(image.pixels.shape, []).append(i)
-        return list(groups.values())
 
     def components(self, features: Sequence[Float[Tensor, "C _ _"]]) -> list[Picture]:
         """The first three components over the patches of all images, as colours."""
@@ -309,10 +303,7 @@ def moments_of(count: int, last: int) -> list[int]:
 
 def read_sized(source: Source, index: int, preprocess: Preprocess, side: int, patch: int) -> Pixels:
     """An image with its long side at `side`, also where it is smaller, and the other at the nearest
-    multiple of the patch.
-
-    Raises:
-        BadImage: it cannot be read.
+    multiple of the patch; raises BadImage where it cannot be read.
     """
     opened = open_picture(source.read(index), preprocess)
     scale = side / max(opened.height, opened.width)
@@ -326,9 +317,7 @@ def read_sized(source: Source, index: int, preprocess: Preprocess, side: int, pa
 def aligned(
     scores: Float[Tensor, "N components"], before: Float[Tensor, "N components"]
 ) -> Float[Tensor, "N components"]:
-    """Scores with their columns in the order and with the signs of the largest sum of correlations
-    with those before.
-    """
+    """Scores, columns in the order and with the signs that correlate most with those before."""
 
     def unit(values: Tensor) -> Tensor:
         centred = values - values.mean(dim=0)

@@ -44,10 +44,8 @@ class Visualization:
 
 
 def label_checkpoints(ckpt: Any, over_time: bool) -> dict[str, Path]:
-    """Files of checkpoints by labels that tell them apart.
-
-    Raises:
-        UserError: `over_time` of something else than one run folder.
+    """Files of checkpoints by labels that tell them apart; raises UserError where `over_time` is of
+    something else than one run folder.
     """
     wanted = checkpoints_in(ckpt)
     if not over_time:
@@ -71,10 +69,8 @@ def read_checkpoints(
     size: int | None,
 ) -> dict[str, Checkpoint]:
     """Every file, read before any work, so that a wrong one is refused at once; of several one is
-    held at a time.
-
-    Raises:
-        UserError: one cannot be used, they take different images, or `size` is below a patch.
+    held at a time. Raises UserError where one cannot be used, they take different images, or `size`
+    is below a patch.
     """
     checkpoints = {}
     for label, path in paths.items():
@@ -90,15 +86,9 @@ def read_checkpoints(
 
 
 def image_paths(wanted: Text | Sequence[Text] | None, most: int) -> tuple[list[Path], int]:
-    """Image files, at most so many, evenly spaced, and how many there are.
-
-    Args:
-        wanted: files, folders with anything below, patterns; None: the built-in photographs.
-        most: of more, evenly spaced ones are taken.
-
-    Raises:
-        MissingPath: a file or folder that is not there, or a pattern that fits nothing.
-        UserError: an empty list.
+    """At most `most` image files, evenly spaced, and how many there are, of files, folders with
+    anything below and patterns (None: the built-in photographs). Raises MissingPath for a file or
+    folder that is not there, or a pattern that fits nothing, UserError for an empty list.
     """
     paths: list[Path] = []
     if wanted is None:

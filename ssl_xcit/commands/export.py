@@ -1,6 +1,4 @@
-"""The command `export`: weights into files that other tools read, each loaded and compared before
-it gets its name.
-"""
+"""The command `export`: weights as files of other tools, each loaded and compared first."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,6 +1,4 @@
-"""The command `pretrain`: from a configuration to a run folder with weights, metrics and final
-numbers.
-"""
+"""The command `pretrain`: a configuration to a run folder of weights, metrics, final numbers."""
 
 import json
 import logging
@@ -244,9 +242,7 @@ def conclude(
 
 
 def leave_report(settings: PretrainSettings, run_dir: Path, device: str) -> None:
-    """A page about the finished run, by what `report` names; trouble with it is none of the
-    run's.
-    """
+    """A page about the finished run, by what `report` names; trouble with it is not the run's."""
     if settings.report is None:
         return
     try:
@@ -299,11 +295,7 @@ def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
 
 
 def announce(
-    settings: PretrainSettings,
-    plan: Plan,
-    module: DINO,
-    pair: LabelledPair | None,
-    run_dir: Path,
+    settings: PretrainSettings, plan: Plan, module: DINO, pair: LabelledPair | None, run_dir: Path
 ) -> None:
     """What is about to happen, with the numbers that were derived."""
     backbone = module.student.backbone

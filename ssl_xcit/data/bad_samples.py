@@ -16,13 +16,8 @@ FILE = "bad_samples.jsonl"
 
 
 class BadSamples:
-    """Logs each bad image once, whichever rank or part of a run meets it, and stops a run that has
-    too many.
-
-    Args:
-        path: the file; None: they are only counted.
-        num_images: of the source.
-        max_fraction: share of these that may be bad.
+    """Logs each bad image once, whichever rank or part of a run meets it (without `path` it counts
+    them), and stops a run where they are more than `max_fraction` of all images.
     """
 
     def __init__(self, path: Path | None, num_images: int, max_fraction: float):

@@ -42,11 +42,7 @@ def count_values(
 
 
 def count_all(
-    source: Source,
-    preprocess: Preprocess,
-    max_images: int,
-    num_workers: int | None,
-    timeout: float,
+    source: Source, preprocess: Preprocess, max_images: int, num_workers: int | None, timeout: float
 ) -> ResilientLoader[list[CountedImage]]:
     """Count the values of at most so many images, evenly spaced, in lists."""
     count = min(max_images, len(source))

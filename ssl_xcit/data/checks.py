@@ -21,23 +21,14 @@ CHUNK = 16
 
 
 class InspectedImage(NamedTuple):
-    """Facts about one image.
+    """Facts about one image."""
 
-    Args:
-        kind: format and mode.
-        width: in pixels.
-        height: likewise.
-        digest: 16 bytes of the file's content; empty: it could not be read.
-        reason: why it is bad; empty: it is good.
-        deep: range of an image of more than 8 bits.
-    """
-
-    kind: str
-    width: int
-    height: int
-    digest: bytes
-    reason: str
-    deep: DeepRange | None = None
+    kind: str  # format and mode
+    width: int  # in pixels
+    height: int  # likewise
+    digest: bytes  # 16 bytes of the file's content; empty: it could not be read
+    reason: str  # why it is bad; empty: it is good
+    deep: DeepRange | None = None  # range of an image of more than 8 bits
 
 
 class Inspection(NamedTuple):

@@ -25,9 +25,7 @@ MAX_REPLACEMENTS = 32  # others tried in place of a bad image
 
 @dataclass(eq=False)
 class CropDataset(Dataset[Crops]):
-    """Crops by position of the run (see `order.py`); a bad image is replaced by another, see
-    `order.fallback_index`.
-    """
+    """Crops by position (see `order.py`); a bad image is replaced (see `order.fallback_index`)."""
 
     source: Source
     augment: MultiCrop

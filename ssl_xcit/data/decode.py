@@ -80,20 +80,14 @@ def dark_images(ranges: Sequence[DeepRange], preprocess: Preprocess) -> str | No
 class Picture:
     """An image whose header has been read. A JPEG's pixels are decoded when they are needed, then
     at 1/2, 1/4 or 1/8 where that is enough.
-
-    Args:
-        height: in pixels, upright.
-        width: likewise.
-        decode: returns pixels that are at most so many times smaller than the image.
-        kind: format and mode as the file has them, `JPEG RGB`.
-        deep: range of an image of whole numbers of more than 8 bits.
     """
 
-    height: int
-    width: int
+    height: int  # in pixels, upright
+    width: int  # likewise
+    # returns pixels that are at most so many times smaller than the image
     decode: Callable[[float], Pixels]
-    kind: str
-    deep: DeepRange | None = None
+    kind: str  # format and mode as the file has them, `JPEG RGB`
+    deep: DeepRange | None = None  # range of an image of whole numbers of more than 8 bits
 
     def pixels(self, shrink: float = 1.0) -> Pixels:
         """Return (H, W, channels), at most `shrink` (from 1) times smaller than the image a side.
@@ -106,24 +100,17 @@ class Picture:
 
 
 class Samples(NamedTuple):
-    """The numbers of an image as they are stored, and what its file says they mean.
+    """The numbers of an image as they are stored, and what its file says they mean."""
 
-    Args:
-        values: (H, W, S).
-        top: the value of full intensity; of whole numbers 2 ** bits - 1.
-        colours: kind of the first samples, grey, rgb or cmyk; None: the file does not say.
-        zero_is_white: of grey.
-        alpha: kind of the sample behind the colours, straight or premultiplied with the colours;
-            None: further samples are no transparency.
-        orientation: 1 to 8 as in EXIF.
-    """
-
-    values: np.ndarray
-    top: int
+    values: np.ndarray  # (H, W, S)
+    top: int  # the value of full intensity; of whole numbers 2 ** bits - 1
+    # kind of the first samples, grey, rgb or cmyk; None: the file does not say
     colours: str | None = None
-    zero_is_white: bool = False
+    zero_is_white: bool = False  # of grey
+    # kind of the sample behind the colours, straight or premultiplied with the colours; None:
+    # further samples are no transparency
     alpha: str | None = None
-    orientation: int = 1
+    orientation: int = 1  # 1 to 8 as in EXIF
 
 
 def decoded(pixels: Pixels, kind: str, deep: DeepRange | None = None) -> Picture:

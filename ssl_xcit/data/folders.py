@@ -50,16 +50,12 @@ warned: set[str] = set()  # warnings that this process has logged
 
 
 def folder(
-    root: Places,
-    labels: Annotated[bool, PLACE] = False,
-    out: Annotated[object, PLACE] = None,
+    root: Places, labels: Annotated[bool, PLACE] = False, out: Annotated[object, PLACE] = None
 ) -> Files:
     """Return all images below one folder or several, in any tree.
 
-    Args:
-        root: one folder or several.
-        labels: the first folder below `root` is the class.
-        out: a folder of results, which is skipped; anything but text has no effect.
+    With `labels` the first folder below `root` is the class. `out` is a folder of results, which is
+    skipped; anything but text has no effect.
 
     Raises:
         MissingPath: a folder that is missing or has no image.
@@ -256,10 +252,6 @@ def is_current(cached: dict[str, np.ndarray], home: bytes) -> bool:
 def split_of(root: Path, files: StringArray) -> list[Path]:
     """Return the training folder, then test folders, if a folder holds these instead of classes,
     else nothing. Beside other folders they are a split only if they hold folders themselves.
-
-    Args:
-        root: the folder.
-        files: images in it, relative.
     """
     deep: dict[str, bool] = {}  # first folder -> whether all of its images lie in folders
     for name in files:
@@ -281,10 +273,7 @@ def split_of(root: Path, files: StringArray) -> list[Path]:
 def class_folders(root: str | Path, class_names: Sequence[str] | None = None) -> Files:
     """Return images whose class is the first folder below `root`.
 
-    Args:
-        root: holds one folder a class.
-        class_names: ids by name, when another set has fixed them; a class beyond those gets the ids
-            after.
+    `class_names` are those whose ids another set has fixed; further classes get the ids after.
 
     Raises:
         MissingPath: `root` is missing or has no images.
@@ -325,11 +314,8 @@ def labelled_folders(
 ) -> LabelledPair | None:
     """Return labelled images in class folders; None without `root`: evaluation is off.
 
-    Args:
-        root: holds one folder a class; or a training and a test folder (`TRAIN_NAMES`,
-            `TEST_NAMES`) that hold these.
-        test_root: other images of the same classes; None: a share of `root` is held out.
-        test_fraction, resize, size, seed: see `held_out`.
+    `root` holds one folder a class, or a training and a test folder (`TRAIN_NAMES`, `TEST_NAMES`)
+    that hold these. Without `test_root` a share of `root` is held out, see `held_out`.
     """
     if root is None:
         if test_root is not None:

@@ -1,6 +1,4 @@
-"""Tell images by the ending of a file's name, else by its first bytes, and name what would read
-other files.
-"""
+"""Tell images by a file's ending or first bytes, and name what would read other files."""
 
 import os
 from collections import Counter
@@ -117,9 +115,7 @@ class SkippedFiles:
 
 
 def readable_by_head(head: bytes | None) -> tuple[bool, str]:
-    """Return whether a file is a readable image by its first bytes (None: it cannot be opened), and
-    otherwise what would read it.
-    """
+    """Return whether first bytes (None: no access) are a readable image's, else what reads it."""
     kind = None if head is None else image_format(head)
     if kind == "HEIF":
         readable = "HEIF" in readable_formats()

@@ -29,8 +29,6 @@ ASPECT = (3 / 4, 4 / 3)
 ATTEMPTS = 10  # as torchvision: then the largest central crop
 SOLARISE = np.where(np.arange(256) < 128, np.arange(256), 255 - np.arange(256)).astype(np.uint8)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-
-
 Crop = UInt8[np.ndarray, "_ _ channels"]
 
 

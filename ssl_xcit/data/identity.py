@@ -33,18 +33,11 @@ EXAMPLES = 3  # in a sentence
 
 
 class DataIndex(NamedTuple):
-    """The images of a data set.
+    """The images of a data set."""
 
-    Args:
-        names: relative to its folder; of arrays none.
-        sizes: in bytes.
-        content: a hash of pixels of an array, of samples of tars, of labels.
-        num_images: how many there are.
-    """
-
-    names: StringArray
-    sizes: Int64[np.ndarray, " N"]
-    content: str
+    names: StringArray  # relative to its folder; of arrays none
+    sizes: Int64[np.ndarray, " N"]  # in bytes
+    content: str  # a hash of pixels of an array, of samples of tars, of labels
     num_images: int
 
     def digest(self) -> str:
@@ -56,12 +49,7 @@ class DataIndex(NamedTuple):
 
 
 def index_of(source: Source, labelled: bool = False) -> DataIndex:
-    """Identify the images of a source; of a subset those of the whole source.
-
-    Args:
-        source: the images.
-        labelled: their labels count as well.
-    """
+    """Identify the images of a source (of a subset: of all its source), labels if `labelled`."""
     while isinstance(source, Subset):
         source = source.source
     nothing = np.zeros(0, np.int64)
@@ -104,9 +92,7 @@ def relative(source: Files, paths: Sequence[str]) -> list[str]:
 
 
 def some_content(source: Files) -> str:
-    """Hash the beginning of a few files, spread over all: those of two cameras may have the same
-    names and sizes.
-    """
+    """Hash the starts of a few files: those of two cameras may have the same names and sizes."""
     digest = hashlib.sha256()
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED).astype(int)).tolist():
         try:

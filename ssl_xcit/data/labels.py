@@ -33,9 +33,7 @@ def natural(name: str) -> tuple[int, int, str]:
 
 
 def named_classes(
-    names: Sequence[str],
-    known: Sequence[str] = (),
-    key: Callable[[str], Any] | None = natural,
+    names: Sequence[str], known: Sequence[str] = (), key: Callable[[str], Any] | None = natural
 ) -> tuple[Labels, list[str]]:
     """Return (class ids, class names) of images by the name of their class.
 
@@ -86,11 +84,7 @@ def label_kind(labels: np.ndarray | None) -> str:
 
 
 def labels_from(
-    values: np.ndarray,
-    count: int,
-    where: str,
-    kind: str | None = None,
-    known: Sequence[str] = (),
+    values: np.ndarray, count: int, where: str, kind: str | None = None, known: Sequence[str] = ()
 ) -> tuple[AnyLabels, list[str]]:
     """Return (labels, class names) from an array or a column of a table.
 

@@ -29,8 +29,6 @@ IMAGE_COLUMNS = (
     "imgpath", "images",
 )  # fmt: skip
 LABEL_COLUMNS = ("label", "class", "target", "category", "classname", "labelname", "y", "labels")
-
-
 Column = Annotated[str | None, PLACE]
 Switch = Annotated[bool, PLACE]
 
@@ -273,14 +271,10 @@ def labelled_lists(
     """Return `path_list` of labelled images, and of others to test on (None: a share is held out).
 
     Args:
-        file: the list.
-        test_file: of other images.
-        root: what the paths are relative to; None: the file's folder.
         labels: a `.npy` file of the listed images' labels, see `labels.labels_from`; None: the
             list's own.
         test_labels: likewise of `test_file`.
-        test_fraction, resize, size, seed: see `held_out`.
-        image_column, label_column, backslashes, label_kind: see `path_list`.
+        test_fraction, resize, size, seed: see `held_out`; the others: see `path_list`.
 
     Raises:
         UserError: labels for the one list and not for the other.

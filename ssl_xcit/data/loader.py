@@ -48,17 +48,11 @@ HINTS = {
 
 
 class Cause(NamedTuple):
-    """A cause of accidents.
+    """A cause of accidents."""
 
-    Args:
-        pattern: matches the error's message.
-        remedy: what to do.
-        passes: whether it may be over in a moment.
-    """
-
-    pattern: str
+    pattern: str  # matches the error's message
     remedy: str
-    passes: bool
+    passes: bool  # whether it may be over in a moment
 
 
 CAUSES = (  # the first whose pattern matches counts
@@ -79,27 +73,19 @@ CAUSES = (  # the first whose pattern matches counts
         "the container or job), or lower num_workers; num_workers=0 needs none",
         passes=False,
     ),
-    Cause(
-        "file too large",
-        "raise the limit of a file's size (ulimit -f unlimited)",
-        passes=False,
-    ),
+    Cause("file too large", "raise the limit of a file's size (ulimit -f unlimited)", passes=False),
     Cause("can(no|')t allocate memory|MemoryError|insufficient memory", NO_MEMORY, passes=True),
     Cause("shared memory|unable to mmap", NO_SHARED_MEMORY, passes=True),
 )
 
 
 def default_workers(devices: int = 1) -> int:
-    """Return the number of loader processes of each of so many devices: one a core that they share,
-    less one for training, at most 12.
-    """
+    """Return a device's number of loader processes: its share of the cores less one, at most 12."""
     return min(12, max(0, usable_cores() // max(devices, 1) - 1))
 
 
 def start_worker(worker_id: int) -> None:
-    """Use one thread, and ignore Ctrl-C, which reaches every process of the terminal: workers must
-    outlive it until the step is saved.
-    """
+    """Use one thread, and ignore Ctrl-C: workers must outlive it until the step is saved."""
     cv2.setNumThreads(1)  # torch uses one in workers by itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -164,16 +150,11 @@ class WorkerContext(ForkContext):
 
 
 class Accident(Exception):
-    """The workers of a loader failed, through no fault of the program.
-
-    Args:
-        message: what has happened and what to do, in one line.
-        passes: whether restarting the loader may help.
-    """
+    """The workers of a loader failed, through no fault of the program; says what to do."""
 
     def __init__(self, message: str, passes: bool = True):
         super().__init__(message)
-        self.passes = passes
+        self.passes = passes  # whether restarting the loader may help
 
 
 class NoWorkers(RunFailed):
@@ -187,22 +168,16 @@ class ResilientLoader(Generic[Batch]):
 
     Since batch n is a function of n, the batches are those of a loader without accidents.
 
-    Args:
-        make: returns the loader of the batches from a number on.
-        num_batches: in all.
-        start: first batch.
-        timeout: seconds.
-
     Attributes:
         waited: seconds that the caller has spent waiting so far.
         done: number of the next batch.
         while_waiting: called every second while no batch comes, and after an accident; may raise.
     """
 
-    make: Callable[[int], DataLoader]
-    num_batches: int
-    start: int = 0
-    timeout: float = 300.0
+    make: Callable[[int], DataLoader]  # returns the loader of the batches from a number on
+    num_batches: int  # in all
+    start: int = 0  # first batch
+    timeout: float = 300.0  # seconds
 
     def __post_init__(self) -> None:
         """Begin at the first batch."""
@@ -212,9 +187,7 @@ class ResilientLoader(Generic[Batch]):
         self.restarts: deque[int] = deque(maxlen=MAX_RESTARTS)
 
     def __len__(self) -> int:
-        """Return the number of all batches, also before `start`: Lightning compares it with the
-        steps of the run.
-        """
+        """Return the number of all batches, which Lightning compares with the steps of the run."""
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
@@ -489,9 +462,7 @@ def parallel_map(
     timeout: float = 300.0,
     chunk: int = 16,
 ) -> ResilientLoader[list[Any]]:
-    """Return `function(i)` for every i, in parallel and in order, in lists of `chunk`, from list
-    number `start` on.
-    """
+    """Return `function(i)` for every i in order, in lists of `chunk`, from list `start` on."""
     workers = usable_cores() if num_workers is None else num_workers
 
     def make(first: int) -> DataLoader:

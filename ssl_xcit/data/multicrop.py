@@ -32,11 +32,6 @@ def ascending(values: Sequence[float]) -> bool:
     return values[0] <= values[1]
 
 
-def hue_in_half_turns(jitter: Sequence[float]) -> bool:
-    """Whether hue turns by at most half a circle."""
-    return jitter[3] <= 0.5
-
-
 Scale = Annotated[
     Sequence[Annotated[float, Gt(0), Le(1)]],
     Len(2, 2),
@@ -49,7 +44,7 @@ Radius = Annotated[
 Jitter = Annotated[
     Sequence[Share],
     Len(4, 4),
-    Predicate(hue_in_half_turns),
+    Predicate(lambda jitter: jitter[3] <= 0.5),
     Words("4 numbers: three of 0 to 1, and hue of 0 to 0.5"),
 ]
 Probabilities = Annotated[Sequence[Share], Len(3, 3), Words("3 probabilities, 0 to 1")]
@@ -97,34 +92,23 @@ class Recipe:
 
     Each crop: random resized crop (aspect 3/4 to 4/3), flip 0.5, colour jitter in random order,
     grey, blur, solarise (threshold 128).
-
-    Args:
-        global_size: side of the two global crops in pixels.
-        local_size: side of the local crops.
-        num_local: L.
-        global_scale: share of the image's area in a global crop.
-        local_scale: the same for local crops.
-        jitter: strength of brightness, contrast, saturation (factors 1 - x to 1 + x) and hue
-            (turns).
-        jitter_prob: probability of the jitter.
-        grey_prob: probability of grey.
-        blur_prob: probability of blur for global crop 1, global crop 2, local crops.
-        blur_radius: standard deviation of the blur in pixels of the crop; the reference's is for
-            crops of 224 pixels.
-        solarise_prob: as `blur_prob`, for solarisation.
     """
 
-    global_size: Count = 224
-    local_size: Count = 96
-    num_local: Annotated[int, Ge(0)] = 8
-    global_scale: Scale = (0.4, 1.0)
-    local_scale: Scale = (0.05, 0.4)
+    global_size: Count = 224  # side of the two global crops in pixels
+    local_size: Count = 96  # side of the local crops
+    num_local: Annotated[int, Ge(0)] = 8  # L
+    global_scale: Scale = (0.4, 1.0)  # share of the image's area in a global crop
+    local_scale: Scale = (0.05, 0.4)  # the same for local crops
+    # strength of brightness, contrast, saturation (factors 1 - x to 1 + x) and hue (turns)
     jitter: Jitter = (0.4, 0.4, 0.2, 0.1)
-    jitter_prob: Share = 0.8
-    grey_prob: Share = 0.2
+    jitter_prob: Share = 0.8  # probability of the jitter
+    grey_prob: Share = 0.2  # probability of grey
+    # probability of blur for global crop 1, global crop 2, local crops
     blur_prob: Probabilities = (1.0, 0.1, 0.5)
+    # standard deviation of the blur in pixels of the crop; the reference's is for crops of 224
+    # pixels
     blur_radius: Radius = (0.1, 2.0)
-    solarise_prob: Probabilities = (0.0, 0.2, 0.0)
+    solarise_prob: Probabilities = (0.0, 0.2, 0.0)  # as `blur_prob`, for solarisation
 
 
 @contextmanager
@@ -139,9 +123,7 @@ def torch_seed(seed: int) -> Iterator[None]:
 
 
 class RandomBlur(nn.Module):
-    """Pillow's Gaussian blur with a radius (standard deviation, in pixels) uniform in `radius`,
-    with probability `p`.
-    """
+    """With probability `p` Pillow's Gaussian blur, its std in pixels uniform in `radius`."""
 
     def __init__(self, p: float, radius: Sequence[float] = (0.1, 2.0)):
         super().__init__()

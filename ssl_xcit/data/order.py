@@ -46,15 +46,10 @@ def window_permutation(
 
 @dataclass(frozen=True)
 class Shards:
-    """Images that lie together on disk.
+    """Images that lie together on disk."""
 
-    Args:
-        sizes: images of each shard, which follow one another in the source.
-        window: images that are mixed with each other.
-    """
-
-    sizes: Int64[np.ndarray, " S"]
-    window: int
+    sizes: Int64[np.ndarray, " S"]  # images of each shard, which follow one another in the source
+    window: int  # images that are mixed with each other
 
     def image_at(self, seed: int, pass_index: int, place: int) -> int:
         """Return the index of the image at a place of a pass: the shards in a permuted order laid
@@ -87,9 +82,7 @@ def crop_seed(seed: int, position: int, num_images: int) -> int:
 
 
 def fallback_index(seed: int, position: int, wanted: int, attempt: int, num_images: int) -> int:
-    """Return the index of the image to try in place of a bad one: its neighbours first, then any,
-    for bad images may lie together.
-    """
+    """Return the index to try for a bad one: neighbours, then any, as bad ones may lie together."""
     if attempt < NEIGHBOURS:
         return (wanted + attempt) % num_images
     bits = _bits(seed, _FALLBACK, position // num_images, position % num_images, attempt)
@@ -108,25 +101,16 @@ class Positions(Sampler[int]):
 
     Step s of W ranks takes positions s * B to (s + 1) * B of the run; rank r takes the r-th of W
     equal parts.
-
-    Args:
-        start_step: first step not yet trained on.
-        total_steps: steps of the whole run.
-        batch_size: B / W, images a step on this rank.
-        rank: r in [0, world_size).
-        world_size: W.
     """
 
-    start_step: int
-    total_steps: int
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
+    start_step: int  # first step not yet trained on
+    total_steps: int  # steps of the whole run
+    batch_size: int  # B / W, images a step on this rank
+    rank: int = 0  # r in [0, world_size)
+    world_size: int = 1  # W
 
     def __len__(self) -> int:
-        """Return the length of the whole run, not of what is left: Lightning compares it with the
-        steps since the run began.
-        """
+        """Return the length of the whole run, which Lightning compares with all steps done."""
         return self.total_steps * self.batch_size
 
     def __iter__(self) -> Iterator[int]:

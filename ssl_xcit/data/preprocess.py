@@ -42,24 +42,17 @@ ValueRange = Annotated[
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How files become the network's input.
+    """How files become the network's input."""
 
-    Args:
-        channels: of the pixels, and the model's `in_chans`.
-        mean: of each channel, of values in 0..1; None: the known ones of RGB and grey.
-        std: standard deviation, likewise.
-        background: 0..255, the colour behind transparent pixels.
-        value_range: what becomes 0 and 255 in images of more than 8 bits; None: the whole range of
-            16 bits. Floating-point images need it.
-        max_pixels: images with more by their header are refused.
-    """
-
-    channels: Channels = 3
+    channels: Channels = 3  # of the pixels, and the model's `in_chans`
+    # of each channel, of values in 0..1; None: the known ones of RGB and grey
     mean: Sequence[float] | None = None
-    std: Sequence[Positive] | None = None
-    background: Background = (255, 255, 255)
+    std: Sequence[Positive] | None = None  # standard deviation, likewise
+    background: Background = (255, 255, 255)  # 0..255, the colour behind transparent pixels
+    # what becomes 0 and 255 in images of more than 8 bits; None: the whole range of 16 bits.
+    # Floating-point images need it
     value_range: ValueRange | None = None
-    max_pixels: Count = MAX_PIXELS
+    max_pixels: Count = MAX_PIXELS  # images with more by their header are refused
 
     def __post_init__(self) -> None:
         """Complete the statistics; lists become tuples.

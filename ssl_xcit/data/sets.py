@@ -33,13 +33,8 @@ Member = Annotated[str | None, PLACE]  # of an .npz file
 
 
 class Arrays:
-    """Images of one size in an array (N, H, W) or (N, H, W, channels), perhaps a memory map.
-
-    Args:
-        images: uint8, or another number type with `preprocess.value_range`.
-        name: what messages call the set.
-        labels: class ids, or None.
-        class_names: by class id.
+    """Images of one size in an array (N, H, W) or (N, H, W, channels), perhaps a memory map: uint8,
+    or another number type with `preprocess.value_range`. Messages call the set by its `name`.
     """
 
     shards: Shards | None = None
@@ -258,9 +253,7 @@ def labelled_arrays(
     test_member: Member = None,
     label_kind: LabelKind = None,
 ) -> LabelledPair | None:
-    """Return `arrays` with labels, and others to test on: of `test_file`, or the `test_member` of
-    `file` (None: a share is held out).
-    """
+    """Return labelled `arrays`; to test on, `test_file`, `test_member` of `file`, or a share."""
     train = arrays(file, labels, member, label_kind)
     if test_file is None and test_member is not None:
         test_file = file
@@ -352,18 +345,11 @@ def labelled_huggingface(
 
 
 def torchvision_set(
-    name: SetName,
-    root: SetRoot,
-    split: Literal["train", "test", "unlabeled"],
-    download: Download,
+    name: SetName, root: SetRoot, split: Literal["train", "test", "unlabeled"], download: Download
 ) -> Source:
     """Return a set as torchvision reads it.
 
-    Args:
-        name: torchvision's class.
-        root: where the files are, or are put.
-        split: the test split of ImageNet is its validation images; only STL10 has unlabeled ones.
-        download: fetch what is missing.
+    The test split of ImageNet is its validation images; only STL10 has unlabeled ones.
 
     Raises:
         MissingPath: the files are not there, or cannot be fetched; says what to do.

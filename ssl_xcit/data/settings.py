@@ -9,16 +9,11 @@ from ssl_xcit.utils.validation import FREE, LINKED, REST, Node, Share
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """`conf/data/`: where images come from.
-
-    Args:
-        source: the images.
-        options: the other keys, which `source` refers to.
-        sets: root and download of a named set, which `eval_data` of the same set takes.
-    """
+    """`conf/data/`: where images come from."""
 
     source: Node
-    options: Annotated[Mapping[str, Any], REST, LINKED]
+    options: Annotated[Mapping[str, Any], REST, LINKED]  # the other keys, which `source` refers to
+    # root and download of a named set, which `eval_data` of the same set takes
     sets: Annotated[Mapping[str, Any], FREE] = field(default_factory=dict)
 
 

@@ -88,25 +88,15 @@ class Member(NamedTuple):
 
 @dataclass(eq=False)
 class TarShards:
-    """Images in tars, in the order of the tars.
-
-    Args:
-        files: the tars.
-        shards: images of each tar, and how many are mixed with each other.
-        keys: of all images.
-        offsets: in bytes, where each begins in its tar.
-        lengths: of each in bytes.
-        labels: class ids, or None.
-        class_names: by class id.
-    """
+    """Images in tars, in the order of the tars."""
 
     files: Sequence[str]
-    shards: Shards | None
-    keys: StringArray
-    offsets: np.ndarray
-    lengths: np.ndarray
-    labels: AnyLabels | None
-    class_names: Sequence[str]
+    shards: Shards | None  # images of each tar, and how many are mixed with each other
+    keys: StringArray  # of all images
+    offsets: np.ndarray  # in bytes, where each begins in its tar
+    lengths: np.ndarray  # of each in bytes
+    labels: AnyLabels | None  # class ids, or None
+    class_names: Sequence[str]  # by class id
 
     def __post_init__(self) -> None:
         """Prepare to find and open tars."""

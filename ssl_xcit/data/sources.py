@@ -74,15 +74,7 @@ class LabelledPair:
 
 
 class Files:
-    """Image files by path.
-
-    Args:
-        paths: of the files, relative to `root`.
-        root: a folder, or empty where the paths are absolute.
-        labels: their class ids, or None.
-        class_names: by class id.
-        homes: the folders that absolute paths lie below.
-    """
+    """Image files by path, relative to `root`, or absolute (`root` is empty) below `homes`."""
 
     shards: Shards | None = None
 
@@ -113,12 +105,7 @@ class Files:
 
 
 class Subset:
-    """Some images of a source.
-
-    Args:
-        source: all images.
-        indices: of those that are used, in the new order.
-    """
+    """The images of a source that have these indices, in their order."""
 
     shards: Shards | None = None
 

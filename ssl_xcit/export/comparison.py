@@ -46,24 +46,15 @@ def real_images(weights: Weights) -> Iterator[Float[Tensor, "B in_chans H W"]]:
 
 @dataclass
 class Difference:
-    """Between the features of another form and the backbone's.
+    """Between the features of another form and the backbone's."""
 
-    Args:
-        largest: of a feature, over the largest feature where that is above 1.
-        cosine: the smallest cosine similarity between class tokens of an image.
-    """
-
-    largest: float = 0.0
-    cosine: float = 1.0
+    largest: float = 0.0  # of a feature, over the largest feature where that is above 1
+    cosine: float = 1.0  # the smallest cosine similarity between class tokens of an image
 
 
 def difference(weights: Weights, run: Run, patches: bool = False) -> Difference:
-    """Difference on photographs of several sizes, one and several at once.
-
-    Args:
-        weights: the reference.
-        run: the other form, images to class tokens, or with `patches` to those and patch tokens.
-        patches: compare these too.
+    """Difference on photographs of several sizes, one and several at once, of the other form `run`:
+    images to class tokens, or with `patches` to those and patch tokens.
 
     Raises:
         UserError: the weights themselves give features that are not finite.
@@ -110,30 +101,18 @@ def compare(weights: Weights, run: Run, close: float = CLOSE, patches: bool = Fa
 
 
 class Rounding(NamedTuple):
-    """The effect of rounding the weights.
+    """The effect of rounding the weights."""
 
-    Args:
-        checked: the difference of the features, in words.
-        notes: size, speed and accuracy, in words.
-        data: all of it as plain data.
-    """
-
-    checked: str
-    notes: list[str]
-    data: dict[str, Any]
+    checked: str  # the difference of the features, in words
+    notes: list[str]  # size, speed and accuracy, in words
+    data: dict[str, Any]  # all of it as plain data
 
 
 def compare_rounded(
     weights: Weights, name: str, runs: tuple[Run, Run], num_bytes: tuple[int, int], knn: KNN | None
 ) -> Rounding:
-    """Compare rounded weights with float32.
-
-    Args:
-        weights: the reference.
-        name: of the format.
-        runs: float32 and the rounded form in the same library, images to class tokens.
-        num_bytes: of the files of both.
-        knn: measures accuracy; None: there are no labelled images.
+    """Compare rounded weights with float32, by runs (images to class tokens) in one library and the
+    bytes of the files of both, float32's first; `knn` is None without labelled images.
 
     Raises:
         RunFailed: the features are not those of the backbone.

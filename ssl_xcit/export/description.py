@@ -18,22 +18,14 @@ from ssl_xcit.utils.files import read_json, sha256_of
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights that are exported.
+    """The weights that are exported."""
 
-    Args:
-        backbone: in eval mode.
-        name: of the run or of the file, for the names of exported files.
-        about: plain data, see `describe`.
-        resize: short side in pixels at which the run was measured.
-        size: of the central square.
-        traced: programs of the backbone that several formats start from, by names of tensors.
-    """
-
-    backbone: XCiT
-    name: str
-    about: Mapping[str, Any]
-    resize: int = 256
-    size: int = 224
+    backbone: XCiT  # in eval mode
+    name: str  # of the run or of the file, for the names of exported files
+    about: Mapping[str, Any]  # plain data, see `describe`
+    resize: int = 256  # short side in pixels at which the run was measured
+    size: int = 224  # of the central square
+    # programs of the backbone that several formats start from, by names of tensors
     traced: dict[tuple[str, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -82,13 +82,8 @@ PRETRAINED = "pretrained"  # the row of results that is of the weights
 def huggingface(
     weights: Weights, out: Path, push: str | None = None, private: bool = True
 ) -> Exported:
-    """Write `NAME-huggingface/` with config, weights and model card; upload it only on demand.
-
-    Args:
-        weights: to export.
-        out: path without ending.
-        push: `USER/NAME` on the hub; the token is that of `hf auth login` or of HF_TOKEN.
-        private: of a repository that is made.
+    """Write `NAME-huggingface/` with config, weights and model card; upload it only on demand, to
+    `push`, `USER/NAME` on the hub, with the token of `hf auth login` or of HF_TOKEN.
 
     Raises:
         UserError: a library is missing, timm has no such stem, or the hub refuses.

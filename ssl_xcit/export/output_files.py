@@ -22,19 +22,12 @@ ENDINGS = (".onnx", ".safetensors", ".pt2", ".pth", ".pt", ".json")
 
 @dataclass
 class Exported:
-    """The result of an export.
+    """The result of an export."""
 
-    Args:
-        paths: files and folders.
-        checked: how it was compared, in words.
-        use: lines of Python that use it.
-        notes: other things to know.
-    """
-
-    paths: list[Path]
-    checked: str
-    use: str
-    notes: list[str] = field(default_factory=list)
+    paths: list[Path]  # files and folders
+    checked: str  # how it was compared, in words
+    use: str  # lines of Python that use it
+    notes: list[str] = field(default_factory=list)  # other things to know
 
     def sizes(self) -> str:
         """Paths with their sizes, of folders that of all files in them."""
@@ -49,11 +42,8 @@ class Exported:
 def output_path(out: str | None, weights: Path, run_dir: Path | None, name: str) -> Path:
     """The path that every format adds its ending to, in a folder that can be written.
 
-    Args:
-        out: the setting: a path without ending, or a folder; None: by the place of the weights.
-        weights: the file that is exported.
-        run_dir: the run folder that it lies in, if it does.
-        name: of the exported files, unless `out` has one.
+    `out` is the setting: a path without ending, or a folder, where `name` is added; None: by the
+    place of the weights, which may lie in a run folder.
 
     Raises:
         UserError: it has an ending already, or cannot be written.
@@ -96,9 +86,7 @@ def replacing_path(out: Path, names: Collection[str] = ()) -> Iterator[Path]:
     """A temporary path for a file or a folder, which takes the place of `out` at the end, or is
     removed. It is on the disk before it gets the name.
 
-    Args:
-        out: the path.
-        names: of files in a folder; one that holds others is not replaced.
+    A folder that holds other files than `names` is not replaced.
 
     Raises:
         UserError: there is something else at this path.

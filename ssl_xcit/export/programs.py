@@ -52,9 +52,7 @@ def output_names(patches: bool) -> tuple[str, ...]:
 
 
 def traced(weights: Weights, patches: bool) -> torch.export.ExportedProgram:
-    """The backbone traced by torch.export for any batch, height and width; for all formats once, as
-    tracing takes the most time.
-    """
+    """The backbone traced by torch.export for any batch, height and width; once, for it is slow."""
     names = output_names(patches)
     if names not in weights.traced:
         any_size = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)

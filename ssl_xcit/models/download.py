@@ -1,6 +1,4 @@
-"""Download a file once, with pooch. It is compared with the digest that the user gives, and with
-its own whenever it is used again.
-"""
+"""Download a file once, with pooch; compared with the user's digest, and at each use its own."""
 
 import logging
 import socket
@@ -64,9 +62,7 @@ def download(address: str, path: Path, sha256: str | None, show: bool) -> None:
 
 
 def receive(address: str, part: Path, path: Path, show: bool) -> None:
-    """Download to `part`, again where the connection breaks off or the server is busy. The error
-    names `path`, to copy the file to.
-    """
+    """Download to `part`, again if the server is busy or breaks off; the error names `path`."""
     import pooch  # only where it is needed
     import requests
 

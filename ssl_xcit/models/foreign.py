@@ -61,9 +61,7 @@ class ForeignList(list[Any]):
 
 
 def read_pickled(path: Path) -> Any:
-    """A file of `torch.save`; objects of classes that are neither tensors nor plain data become
-    `Foreign`.
-    """
+    """A file of `torch.save`; objects that are neither tensors nor plain data become `Foreign`."""
     kinds: dict[str, type] = {"builtins.getattr": ForeignPart}  # whose objects are not `Foreign`
     while True:
         try:

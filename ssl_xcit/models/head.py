@@ -14,9 +14,7 @@ from ssl_xcit.utils.validation import Count
 
 
 class Prototypes(nn.Module):
-    """Linear without bias whose rows are gain * direction: `weight_v` holds directions, `weight_g`
-    the gains, init 1.
-    """
+    """Linear without bias; rows are gain (`weight_g`, init 1) * direction (`weight_v`)."""
 
     def __init__(self, in_dim: int, num_prototypes: int, trainable_gain: bool):
         super().__init__()

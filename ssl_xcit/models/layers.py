@@ -211,9 +211,7 @@ class FrozenStatistics(contextlib.AbstractContextManager[None]):
 
 
 def init_linear_(module: nn.Module) -> None:
-    """Initialise linear layers: truncated normal 0.02, bias 0. Norms and convolutions keep torch's
-    initial values.
-    """
+    """Initialise linear layers: truncated normal 0.02, bias 0; others keep torch's values."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -155,9 +155,7 @@ def unknown_name(word: str, known: dict[str, str]) -> str:
 
 
 def results_folder(path: Path) -> Path | None:
-    """Where results of downloaded weights go: a folder of their name, and not the cache; None for
-    other weights.
-    """
+    """Where results of downloaded weights go, a folder of their name, not the cache; else None."""
     if path.parent.parent.name == "snapshots":  # of the Hugging Face hub
         repository = re.fullmatch(r"models--.+?--(.+)", path.parents[2].name)
         return Path(repository[1]) if repository else None

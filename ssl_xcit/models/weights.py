@@ -159,9 +159,7 @@ def load_training(path: str | Path, which: Which = "teacher") -> TrainingWeights
 
 
 def head_state(location: "Location") -> StateDict | None:
-    """The tensors of the projection head beside a backbone, under our names; None where there is
-    none.
-    """
+    """The tensors of the projection head beside a backbone, under our names; None without."""
     if (prefix := location.head_prefix) is None:
         return None
     tensors = {
@@ -322,19 +320,12 @@ def recorded_architecture(content: Mapping[str, Any], path: Path) -> dict[str, A
 
 
 class Location(NamedTuple):
-    """Where in a file an XCiT lies.
+    """Where in a file an XCiT lies."""
 
-    Args:
-        names: keys that lead to its dictionary.
-        prefix: of its tensors in there, wrappers included.
-        tensors: all entries of the dictionary.
-        deeper: prefixes of other XCiTs that begin with this one.
-    """
-
-    names: tuple[str, ...]
-    prefix: str
-    tensors: Mapping[Any, Any]
-    deeper: tuple[str, ...] = ()
+    names: tuple[str, ...]  # keys that lead to its dictionary
+    prefix: str  # of its tensors in there, wrappers included
+    tensors: Mapping[Any, Any]  # all entries of the dictionary
+    deeper: tuple[str, ...] = ()  # prefixes of other XCiTs that begin with this one
 
     def __str__(self) -> str:
         prefix = self.prefix + "*" * self.prefix.endswith(".")
@@ -362,9 +353,7 @@ class Location(NamedTuple):
         return f"{beside[1]}head." if beside else None
 
     def owns(self, key: Any) -> bool:
-        """Whether a key of the dictionary is the backbone's; one of a head of several layers is
-        not.
-        """
+        """Whether a key is the backbone's; one of a head of several layers is not."""
         if not self.prefix and not isinstance(key, str):
             return True
         if not str(key).startswith(self.prefix) or str(key).startswith(self.deeper or ("\0",)):
@@ -474,9 +463,7 @@ def prefixes_in(content: Mapping[str, Any]) -> list[str]:
 
 
 def common_prefixes(keys: Sequence[str], beside: str | None = None) -> list[str]:
-    """Prefixes of keys: one word more than each shares with the key `beside` them, or with the
-    others.
-    """
+    """Prefixes of keys: one word more than each shares with `beside`, or with the others."""
     if not keys:
         return []
     split = [key.split(".") for key in keys]
@@ -629,9 +616,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise UserError, with all differences, unless a state dict has the names and shapes of a
-    network.
-    """
+    """Raise UserError, with all differences, unless names and shapes are those of the network."""
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in own]

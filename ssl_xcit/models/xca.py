@@ -40,13 +40,9 @@ GRAM_FROM = {
 
 
 def channel_attention(
-    q: Float[Tensor, "B H d N"],
-    k: Float[Tensor, "B H d N"],
-    temperature: Float[Tensor, "H 1 1"],
+    q: Float[Tensor, "B H d N"], k: Float[Tensor, "B H d N"], temperature: Float[Tensor, "H 1 1"]
 ) -> Float[Tensor, "B H d d"]:
-    """softmax_j((q_i . k_j) / (|q_i| |k_j|) * temperature): every channel i of q attends to the
-    channels j of k.
-    """
+    """softmax_j((q_i . k_j) / (|q_i| |k_j|) * temperature): channel i of q attends to j of k."""
     gram = q @ k.mT  # (B, H, d, d)
     q_norm = vector_norm(q, dim=-1).clamp_min(EPS).unsqueeze(-1)  # (B, H, d, 1)
     k_norm = vector_norm(k, dim=-1).clamp_min(EPS).unsqueeze(-2)  # (B, H, 1, d)
@@ -56,9 +52,7 @@ def channel_attention(
 def gram_is_faster(
     num_tokens: int, dim: int, gradients: bool, low: bool, device: torch.device
 ) -> bool:
-    """Whether the form from the Gram matrix takes less time; never on a GPU, where it is not
-    measured yet.
-    """
+    """Whether the form from the Gram matrix is faster; never on a GPU, where it is not measured."""
     factor, offset = GRAM_FROM[gradients, low]
     return device.type == "cpu" and num_tokens >= factor * dim + offset
 

@@ -67,9 +67,7 @@ def as_tokens(image: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N C"]:
 
 
 class Stem(nn.Module):
-    """Patches by 3 x 3 convolutions of stride 2, each with BatchNorm, GELU between; a side rounds
-    up.
-    """
+    """Patches by 3 x 3 convolutions of stride 2 with BatchNorm, GELU between; sides round up."""
 
     def __init__(self, patch_size: int, in_chans: int, dim: int):
         super().__init__()
@@ -88,9 +86,7 @@ class Stem(nn.Module):
 
 
 class FourierPosition(nn.Module):
-    """Sines and cosines of the patch's row and column, then a 1 x 1 convolution to C channels
-    (section 3.3).
-    """
+    """Sines and cosines of a patch's row and column, then 1 x 1 convolution to C (section 3.3)."""
 
     def __init__(self, dim: int, hidden_dim: int = 32, temperature: float = 10000.0):
         super().__init__()
@@ -100,9 +96,7 @@ class FourierPosition(nn.Module):
         self.cache: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
 
     def waves(self, length: int, device: torch.device) -> Float[Tensor, "length hidden"]:
-        """For positions 1..length over 0..2 pi: sin and cos interleaved, wavelengths 2 pi to 2 pi *
-        temperature.
-        """
+        """Positions 1..length over 0..2 pi: sin, cos in turn, waves 2 pi to 2 pi * temperature."""
         position = torch.arange(1, length + 1, device=device, dtype=torch.float32)
         position = position / (length + 1e-6) * (2 * math.pi)
         exponent = torch.arange(0, self.hidden_dim, 2, device=device, dtype=torch.float32)
@@ -159,9 +153,7 @@ class LocalPatchInteraction(nn.Module):
 
 
 class XCABlock(nn.Module):
-    """Pre-norm: attention across channels (gamma1), local patch interaction (gamma3), MLP
-    (gamma2).
-    """
+    """Pre-norm: channel attention (gamma1), local patch interaction (gamma3), MLP (gamma2)."""
 
     def __init__(self, dim: int, num_heads: int, layer_scale: float, drop_path: float):
         super().__init__()
@@ -287,9 +279,7 @@ class XCiT(nn.Module):
         return self.norm(last.class_token(cls, last.normed(cls, patches))[:, 0])
 
     def forward_features(self, x: Float[Tensor, "B in_chans H W"]) -> Features:
-        """Final class token (B, C) and patch tokens (B, C, ceil(H / p), ceil(W / p)), both after
-        the last norm.
-        """
+        """Class token (B, C) and patches (B, C, ceil(H / p), ceil(W / p)), after the last norm."""
         tokens, grid = self.patch_tokens(x)
         cls, patches, last = self.before_last(tokens)
         cls, patches = last(cls, patches)

@@ -94,9 +94,7 @@ def check_views(count: int) -> None:
 def cross_entropy_(
     z: Float[Tensor, "*rows K"], target: Float[Tensor, "*views K"]
 ) -> Float[Tensor, ""]:
-    """Sum over rows of the cross-entropy of softmax(z) with `target`, which is broadcast; z becomes
-    the gradient, softmax(z) - target.
-    """
+    """Summed cross-entropy of softmax(z) with broadcast `target`; z becomes softmax(z) - target."""
     lse = z.amax(dim=-1)
     dots = vecdot(z, target)
     torch.softmax(z, dim=-1, out=z)

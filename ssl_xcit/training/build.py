@@ -1,6 +1,4 @@
-"""Build student, teacher and the schedules of learning rate, weight decay, EMA and the teacher's
-temperature from the settings of a run.
-"""
+"""Build student, teacher and schedules of a run (lr, weight decay, EMA, teacher temperature)."""
 
 import torch
 from hydra.utils import instantiate

@@ -37,9 +37,7 @@ class CheckpointFiles(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write and verify; a disk that fails is remembered in `error` and raises nothing, for the
-        other ranks are waiting.
-        """
+        """Write and verify; a disk's error is kept in `error`, not raised, for other ranks wait."""
         try:
             write_checkpoint(checkpoint, Path(path))
             self.error = None
@@ -91,9 +89,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
 def newest_valid(run_dir: Path, may_rename: bool = True) -> Path | None:
     """The checkpoint to go on from; a damaged one is put aside as `.corrupt` for the one before.
 
-    Args:
-        run_dir: the run folder.
-        may_rename: one rank does it, all come to the same answer.
+    One rank may rename, and all come to the same answer.
 
     Raises:
         RunFailed: there are checkpoints, and none is valid: never silently from the start.

@@ -68,9 +68,7 @@ class MultiCropData(lightning.LightningDataModule):
         return step * self.batch_size * world_size / len(self.dataset.source)
 
     def train_dataloader(self) -> ResilientLoader[Crops]:
-        """The rest of the run as one epoch of Lightning's: passes over the data are counted from
-        the step.
-        """
+        """The rest of the run as one epoch of Lightning's; passes are counted from the step."""
         rank, world_size = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
@@ -119,9 +117,7 @@ class MultiCropData(lightning.LightningDataModule):
         return [self.dataset.source.name(i) for i in self.indices.tolist()]
 
     def on_after_batch_transfer(self, batch: Crops, dataloader_idx: int) -> list[Tensor]:
-        """One (V, B, channels, h, w) tensor a resolution, normalised: global views, then local ones
-        if there are any.
-        """
+        """One normalised (V, B, channels, h, w) a resolution: global, then any local views."""
         parts = (batch.global_crops, batch.local_crops)
         return [to_views(part, self.dataset.preprocess) for part in parts if part.shape[1]]
 

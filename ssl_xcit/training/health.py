@@ -37,11 +37,7 @@ ADVICE = {
 
 
 class BufferSnapshot:
-    """Keep the running statistics of BatchNorm before a step, to restore them when it is skipped.
-
-    Args:
-        modules: whose buffers move in a forward pass.
-    """
+    """Keep BatchNorm's running statistics before a step, to restore them when it is skipped."""
 
     def __init__(self, *modules: nn.Module):
         self.buffers = [b for module in modules for b in module.buffers()]
@@ -63,15 +59,7 @@ class BufferSnapshot:
 def dump_step(
     path: Path, module: nn.Module, norms: Mapping[str, float], facts: Mapping[str, Any]
 ) -> None:
-    """What is known of a step that failed, as JSON for people: facts, and norms of all weights and
-    gradients.
-
-    Args:
-        path: the file.
-        module: whose weights.
-        norms: of the gradients, by name.
-        facts: step, samples, settings.
-    """
+    """Write facts about a step that failed, and norms of all weights and gradients, as JSON."""
     with torch.no_grad():
         weights = {name: p.norm().item() for name, p in module.named_parameters()}
     content = {**facts, "gradient_norms": dict(norms), "weight_norms": weights}
@@ -79,9 +67,7 @@ def dump_step(
 
 
 def rankme(features: Float[Tensor, "M C"]) -> Float[Tensor, ""]:
-    """Effective rank: exp of the entropy of the singular values' shares (RankMe, equation 1); from
-    1 to min(M, C).
-    """
+    """Effective rank (RankMe, equation 1): exp of the singular values' entropy, 1 to min(M, C)."""
     # squares of the singular values from the smaller Gram matrix, in double for the small ones
     x = features.double()
     gram = x.mT @ x if x.shape[1] <= x.shape[0] else x @ x.mT
@@ -99,9 +85,7 @@ def feature_std(features: Float[Tensor, "M C"]) -> Float[Tensor, ""]:
 
 
 def grad_norm_groups(names: Iterable[str]) -> tuple[list[str], list[int]]:
-    """Groups of parameters for the log, and the group of each: stem, thirds of the depth, class
-    attention, head, prototypes.
-    """
+    """Groups of parameters for the log, such as thirds of the depth, and the group of each."""
     names = list(names)
     depth = 1 + max((block_of(n) for n in names), default=-1)
 
@@ -128,9 +112,7 @@ def block_of(name: str) -> int:
 
 
 def teacher_entropy(targets: Float[Tensor, "G B K"]) -> dict[str, float]:
-    """Mean entropy of the teacher's rows in nats, and as a share of ln K: 1 is uniform, 0 is
-    one-hot.
-    """
+    """Mean entropy of the teacher's rows in nats, and over ln K: 1 is uniform, 0 is one-hot."""
     entropy = torch.special.entr(targets).sum(-1).mean().item()
     return {
         "teacher_entropy": entropy,
@@ -139,11 +121,7 @@ def teacher_entropy(targets: Float[Tensor, "G B K"]) -> dict[str, float]:
 
 
 class Queue:
-    """The last M rows, in memory made once.
-
-    Args:
-        size: M.
-    """
+    """The last M = `size` rows, in memory made once."""
 
     def __init__(self, size: int):
         self.size = size

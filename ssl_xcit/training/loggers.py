@@ -1,6 +1,4 @@
-"""Loggers beside `metrics.csv` must not stand in training's way: one that fails is said once and
-left out.
-"""
+"""Loggers beside `metrics.csv` never stop training: one that fails is said once and left out."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -36,12 +34,11 @@ def board_of(logger: Any) -> Any:
 
 
 class FailsafeLogger(Logger):
-    """The first of several ways to make a logger that works; without any, nothing is logged.
-
-    Args:
-        label: what it is called in the settings.
-        ways: each makes the logger, such as on line and then off line.
+    """The first of several ways to make a logger that works, such as on line and then off line;
+    without any, nothing is logged. `label` is what the settings call it.
     """
+
+    version = ""
 
     def __init__(self, label: str, ways: Sequence[Callable[[], Logger]]):
         super().__init__()
@@ -54,11 +51,6 @@ class FailsafeLogger(Logger):
     def name(self) -> str:
         """What Lightning calls it."""
         return self.label
-
-    @property
-    def version(self) -> str:
-        """There is one."""
-        return ""
 
     @property
     def experiment(self) -> Any:

@@ -1,6 +1,4 @@
-"""Metrics by step: computed every few steps, written to `metrics.csv` and to whatever logger is
-on.
-"""
+"""Metrics every few steps, written to `metrics.csv` and to whatever logger is on."""
 
 import csv
 import io
@@ -30,10 +28,10 @@ class CSVMetrics(Logger):
 
     Columns appear as their first value does. Rows at or after the first step of a resumed run are
     dropped, for they are made again.
-
-    Args:
-        folder: the run folder.
     """
+
+    name = "csv"
+    version = ""
 
     def __init__(self, folder: str | Path):
         super().__init__()
@@ -42,16 +40,6 @@ class CSVMetrics(Logger):
         self.rows: list[dict[str, str]] = []
         self.failed = False
         self.begun = False
-
-    @property
-    def name(self) -> str:
-        """What Lightning calls it."""
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        """There is one."""
-        return ""
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The run folder has `config.yaml`."""

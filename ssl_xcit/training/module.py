@@ -40,9 +40,7 @@ class Schedules:
 
 
 class Network(nn.Module):
-    """A backbone (B, in_chans, H, W) -> (B, C) and a projection head (..., C) -> (..., D), whose
-    prototypes take D to K logits.
-    """
+    """Backbone (B, in_chans, H, W) -> (B, C) and head (..., C) -> (..., D); prototypes: D to K."""
 
     def __init__(self, backbone: XCiT, head: DINOHead):
         super().__init__()
@@ -180,9 +178,7 @@ class DINO(lightning.LightningModule):
             raise RunFailed(advice(views[0].shape[1], self.accumulate)) from error
 
     def step(self, views: list[Tensor]) -> StepOutput:
-        """Take a step, see `training_step`. One whose loss or gradient is not finite on any rank
-        moves nothing but the counts.
-        """
+        """Take a step; where loss or gradient of any rank is not finite only the counts move."""
         step = self.global_step
         optimizer: Any = self.optimizers()
         lr, weight_decay = self.schedules.lr(step), self.schedules.weight_decay(step)

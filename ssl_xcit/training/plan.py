@@ -36,13 +36,8 @@ def make_plan(
     world_size: int,
     begun: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Steps, and the settings that the number of images decides.
-
-    Args:
-        settings: of the run.
-        num_images: of the source.
-        world_size: devices.
-        begun: the plan of a run that goes on, whose head and teacher stay, also with other images.
+    """Steps, and what the number of images decides; head and teacher stay as in the plan of a run
+    that was `begun`, also with other images.
 
     Raises:
         UserError: a batch larger than the data, or that the devices do not divide; no epochs.

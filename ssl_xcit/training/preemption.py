@@ -1,6 +1,4 @@
-"""Ctrl-C, SIGTERM and, under SLURM, SIGUSR1 end a run at the end of a step, saved, so that the same
-command goes on from there.
-"""
+"""Ctrl-C, SIGTERM and SLURM's SIGUSR1 save and end a run after a step; a rerun goes on."""
 
 import logging
 import os
@@ -48,9 +46,6 @@ class StopOnSignal(lightning.Callback):
     Ctrl-C leaves at once, unsaved; a second SIGTERM changes nothing.
 
     Handlers stay when a run has been stopped, until the process ends: a scheduler may ask twice.
-
-    Args:
-        checkpoints: what saves.
     """
 
     def __init__(self, checkpoints: SaveCheckpoints):

@@ -44,12 +44,7 @@ class ProgressBar(lightning.Callback):
             "pretrain", total=trainer.max_steps, completed=self.first_step, news=""
         )
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        module: Any,
-        *_: object,
-    ) -> None:
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: object) -> None:
         """Advance; the loss is only read when it is shown."""
         step = trainer.global_step
         if self.progress is not None and self.task is not None:

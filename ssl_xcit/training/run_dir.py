@@ -1,6 +1,4 @@
-"""A run's folder: its name, the settings it was made with, and whether a command may go on in
-it.
-"""
+"""A run's folder: the settings it was made with, and whether a command may go on in it."""
 
 import csv
 import json
@@ -25,7 +23,7 @@ from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.models.weights import checkpoints_of
 from ssl_xcit.training.settings import FREE_KEYS, NAMES, place_keys
-from ssl_xcit.utils.files import remove_partial, replacing, write_json
+from ssl_xcit.utils.files import read_json, remove_partial, replacing, write_json
 from ssl_xcit.utils.hardware import machine
 from ssl_xcit.utils.locks import exclusive
 from ssl_xcit.utils.validation import can_be_imported, flat
@@ -37,12 +35,8 @@ IMAGES = "images.npz"
 def check_same_run(settings: Mapping[str, Any], run_dir: Path) -> None:
     """Check that a run folder goes on with the settings it was made with.
 
-    Args:
-        settings: `as_plain` of all of them.
-        run_dir: the folder, which may not be there.
-
     Raises:
-        UserError: others; lists them.
+        UserError: `settings`, `as_plain` of all of them, are others; lists them.
     """
     path = run_dir / "config.yaml"
     if not is_begun(run_dir):
@@ -105,32 +99,18 @@ def is_begun(run_dir: Path) -> bool:
 
 
 class DataRecord(NamedTuple):
-    """The images that a run is made of, for its folder.
+    """The images that a run is made of, for its folder."""
 
-    Args:
-        indices: which, by the setting that names them.
-        preprocess: how they are read, `Preprocess.of_weights`.
-        changed: what is not as when the run was begun, in words by setting.
-    """
-
-    indices: Mapping[str, DataIndex]
-    preprocess: Mapping[str, Any]
-    changed: Mapping[str, str]
+    indices: Mapping[str, DataIndex]  # which, by the setting that names them
+    preprocess: Mapping[str, Any]  # how they are read, `Preprocess.of_weights`
+    changed: Mapping[str, str]  # what is not as when the run was begun, in words by setting
 
 
 def check_same_data(
-    run_dir: Path,
-    indices: Mapping[str, DataIndex],
-    preprocess: Preprocess,
-    go_on: bool,
+    run_dir: Path, indices: Mapping[str, DataIndex], preprocess: Preprocess, go_on: bool
 ) -> DataRecord:
-    """A run folder goes on with the images it was made with, wherever they lie.
-
-    Args:
-        run_dir: the folder.
-        indices: of the images at hand, by the setting that names them.
-        preprocess: how they are read.
-        go_on: although they have changed.
+    """A run folder goes on with the images it was made with, wherever they lie; with `go_on` also
+    with others. `indices` are of the images at hand, by the setting that names them.
 
     Raises:
         UserError: the images have changed, or are read otherwise; says what to type.
@@ -284,11 +264,7 @@ def fingerprint(flat: Mapping[str, Any]) -> str:
 
 def about_run(run_dir: Path) -> dict[str, Any]:
     """What `run.json` says; nothing when it cannot be read."""
-    try:
-        content = json.loads((run_dir / "run.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_json(run_dir / "run.json")
 
 
 def run_id_of(run_dir: Path) -> str:
@@ -299,11 +275,7 @@ def run_id_of(run_dir: Path) -> str:
 @contextmanager
 def locked(run_dir: Path, wanted: bool = True) -> Iterator[None]:
     """Nobody else trains in this folder meanwhile; what a killed process left half-written is
-    removed.
-
-    Args:
-        run_dir: made if need be.
-        wanted: only one rank holds it.
+    removed. One rank holds the lock: where it is not `wanted`, nothing is done.
 
     Raises:
         UserError: another process holds it; says which.

@@ -11,20 +11,13 @@ from dataclasses import dataclass
 class Cosine:
     """Linear from `warmup_start` to `start` over the warm-up, then half a cosine to `end` at the
     last step.
-
-    Args:
-        start: value after the warm-up.
-        end: value that the cosine reaches at `total_steps`.
-        total_steps: steps of the whole run.
-        warmup_steps: steps of the linear part.
-        warmup_start: value at step 0 when there is a warm-up.
     """
 
-    start: float
-    end: float
-    total_steps: int
-    warmup_steps: int = 0
-    warmup_start: float = 0.0
+    start: float  # value after the warm-up
+    end: float  # value that the cosine reaches at `total_steps`
+    total_steps: int  # steps of the whole run
+    warmup_steps: int = 0  # steps of the linear part
+    warmup_start: float = 0.0  # value at step 0 when there is a warm-up
 
     def __call__(self, step: int) -> float:
         """Value at `step`, counted from 0; past the end it stays."""
@@ -39,9 +32,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class LinearByEpoch:
-    """From `start` to `end` over `warmup_epochs` epochs in equal stairs, one an epoch, then
-    `end`.
-    """
+    """`start` to `end` over `warmup_epochs` epochs in equal stairs, one an epoch, then `end`."""
 
     start: float
     end: float
@@ -61,14 +52,10 @@ class LinearByEpoch:
 class BackboneUnfreezeSchedule:
     """0 for the first steps, then linearly to 1, then 1: how much of its learning rate a backbone
     gets that starts from weights, beside a head that does not.
-
-    Args:
-        freeze_steps: of 0.
-        warmup_steps: from there to 1; the first of them is above 0.
     """
 
-    freeze_steps: int
-    warmup_steps: int
+    freeze_steps: int  # of 0
+    warmup_steps: int  # from there to 1; the first of them is above 0
 
     def __call__(self, step: int) -> float:
         """Value at `step`, counted from 0."""

@@ -1,6 +1,4 @@
-"""The settings of `ssl-xcit pretrain`: what is allowed, and which of them make a run another run
-(all that are not FREE).
-"""
+"""The settings of `ssl-xcit pretrain`: what is allowed; those not FREE make another run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields

@@ -42,12 +42,8 @@ def literal(text: str) -> str:
 
 
 def say(*lines: str, file: Any = None) -> None:
-    """Print each on one line, unless nobody reads any more: Ctrl-C ends `| tee log` as well, and
-    not the step.
-
-    Args:
-        lines: text.
-        file: standard output by default.
+    """Print each on one line, to standard output by default, unless nobody reads any more: Ctrl-C
+    ends `| tee log` as well, and not the step.
     """
     with suppress(OSError):
         print(*map(printable, lines), sep="\n", file=file or sys.stdout, flush=True)
@@ -83,14 +79,7 @@ class PlainColumn(TextColumn):
 def track(
     each: Iterable[T], title: str, total: int | None = None, show: bool = True
 ) -> Iterator[T]:
-    """The same items, with a progress bar meanwhile.
-
-    Args:
-        each: items.
-        title: before the bar.
-        total: how many there are; None: as many as `len` says.
-        show: nothing is shown otherwise.
-    """
+    """The same items, with a progress bar meanwhile; `total` is None: as many as `len` says."""
     if not show:
         yield from each
         return

@@ -47,10 +47,6 @@ Text = Annotated[str | int | float, Words("text")]  # a path or name may look li
 def parse(cls: type[T], cfg: DictConfig) -> T:
     """Settings as an instance of a dataclass; every `_target_` of ours in them is checked as well.
 
-    Args:
-        cls: its annotations say what is allowed.
-        cfg: as Hydra composed it.
-
     Raises:
         UserError: the first value that is not; names key, value and what is allowed.
     """
@@ -116,15 +112,10 @@ def as_plain(settings: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Checker:
-    """Check values by annotations.
+    """Check values by annotations."""
 
-    Args:
-        links: keys whose value is another's, by that one: a person typed the other.
-        references: keys that some value refers to, and all that these lie in.
-    """
-
-    links: Mapping[str, str]
-    references: Set[str] = frozenset()
+    links: Mapping[str, str]  # keys whose value is another's, by that one: a person typed the other
+    references: Set[str] = frozenset()  # keys that some value refers to, and all that these lie in
 
     def value(self, hint: Any, value: Any, key: str) -> Any:
         """The value, with mappings made into the dataclasses that the annotation names."""
@@ -350,12 +341,7 @@ def as_typed(value: Any) -> str:
 
 
 def described(hint: Any, several: bool = False) -> str:
-    """What a type allows, in words.
-
-    Args:
-        hint: a type.
-        several: in the plural.
-    """
+    """What a type allows, in words; of `several` in the plural."""
     base, bounds = unannotated(hint), ""
     for bound in getattr(hint, "__metadata__", ()):
         for kind, word in ((Gt, "above"), (Ge, "of at least"), (Lt, "below"), (Le, "of at most")):
