@@ -13,33 +13,19 @@ from PIL import Image
 from ssl_xcit import cli
 
 EVALUATION = [  # k-NN and a short linear probe
-    "evaluation.evaluators.linear.epochs=2",
-    *(
-        f"evaluation.evaluators.{name}=null"
-        for name in ("few_shot", "logistic", "clustering", "retrieval")
-    ),
-]
+    "evaluation.evaluators.linear.epochs=2", "evaluation.evaluators.few_shot=null",
+    "evaluation.evaluators.logistic=null", "evaluation.evaluators.clustering=null",
+    "evaluation.evaluators.retrieval=null",
+]  # fmt: skip
 SMALL = [
-    "epochs=0.05",
-    "batch_size=8",
-    "num_workers=0",
-    "model.embed_dim=32",
-    "model.depth=1",
-    "model.num_heads=2",
-    "augment.global_size=32",
-    "augment.local_size=16",
-    "objective.num_prototypes=32",
-    "objective.head.hidden_dim=16",
-    "objective.head.bottleneck_dim=8",
-    "callbacks.metrics.every_steps=2",
-    "callbacks.online.every_steps=4",
-    "callbacks.online.max_images=100",
-    "callbacks.checkpoints.every_steps=3",
-    "callbacks.online.eval_budget=null",
-    "callbacks.snapshots=null",
-    "report=null",
-    *EVALUATION,
-]
+    "epochs=0.05", "batch_size=8", "num_workers=0", "model.embed_dim=32", "model.depth=1",
+    "model.num_heads=2", "augment.global_size=32", "augment.local_size=16",
+    "objective.num_prototypes=32", "objective.head.hidden_dim=16",
+    "objective.head.bottleneck_dim=8", "callbacks.metrics.every_steps=2",
+    "callbacks.online.every_steps=4", "callbacks.online.max_images=100",
+    "callbacks.checkpoints.every_steps=3", "callbacks.online.eval_budget=null",
+    "callbacks.snapshots=null", "report=null", *EVALUATION,
+]  # fmt: skip
 NO_ONLINE = [o for o in SMALL if not o.startswith("callbacks.online")]
 
 
@@ -55,6 +41,13 @@ def run(*words):
 def metrics(folder):
     with (Path(folder) / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def last_state(folder):
+    """Networks and optimizer of the last checkpoint of a run."""
+    newest = max(Path(folder, "checkpoints").glob("step-*.ckpt"))
+    content = torch.load(newest, weights_only=True)
+    return content["state_dict"], content["optimizer_states"]
 
 
 def images(folder, count, size=(48, 48)):

@@ -1,9 +1,25 @@
-"""A few of the photographs as folders, for commands that need labelled images of 17 classes."""
+"""What commands refuse, and a few photographs as folders: labelled images of 17 classes."""
 
 import shutil
 
 import numpy as np
 import pytest
+from commands import run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Check that a command ends with exit code 2 and one message, of which this is a part."""
+
+    def check(said, *words):
+        capsys.readouterr()
+        assert run(*words) == 2, words
+        error = capsys.readouterr().err
+        assert said in error, (words, error)
+        assert sum(line.startswith("ssl-xcit: ") for line in error.splitlines()) == 1, error
+        assert "Traceback" not in error
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import NO_ONLINE, metrics, run, same
+from commands import NO_ONLINE, last_state, metrics, run, same
 
 from ssl_xcit.models.weights import load_backbone
 
@@ -27,18 +27,12 @@ def pretrain(tmp_path, monkeypatch, on_few_photos):
     return start
 
 
-def weights(folder):
-    newest = max(Path(folder, "checkpoints").glob("step-*.ckpt"))
-    content = torch.load(newest, weights_only=True)
-    return content["state_dict"], content["optimizer_states"]
-
-
 def test_both_networks_a_best_checkpoint_and_no_effect(pretrain):
     online = {"networks": "[teacher,student]", "every_steps": 2, "eval_budget": "null"}
     words = [f"callbacks.online.{key}={value}" for key, value in online.items()]
     with_online = pretrain("with", *words)
     without = pretrain("without", "~callbacks.online")
-    assert same(weights(with_online), weights(without))
+    assert same(last_state(with_online), last_state(without))
     rows = [r for r in metrics(with_online) if r.get("knn_k20")]
     assert [int(r["step"]) for r in rows] == [2, 4, 6, 8]
     assert all(0 <= float(r["student_knn_k20"]) <= 100 for r in rows)

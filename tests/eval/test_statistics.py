@@ -57,20 +57,15 @@ def test_draws_add_to_the_uncertainty():
 def test_other_noise_adds_to_the_error():
     items = np.random.default_rng(0).normal(0.4, 0.1, size=301)
     plain, noisy = Estimate(items), Estimate(items, noise=2.0)
-    half = (noisy.interval[1] - noisy.interval[0]) / 2
-    assert half**2 == pytest.approx(
-        ((plain.interval[1] - plain.interval[0]) / 2) ** 2 + (2.0 * t.ppf(0.975, 300)) ** 2
-    )
+    with_noise, without = ((e.interval[1] - e.interval[0]) / 2 for e in (noisy, plain))
+    assert with_noise**2 == pytest.approx(without**2 + (2.0 * t.ppf(0.975, 300)) ** 2)
     assert paired_difference(noisy, Estimate(items + 0.03, noise=2.0)).p > 0.2
     assert paired_difference(plain, Estimate(items + 0.03)).p < 1e-9
 
 
-def test_a_single_image_has_no_interval():
+def test_a_single_image_has_no_interval_and_what_cannot_vary_is_certain():
     assert Estimate(np.array([True])).interval is None
     assert Estimate(np.array([0.5])).interval is None
-
-
-def test_what_cannot_vary_is_certain():
     same = Estimate(np.full(20, 0.25))
     assert same.interval == (25.0, 25.0)
     assert paired_difference(same, same).p == 1.0
@@ -87,10 +82,8 @@ def test_intervals_hold_what_they_promise():
 
 
 def test_mcnemar_counts_the_images_that_differ():
-    one, two = (
-        np.repeat([True, False, True], [9, 2, 50]),
-        np.repeat([False, True, True], [9, 2, 50]),
-    )
+    right = [[True, False, True], [False, True, True]]
+    one, two = (np.repeat(each, [9, 2, 50]) for each in right)
     assert mcnemar(one, two) == pytest.approx(2 * (1 + 11 + 55) / 2**11)
     assert mcnemar(one, one) == 1.0
 

@@ -91,8 +91,6 @@ def test_two_checkpoints_are_compared(here, capsys):
     assert paired["more_than_chance"] in (True, False)
     assert "significant (Holm, 5 %)" in Path("runs/a/comparison.md").read_text()
     assert Path("runs/a/heads/b-linear.pt").is_file()
-    assert run("eval", "ckpt=[runs/a,runs/a]", *QUICK) == 2
-    assert "named twice" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -159,13 +157,14 @@ def test_tasks_run_without_labelled_images(here):
     assert Path("runs/a/heads/linear_dino.pt").is_file()
 
 
-def test_wrong_input_is_answered_in_a_line(here, capsys):
+def test_wrong_input_is_answered_in_a_line(here, refused):
     images(Path("two/a"), 4), images(Path("two/b"), 4)
     without_test = ["eval_data.test_fraction=0", "eval_data=folder", "eval_data.root=two"]
     for words, message in (
         (["tasks=[segmentaton]"], "segmentation"),
         (["tasks=[segmentation]"], "evaluation.tasks.segmentation.root is needed"),
         (["tasks=[segmentation]", "evaluation.tasks.segmentation.root=nowhere"], "nowhere"),
+        (["ckpt=[runs/a,runs/a]"], "named twice"),
         (["evaluation=null"], "evaluation=null"),
         (["~evaluation"], "nothing to measure"),
         (["evaluation.evaluators=null"], "nothing to measure"),
@@ -173,10 +172,7 @@ def test_wrong_input_is_answered_in_a_line(here, capsys):
         (["tasks=[linear_dino]", *without_test], "needs test images"),
     ):
         quick = [] if words[0].startswith(("evaluation", "~")) else QUICK
-        assert run("eval", "ckpt=runs/a", *quick, *words) == 2, words
-        error = capsys.readouterr().err
-        assert message in error, (words, error)
-        assert "Traceback" not in error
+        refused(message, "eval", "ckpt=runs/a", *quick, *words)
     with pytest.raises(UserError, match=r"ckpt=\[\]: name a run folder"):
         checkpoints_in([])
     with pytest.raises(UserError, match=r"out=results\.md must be a file ending in \.json"):

@@ -21,11 +21,11 @@ def features(num_train=200, num_test=40, classes=5, seed=0):
     return FeatureSet(train, train_labels, test, test_labels)
 
 
-def by_sklearn(train, train_labels, test, test_labels, own=False):
+def by_sklearn(data, own=False):
     values, first = [], []
-    for i, (row, label) in enumerate(zip(test, test_labels, strict=True)):
-        others = np.arange(len(train)) != (i if own else -1)
-        bank, right = train[others].astype(np.float64), train_labels[others] == label
+    for i, (row, label) in enumerate(zip(data.test, data.test_labels, strict=True)):
+        others = np.arange(len(data.train)) != (i if own else -1)
+        bank, right = data.train[others].astype(np.float64), data.train_labels[others] == label
         cosine = bank @ row / np.linalg.norm(bank, axis=1)
         values.append(average_precision_score(right, cosine) if right.any() else 0.0)
         first.append(right[cosine.argmax()])
@@ -33,33 +33,27 @@ def by_sklearn(train, train_labels, test, test_labels, own=False):
 
 
 @pytest.mark.parametrize("block", [2**26, 700])
-def test_by_class_agrees_with_sklearn(monkeypatch, block):
+@pytest.mark.parametrize("own", [False, True])
+def test_it_agrees_with_sklearn(monkeypatch, block, own):
+    """In one set no image finds itself, and one that is alone in its class finds nothing."""
     monkeypatch.setattr("ssl_xcit.eval.evaluators.class_retrieval.SIMILARITIES", block)
     data = features()
+    if own:
+        labels = np.where(np.arange(200) == 7, 99, data.train_labels)
+        data = FeatureSet(data.train, labels, data.train, labels)
     found = dict(ClassRetrieval()(data))
-    value, first, each = by_sklearn(data.train, data.train_labels, data.test, data.test_labels)
+    value, first, each = by_sklearn(data, own)
     assert list(found.values()) == pytest.approx([value, first], abs=1e-4)
     assert found["map"].items == pytest.approx(each, abs=1e-6)
     assert 0.0 in each
-
-
-@pytest.mark.parametrize("block", [2**26, 700])
-def test_in_one_set_no_image_finds_itself(monkeypatch, block):
-    monkeypatch.setattr("ssl_xcit.eval.evaluators.class_retrieval.SIMILARITIES", block)
-    data = features()
-    labels = np.where(np.arange(200) == 7, 99, data.train_labels)  # alone in its class
-    found = dict(ClassRetrieval()(FeatureSet(data.train, labels, data.train, labels)))
-    value, first, each = by_sklearn(data.train, labels, data.train, labels, own=True)
-    assert list(found.values()) == pytest.approx([value, first], abs=1e-4)
-    assert each[7] == found["map"].items[7] == 0.0
+    assert not own or each[7] == found["map"].items[7] == 0.0
 
 
 def test_a_large_bank_is_thinned_evenly():
     data = features()
     found = dict(ClassRetrieval(max_bank=50)(data))
-    kept = slice(None, None, 4)
-    few, labels = data.train[kept], data.train_labels[kept]
-    value, first, _ = by_sklearn(few, labels, data.test, data.test_labels)
+    few = FeatureSet(data.train[::4], data.train_labels[::4], data.test, data.test_labels)
+    value, first, _ = by_sklearn(few)
     assert list(found.values()) == pytest.approx([value, first], abs=1e-4)
     assert dict(ClassRetrieval(max_bank=None)(data)) == dict(ClassRetrieval()(data))
 

@@ -1,5 +1,7 @@
 """k-NN against brute force in float64, written out."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 from brute_force import check_nearest, cosines, exact_neighbours
@@ -33,11 +35,10 @@ def brute_force(bank, labels, queries, k, temperature):
 def clusters(seed=0, n=400, q=150, dim=16, classes=(3, 7, 100)):
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(len(classes), dim))
-    which, which_q = rng.integers(len(classes), size=n), rng.integers(len(classes), size=q)
-    bank = (centres[which] + 1.5 * rng.normal(size=(n, dim))).astype(np.float32)
-    queries = (centres[which_q] + 1.5 * rng.normal(size=(q, dim))).astype(np.float32)
-    ids = np.array(classes)
-    return bank, ids[which], queries, ids[which_q]
+    which = rng.integers(len(classes), size=n + q)
+    rows = (centres[which] + 1.5 * rng.normal(size=(n + q, dim))).astype(np.float32)
+    ids = np.array(classes)[which]
+    return rows[:n], ids[:n], rows[n:], ids[n:]
 
 
 @pytest.mark.parametrize("k", [1, 10, 200, 1000])
@@ -51,16 +52,11 @@ def test_agrees_with_brute_force(k, temperature):
 
 def test_agrees_with_scikit_learn():
     bank, labels, queries, _ = clusters(1)
-
-    def unit(rows):
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
     reference = KNeighborsClassifier(
         20, algorithm="brute", weights=lambda distance: np.exp((1 - distance**2 / 2) / 0.07)
-    ).fit(unit(bank), labels)
-    assert np.array_equal(
-        knn_predict(bank, labels, queries, 20, 0.07), reference.predict(unit(queries))
-    )
+    ).fit(search.unit(bank), labels)
+    ours = knn_predict(bank, labels, queries, 20, 0.07)
+    assert np.array_equal(ours, reference.predict(search.unit(queries)))
 
 
 def test_a_tie_goes_to_the_lowest_class():
@@ -103,12 +99,10 @@ def test_one_set_leaves_each_image_out_of_its_own_neighbours():
 
 def test_several_temperatures_from_one_search(monkeypatch):
     bank, labels, queries, truth = clusters()
-    calls = []
-    monkeypatch.setattr(
-        search.faiss, "knn", lambda *a, _f=search.faiss.knn, **k: calls.append(1) or _f(*a, **k)
-    )
+    knn = Mock(side_effect=search.faiss.knn)
+    monkeypatch.setattr(search.faiss, "knn", knn)
     values = dict(KNN([20, 5], [0.07, 0.02])(FeatureSet(bank, labels, queries, truth)))
-    assert len(calls) == 1
+    knn.assert_called_once()
     assert list(values) == ["knn_k5", "knn_k20", "knn_k5_t0.02", "knn_k20_t0.02"]
     for k, t, name in ((5, 0.07, "knn_k5"), (20, 0.02, "knn_k20_t0.02")):
         expected = brute_force(bank, labels, queries, k, t) == truth
@@ -137,14 +131,12 @@ def test_few_shot_is_k_nn_on_the_images_drawn():
     for _ in range(3):
         rows = np.flatnonzero(place_in_class(classes, generator) < 5)
         assert np.bincount(classes[rows]).tolist() == [5, 5, 5]
-        right.append(
-            100 * (brute_force(bank[rows], labels[rows], queries, 5, 0.07) == truth).mean()
-        )
+        predicted = brute_force(bank[rows], labels[rows], queries, 5, 0.07)
+        right.append(100 * (predicted == truth).mean())
     assert values["fewshot_5"] == pytest.approx(np.mean(right))
     assert values["fewshot_5_std"] == pytest.approx(np.std(right, ddof=1))
-    assert values["fewshot_1000"] == pytest.approx(
-        dict(KNN([1000])(FeatureSet(bank, labels, queries, truth)))["knn_k1000"]
-    )
+    whole = dict(KNN([1000])(FeatureSet(bank, labels, queries, truth)))["knn_k1000"]
+    assert values["fewshot_1000"] == pytest.approx(whole)
     assert values["fewshot_1000_std"] == 0
 
 
@@ -152,10 +144,8 @@ def test_a_bank_in_half_precision_on_the_disk(tmp_path):
     bank, labels, queries, _ = clusters()
     np.save(tmp_path / "bank.npy", bank.astype(np.float16))
     mapped = np.load(tmp_path / "bank.npy", mmap_mode="r")
-    assert np.array_equal(
-        knn_predict(mapped, labels, queries, 20),
-        brute_force(bank.astype(np.float16), labels, queries, 20, 0.07),
-    )
+    expected = brute_force(bank.astype(np.float16), labels, queries, 20, 0.07)
+    assert np.array_equal(knn_predict(mapped, labels, queries, 20), expected)
 
 
 def test_accuracy_by_class():

@@ -32,9 +32,8 @@ def one_head_with_torch(x, y, num_classes, lr, epochs, batch_size, seed, weight_
     head = torch.nn.Linear(x.shape[1], num_classes)
     head.weight.data.copy_(0.01 * torch.randn(num_classes, x.shape[1], generator=generator))
     head.bias.data.zero_()
-    optimizer = torch.optim.SGD(
-        head.parameters(), lr * batch_size / 256, momentum=0.9, weight_decay=weight_decay
-    )
+    options = {"momentum": 0.9, "weight_decay": weight_decay}
+    optimizer = torch.optim.SGD(head.parameters(), lr * batch_size / 256, **options)
     per_epoch = -(-len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
     for _ in range(epochs):
@@ -76,9 +75,7 @@ def test_the_test_set_has_no_say_in_the_choice():
     data = problem()
     shuffled = np.random.default_rng(1).permutation(data.test_labels)
     honest = dict(LinearProbe(epochs=5)(data))
-    blind = dict(
-        LinearProbe(epochs=5)(FeatureSet(data.train, data.train_labels, data.test, shuffled))
-    )
+    blind = dict(LinearProbe(epochs=5)(replace(data, test_labels=shuffled)))
     assert honest["linear_lr"] == blind["linear_lr"]
     assert blind["linear"] < 35 < honest["linear"]
 

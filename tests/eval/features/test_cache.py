@@ -1,13 +1,17 @@
 """Features on the disk: the same numbers, made once, after every interruption."""
 
+import itertools
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from commands import held_by_another
 
 from ssl_xcit.data.crop_dataset import plain_loader
 from ssl_xcit.data.preprocess import normalise
@@ -19,7 +23,6 @@ from ssl_xcit.eval.features.cache import cached, data_digest, extract_pair
 from ssl_xcit.eval.features.extract import KINDS, extract
 from ssl_xcit.eval.features.extractor import FeatureExtractor
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.utils.locks import try_lock
 
 
 @pytest.fixture
@@ -36,9 +39,8 @@ def source(photos_pair, tmp_path):
 @pytest.fixture
 def extractor(tmp_path):
     torch.manual_seed(1)
-    return FeatureExtractor(
-        XCiT(32, 2, 2, patch_size=8), batch_size=7, num_workers=0, cache=tmp_path / "c"
-    )
+    backbone = XCiT(32, 2, 2, patch_size=8)
+    return FeatureExtractor(backbone, batch_size=7, num_workers=0, cache=tmp_path / "c")
 
 
 def count_images(monkeypatch):
@@ -110,23 +112,30 @@ def test_whatever_changes_makes_other_features(source, extractor, monkeypatch, c
     assert np.allclose(found["cls"], expected["cls"], atol=0 if dtype == "float32" else 2e-3)
 
 
+@contextmanager
+def stopped(monkeypatch, stop):
+    """Extraction ends with this exception at its fourth batch."""
+    real, calls = features.forward_parts, itertools.count()
+
+    def forward_parts(*args):
+        if next(calls) == 3:
+            raise stop
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "forward_parts", forward_parts)
+        with pytest.raises(stop):
+            yield
+
+
 @pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit])
 def test_an_interrupted_extraction_goes_on(source, extractor, monkeypatch, signal, capsys):
     """Ctrl-C notes how far it is; after a kill the last note counts (here after each batch)."""
     monkeypatch.setattr(feature_cache, "NOTED", 1e9 if signal is KeyboardInterrupt else -1.0)
     seen = count_images(monkeypatch)
-    counting = features.forward_parts
-
-    def interrupted(backbone, images, parts):
-        if len(seen) == 3:
-            raise signal
-        return counting(backbone, images, parts)
-
-    monkeypatch.setattr(features, "forward_parts", interrupted)
-    with pytest.raises(signal):
+    with stopped(monkeypatch, signal):
         cached(extractor, source, 64, 48)
     assert not list(extractor.cache.glob("*/about.json"))
-    monkeypatch.setattr(features, "forward_parts", counting)
     found, rows = cached(extractor, source, 64, 48)
     assert sum(seen) == len(source)  # none twice
     assert "going on from image 21" in capsys.readouterr().out
@@ -181,31 +190,17 @@ def test_features_that_are_not_finite_are_named_and_not_kept(source, extractor):
 
 
 def test_another_process_at_the_same_features_is_not_waited_for(source, extractor):
-    """The lock is the process's own, so the other one is played by a child."""
     expected, _ = cached(extractor, source, 64, 48)
     folder = next(extractor.cache.glob("*/about.json")).parent
     (folder / "about.json").unlink()
-    child = os.fork()
-    if child == 0:  # pragma: no cover
-        with try_lock(folder / ".lock") as mine:
-            found, _ = (None, None) if not mine else (1, 1)
-            (folder / "ready").touch()
-            while not (folder / "done").exists():
-                pass
-        os._exit(0 if found else 1)
-    while not (folder / "ready").exists():
-        pass
-    found, _ = cached(extractor, source, 64, 48)
+    with held_by_another(folder / ".lock"):
+        found, _ = cached(extractor, source, 64, 48)
     assert np.array_equal(found["cls"], expected["cls"])
     assert not (folder / "about.json").exists()
-    (folder / "done").touch()
-    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_disk_that_cannot_be_written_is_done_without(source, extractor, monkeypatch, caplog):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(feature_cache.os, "posix_fallocate", full)
     found, _ = cached(extractor, source, 64, 48)
     assert "features are not kept" in caplog.text
@@ -214,23 +209,9 @@ def test_a_disk_that_cannot_be_written_is_done_without(source, extractor, monkey
 
 def test_a_note_of_other_parts_is_not_believed(source, extractor, monkeypatch):
     """Interrupted; other parts begun and killed before their first note; the first ones again."""
-    counting, seen = features.forward_parts, []
-
-    def interrupted(stop):
-        def forward_parts(*args):
-            seen.append(1)
-            if len(seen) > 3:
-                raise stop
-            return counting(*args)
-
-        return forward_parts
-
     for parts, stop in ((["cls"], KeyboardInterrupt), (["cls", "patch"], SystemExit)):
-        seen.clear()
-        monkeypatch.setattr(features, "forward_parts", interrupted(stop))
-        with pytest.raises(stop):
+        with stopped(monkeypatch, stop):
             cached(extractor, source, 64, 48, parts)
-    monkeypatch.setattr(features, "forward_parts", counting)
     found, _ = cached(extractor, source, 64, 48, ["cls"])
     expected, _ = extract(extractor, source, 64, 48)
     assert np.allclose(found["cls"], expected["cls"], atol=1e-5)
@@ -254,24 +235,21 @@ def test_an_image_that_can_be_read_only_sometimes_does_not_shift_the_rows(
     assert len(rows) == len(found["cls"]) == len(found["patch"]) == len(source) - 1
 
 
-def test_another_folder_in_the_cache_is_nobodys(source, extractor, monkeypatch):
+def test_the_oldest_go_when_there_are_too_many(source, extractor, monkeypatch):
+    """Of what this cache made: another folder in it is nobody's."""
     foreign = extractor.cache / "my own"
     foreign.mkdir(parents=True)
     (foreign / "about.json").write_text("{}")
-    monkeypatch.setattr(feature_cache, "LIMIT", 1)
     cached(extractor, source, 64, 48)
-    cached(extractor, source, 64, 40)
-    assert (foreign / "about.json").exists()
-
-
-def test_the_oldest_go_when_there_are_too_many(source, extractor, monkeypatch):
-    cached(extractor, source, 64, 48)
-    (old,) = extractor.cache.glob("*/about.json")
-    os.utime(old.parent, (1, 1))
+    old = {file.parent for file in extractor.cache.glob("*/about.json")} - {foreign}
+    for folder in (foreign, *old):
+        os.utime(folder, (1, 1))
     monkeypatch.setattr(feature_cache, "LIMIT", 10)
     cached(extractor, source, 64, 40)
-    (left,) = extractor.cache.glob("*/about.json")
-    assert left != old
+    left = {file.parent for file in extractor.cache.glob("*/about.json")}
+    assert len(left) == 2
+    assert foreign in left
+    assert not old & left
 
 
 def test_images_are_hashed_again_only_when_a_file_changes(source, tmp_path, monkeypatch):
@@ -292,9 +270,7 @@ def test_images_are_hashed_again_only_when_a_file_changes(source, tmp_path, monk
 
 
 def test_several_devices_give_the_same_features(source, extractor):
-    three = FeatureExtractor(
-        extractor.backbone, batch_size=1, num_workers=0, more_devices=("cpu", "cpu")
-    )
+    three = replace(extractor, batch_size=1, cache=None, more_devices=("cpu", "cpu"))
     one, _ = extract(extractor, source, 64, 48, ALL)
     for _ in range(3):
         several, _ = extract(three, source, 64, 48, ALL)

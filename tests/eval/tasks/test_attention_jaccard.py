@@ -17,16 +17,6 @@ from ssl_xcit.models.xcit import XCiT
 SIZE = 64
 
 
-def save_images(root, names, masks):
-    for folder in ("images", "masks"):
-        (root / folder / "val").mkdir(parents=True)
-    photos = dict(photographs())
-    for name, mask in zip(names, masks, strict=True):
-        pixels = read_image(photos[name])[: mask.shape[0], : mask.shape[1]]
-        Image.fromarray(pixels).save(root / "images" / "val" / f"{name}.png")
-        Image.fromarray(mask).save(root / "masks" / "val" / f"{name}.png")
-
-
 @pytest.fixture
 def masks():
     """Two objects and a border, one object, nothing but background."""
@@ -41,7 +31,13 @@ def masks():
 
 @pytest.fixture
 def root(tmp_path, masks):
-    save_images(tmp_path, ["astronaut", "chelsea", "flower"], masks)
+    for folder in ("images", "masks"):
+        (tmp_path / folder / "val").mkdir(parents=True)
+    photos = dict(photographs())
+    for name, mask in zip(("astronaut", "chelsea", "flower"), masks, strict=True):
+        pixels = read_image(photos[name])[: mask.shape[0], : mask.shape[1]]
+        Image.fromarray(pixels).save(tmp_path / "images" / "val" / f"{name}.png")
+        Image.fromarray(mask).save(tmp_path / "masks" / "val" / f"{name}.png")
     return tmp_path
 
 
@@ -74,9 +70,8 @@ def test_the_largest_patches_hold_the_mass(mass):
 
 
 def test_by_hand():
-    assert largest(torch.tensor([[0.5, 0.2, 0.2, 0.1]]), 0.6).tolist() == [
-        [True, True, False, False]
-    ]
+    attention = torch.tensor([[0.5, 0.2, 0.2, 0.1]])
+    assert largest(attention, 0.6).tolist() == [[True, True, False, False]]
     maps = torch.tensor([[[True, False], [False, False]], [[True, True], [False, False]]])
     mask = np.array([[1, 1, 2, 2], [1, 1, 255, 0]], np.uint8)
     # each patch is one row of two pixels
@@ -100,9 +95,8 @@ def test_values_are_the_protocols(root, extractor, masks):
         objects = []
         for index in sorted(set(mask.ravel().tolist()) - {0, 255}):
             valid = mask != 255
-            objects.append(
-                [jaccard_score((mask == index)[valid], k[rows][:, columns][valid]) for k in kept]
-            )
+            true = (mask == index)[valid]
+            objects.append([jaccard_score(true, k[rows][:, columns][valid]) for k in kept])
         best.append(np.mean([max(each[:-1]) for each in objects]))
         mean.append(np.mean([each[-1] for each in objects]))
     assert np.allclose(values["attention_jaccard"].items, best)

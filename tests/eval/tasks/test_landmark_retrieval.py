@@ -24,7 +24,6 @@ from ssl_xcit.eval.tasks.landmark_retrieval import (
 from ssl_xcit.eval.tasks.ranking import average_precision, positions
 from ssl_xcit.models.xcit import XCiT
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 PHOTOS = ("astronaut", "chelsea", "coffee", "china", "flower", "retina")
 SIZE = 64
 
@@ -77,17 +76,6 @@ def root(tmp_path_factory):
             view.save(home / "jpg" / f"{name}_{v}.jpg", quality=90)
     (home / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(ground_truth()))
     return home
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    torch.manual_seed(0)
-    return XCiT(32, 1, 2, patch_size=8)
-
-
-@pytest.fixture(scope="module")
-def extractor(backbone):
-    return FeatureExtractor(backbone, batch_size=4, num_workers=0, show=True)
 
 
 def by_pillow(root, name, box=None):
@@ -165,9 +153,8 @@ def test_rankings_beside_the_published_loop():
         images = generator.permutation(30)
         right, junk = np.sort(images[: generator.integers(1, 9)]), np.sort(images[20:25])
         places = positions(similarity, right, junk)
-        value, precisions, _ = published_map(
-            np.argsort(-similarity)[:, None], [{"ok": right, "junk": junk}], (1, 5, 10)
-        )
+        ranks, truth = np.argsort(-similarity)[:, None], {"ok": right, "junk": junk}
+        value, precisions, _ = published_map(ranks, [truth], (1, 5, 10))
         assert 100 * average_precision(places) == pytest.approx(value)
         assert [100 * precision_at(places, k) for k in (1, 5, 10)] == pytest.approx(precisions)
     same = positions(np.ones(10, np.float32), np.array([0, 1]), np.array([2]))

@@ -28,15 +28,15 @@ def backbone():
     return XCiT(32, 2, 2, patch_size=8).eval()
 
 
-def images_of(source, rows):
-    pixels = [resize_center_crop(decode(source.read(int(i))), 64, 48) for i in rows]
-    return normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), RGB)
+def features_of(backbone, train, test):
+    pair = LabelledPair(train, test, "five photos", 64, 48)
+    return FeatureExtractor(backbone, num_workers=0, pair=pair)
 
 
 def test_the_loop_written_out(pair, backbone):
     epochs, batch, lr, seed = 3, 16, 5.0, 0
     probe = AugmentedProbe("dino", [lr], epochs=epochs, batch_size=batch, val_fraction=0.2)
-    values = dict(probe(FeatureExtractor(backbone, num_workers=0, pair=pair)))
+    values = dict(probe(features_of(backbone, pair.train, pair.test)))
 
     names, ids = np.unique(pair.train.labels, return_inverse=True)
     rows = np.flatnonzero(~stratified(ids, 0.2, seed))
@@ -58,8 +58,10 @@ def test_the_loop_written_out(pair, backbone):
         optimizer.step()
         schedule.step()
     assert torch.allclose(probe.head.weight, head.weight, atol=1e-4)
+    test = [resize_center_crop(decode(pair.test.read(i)), 64, 48) for i in range(len(pair.test))]
     with torch.no_grad():
-        logits = head(backbone(images_of(pair.test, range(len(pair.test)))))
+        x = normalise(torch.from_numpy(np.stack(test)).permute(0, 3, 1, 2), RGB)
+        logits = head(backbone(x))
     expected = 100 * (names[logits.argmax(dim=1).numpy()] == pair.test.labels).mean()
     assert values == {"dino": pytest.approx(expected), "dino_lr": lr}
 
@@ -69,20 +71,13 @@ def test_the_grid_of_kinds_and_rates_is_chosen_without_the_test_images(pair, bac
         "grid", [1e-3, 3.0, 30.0], kinds=["cls", "cls_patch", "last4", "last4_patch"],
         epochs=None, steps=40, batch_size=16,
     )  # fmt: skip
-    extractor = FeatureExtractor(backbone, num_workers=0, pair=pair)
-    values = dict(probe(extractor))
+    values = dict(probe(features_of(backbone, pair.train, pair.test)))
     assert values["grid"] > 40
     assert values["grid_lr"] > 1e-3
     chosen = dict(probe.chosen)
     blind = Subset(pair.test, np.arange(len(pair.test)))
     blind.labels = np.random.default_rng(0).permutation(pair.test.labels)
-    again = dict(
-        probe(
-            FeatureExtractor(
-                backbone, num_workers=0, pair=LabelledPair(pair.train, blind, "b", 64, 48)
-            )
-        )
-    )
+    again = dict(probe(features_of(backbone, pair.train, blind)))
     assert probe.chosen == chosen
     assert again["grid"] < values["grid"]
     assert not backbone.training
@@ -103,8 +98,4 @@ def test_without_labels_or_test_images(pair, backbone):
     with pytest.raises(ValueError, match="needs labelled images"):
         list(probe(FeatureExtractor(backbone)))
     with pytest.raises(ValueError, match="needs test images"):
-        list(
-            probe(
-                FeatureExtractor(backbone, pair=LabelledPair(pair.train, pair.train, "one", 64, 48))
-            )
-        )
+        list(probe(features_of(backbone, pair.train, pair.train)))

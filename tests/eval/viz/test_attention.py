@@ -10,33 +10,22 @@ from tiny_run import sharp_backbone
 from ssl_xcit.eval.viz import attention
 
 
-def layer_norm(x, norm):
-    centred = x - x.mean(-1, keepdim=True)
-    scale = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
-    return centred / scale * norm.weight + norm.bias
-
-
 def full_class_attention(block, x):
     """A block on (M, C) float64 tokens, the class token first, as CaiT and XCiT have it: attention
     of all tokens on all, of which only the class token's output is used.
     """
     M, C = x.shape
     H = block.attn.num_heads
-    normed = layer_norm(x, block.norm1)
-    qkv = normed @ block.attn.qkv.weight.T + block.attn.qkv.bias
-    q, k, v = (part.view(M, H, C // H).transpose(0, 1) for part in qkv.split(C, dim=1))
+    normed = block.norm1(x)
+    parts = block.attn.qkv(normed).split(C, dim=1)
+    q, k, v = (part.view(M, H, C // H).transpose(0, 1) for part in parts)
     scores = q @ k.transpose(1, 2) / (C // H) ** 0.5
     weights = scores.exp() / scores.exp().sum(dim=-1, keepdim=True)  # (H, M, M)
     out = (weights @ v).transpose(0, 1).reshape(M, C)
-    cls = out[:1] @ block.attn.proj.weight.T + block.attn.proj.bias
-    x = x + block.gamma1 * torch.cat((cls, normed[1:]))
-    if block.tokens_norm:
-        x = layer_norm(x, block.norm2)
-    else:
-        x = torch.cat((layer_norm(x[:1], block.norm2), x[1:]))
-    hidden = x[:1] @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
-    hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
-    cls = x[:1] + block.gamma2 * (hidden @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)
+    x = x + block.gamma1 * torch.cat((block.attn.proj(out[:1]), normed[1:]))
+    x = torch.cat((block.norm2(x[:1]), block.norm2(x[1:]) if block.tokens_norm else x[1:]))
+    hidden = torch.nn.functional.gelu(block.mlp.fc1(x[:1]))
+    cls = x[:1] + block.gamma2 * block.mlp.fc2(hidden)
     return torch.cat((cls, x[1:] + x[1:])), weights[:, 0]
 
 

@@ -121,9 +121,7 @@ def test_a_curve_lies_at_its_values():
     curve = channels.DepthCurve("one", [0.5, 1.0, 0.75], (250, 0, 0), 2)
     picture = channels.chart([curve], "title").astype(int)
     red = (picture[..., 0] > 180) & (picture[..., 1] < 90)
-    rows = []
-    for block in range(3):
-        column = round(52 + 460 * (block + 0.5) / 3)
-        rows.append(np.flatnonzero(red[:, column]).mean())
+    columns = [round(52 + 460 * (block + 0.5) / 3) for block in range(3)]
+    rows = [np.flatnonzero(red[:, column]).mean() for column in columns]
     assert rows[1] < rows[2] < rows[0]
     assert (rows[0] - rows[2]) == pytest.approx(rows[2] - rows[1], abs=2)

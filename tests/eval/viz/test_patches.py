@@ -26,35 +26,32 @@ def images():
 
 
 @pytest.fixture
-def file(tmp_path):
-    with (tmp_path / "features").open("w+b") as opened:
-        yield opened
+def store(images, tmp_path):
+    with (tmp_path / "features").open("w+b") as file:
+        store = patches.PatchStore(file, 12)
+        for image in images:
+            store.add(torch.from_numpy(image).permute(2, 0, 1))
+        yield store
 
 
-def collected(images, file):
-    found = patches.PatchStore(file, images[0].shape[-1])
-    for image in images:
-        found.add(torch.from_numpy(image).permute(2, 0, 1))
-    return found
+@pytest.fixture
+def rows(images):
+    return np.concatenate([image.reshape(-1, 12) for image in images]).astype(np.float64)
 
 
-def test_components_are_those_of_all_images_together(images, file):
-    found = collected(images, file)
-    components = found.moments.components()
-    rows = np.concatenate([image.reshape(-1, 12) for image in images]).astype(np.float64)
+def test_components_are_those_of_all_images_together(store, rows):
+    components = store.moments.components()
     reference = PCA(n_components=3).fit(rows)
     signs = np.sign(reference.components_[np.arange(3), abs(reference.components_).argmax(1)])
     assert np.allclose(components.axes, reference.components_ * signs[:, None], atol=1e-7)
     assert np.allclose(components.explained, reference.explained_variance_ratio_)
-    scores = torch.cat(list(found.scores(components))).numpy()
+    scores = torch.cat(list(store.scores(components))).numpy()
     assert np.allclose(scores, reference.transform(rows) * signs, atol=1e-5)
 
 
-def test_maps_lie_where_the_patches_were(images, file):
-    found = collected(images, file)
-    maps = found.maps(None)
+def test_maps_lie_where_the_patches_were(store, rows):
+    maps = store.maps(None)
     assert [tuple(c.shape) for c in maps.colours] == [(*grid, 3) for grid in GRIDS]
-    rows = np.concatenate([image.reshape(-1, 12) for image in images]).astype(np.float64)
     scores = PCA(n_components=3).fit_transform(rows)
     low, high = np.quantile(scores, (0.01, 0.99), axis=0)
     expected = ((scores - low) / (high - low)).clip(0, 1)

@@ -44,7 +44,8 @@ def test_shares_are_those_of_the_formula(tiny, monkeypatch, chunk):
     monkeypatch.setattr(prototypes, "CHUNK", chunk)
     file = tiny / "run" / "checkpoints" / "step-000006.ckpt"
     features = np.random.default_rng(0).normal(size=(50, 32)).astype(np.float32)
-    found = prototypes.prototype_shares(prototypes.load_teacher(file, "teacher", 0.05), features, 5)
+    teacher = prototypes.load_teacher(file, "teacher", 0.05)
+    found = prototypes.prototype_shares(teacher, features, 5)
     expected = textbook(file, features, 0.05)
     mass = expected.mean(axis=0)
     assert np.allclose(found.mass, mass, atol=1e-5)
@@ -56,13 +57,7 @@ def test_shares_are_those_of_the_formula(tiny, monkeypatch, chunk):
     assert np.allclose(found.top, np.sort(expected, axis=0)[::-1][:5].T, atol=1e-5)
     rows = np.take_along_axis(expected, found.images.numpy().T, axis=0).T
     assert np.allclose(found.top, rows, atol=1e-5)
-
-
-def test_fewer_images_than_are_wanted(tiny):
-    file = tiny / "run" / "checkpoints" / "step-000006.ckpt"
-    features = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
-    found = prototypes.prototype_shares(prototypes.load_teacher(file, "teacher", 0.05), features, 5)
-    assert found.images.shape == (K, 2)
+    assert prototypes.prototype_shares(teacher, features[:2], 5).images.shape == (K, 2)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +83,14 @@ def own(here):
     images(Path("own/b"), 4)
 
 
+def results(folder="run/visualize"):
+    return json.loads(Path(folder, "visualize.json").read_text())["results"]
+
+
 def test_each_is_shown_by_its_images(own, capsys):
     words = ["kinds=prototypes", *OWN, "eval_data.test_fraction=0", "columns=3"]
     assert run("visualize", "ckpt=run", *words, "num_prototypes=4", *QUICK) == 0
-    content = json.loads(Path("run/visualize/visualize.json").read_text())
-    found = content["results"]["run"]["prototypes"]
+    found = results()["run"]["prototypes"]
     files = sorted(str(f) for f in Path("own").rglob("*.png"))
     pixels = np.stack([read_image(file).transpose(2, 0, 1) for file in files])
     with torch.no_grad():
@@ -102,19 +100,16 @@ def test_each_is_shown_by_its_images(own, capsys):
     assert found["temperature"] == 0.06
     assert found["effective"] == pytest.approx(math.exp(entropy(mass)), rel=1e-3)
     assert len(found["largest"]) == 4
-    assert [p["share"] for p in found["largest"]] == pytest.approx(
-        np.sort(mass)[::-1][:4], abs=1e-5
-    )
+    shares = [p["share"] for p in found["largest"]]
+    assert shares == pytest.approx(np.sort(mass)[::-1][:4], abs=1e-5)
     for told in found["largest"]:
         column = expected[:, told["prototype"]]
         assert told["first_of"] == (expected.argmax(1) == told["prototype"]).sum()
-        assert [i["probability"] for i in told["images"]] == pytest.approx(
-            np.sort(column)[::-1][:3], abs=1e-5
-        )
+        probabilities = [i["probability"] for i in told["images"]]
+        assert probabilities == pytest.approx(np.sort(column)[::-1][:3], abs=1e-5)
+        places = [files.index(i["image"]) for i in told["images"]]
+        assert probabilities == pytest.approx(column[places], abs=1e-5)
         for image in told["images"]:
-            assert column[files.index(image["image"])] == pytest.approx(
-                image["probability"], abs=1e-5
-            )
             assert image["class"] == Path(image["image"]).parent.name
     said = f"{found['used']} of 24 prototypes are the first choice of some of 9 images"
     assert said in capsys.readouterr().out
@@ -122,34 +117,26 @@ def test_each_is_shown_by_its_images(own, capsys):
     assert Path("run/visualize/prototypes/grid.png").is_file()
 
 
-def test_a_checkpoint_without_a_head(own, capsys):
-
-    words = ["ckpt=net.pth", *OWN, *QUICK]
-    assert run("visualize", "kinds=[prototypes]", *words) == 2
-    error = capsys.readouterr().err
-    assert "net.pth has no projection head; attention, pca, channels and neighbours" in error
+def test_a_checkpoint_without_a_head(own, capsys, refused):
+    words = ["visualize", "ckpt=net.pth", *OWN, *QUICK]
+    said = "net.pth has no projection head; attention, pca, channels and neighbours"
+    refused(said, *words, "kinds=[prototypes]")
     assert not Path("visualize").exists()
-    assert run("visualize", "kinds=[neighbours,prototypes]", *words) == 0
+    assert run(*words, "kinds=[neighbours,prototypes]") == 0
     assert "has no projection head" in capsys.readouterr().err
-    content = json.loads(Path("visualize/visualize.json").read_text())
-    assert list(content["results"]["net"]) == ["neighbours"]
+    assert list(results("visualize")["net"]) == ["neighbours"]
     assert run("visualize", "kinds=[prototypes,pca]", "ckpt=net.pth", "images=own") == 0
-    content = json.loads(Path("visualize/visualize.json").read_text())
-    assert list(content["results"]["net"]) == ["pca"]  # and no data set was needed
-    words = ["kinds=[neighbours,prototypes]", "ckpt=[run,net.pth]", *OWN, *QUICK]
-    assert run("visualize", *words) == 0
-    content = json.loads(Path("run/visualize/visualize.json").read_text())
-    assert list(content["results"]["run"]) == ["neighbours", "prototypes"]
-    assert list(content["results"]["net"]) == ["neighbours"]
+    assert list(results("visualize")["net"]) == ["pca"]  # and no data set was needed
+    assert run(*words, "kinds=[neighbours,prototypes]", "ckpt=[run,net.pth]") == 0
+    both = results()
+    assert list(both["run"]) == ["neighbours", "prototypes"]
+    assert list(both["net"]) == ["neighbours"]
 
 
-def test_what_else_is_missing(own, capsys):
+def test_what_else_is_missing(own, refused):
     Path("run/run.json").unlink()
     words = ["visualize", "ckpt=run", "kinds=[prototypes]", *OWN, *QUICK]
-    assert run(*words) == 2
-    assert "teacher_temp=0.04" in capsys.readouterr().err
+    refused("teacher_temp=0.04", *words)
     assert run(*words, "teacher_temp=0.1") == 0
-    content = json.loads(Path("run/visualize/visualize.json").read_text())
-    assert content["results"]["run"]["prototypes"]["temperature"] == 0.1
-    assert run(*words, "teacher_temp=0.1", "which=student") == 2
-    assert "which=student has no center" in capsys.readouterr().err
+    assert results()["run"]["prototypes"]["temperature"] == 0.1
+    refused("which=student has no center", *words, "teacher_temp=0.1", "which=student")

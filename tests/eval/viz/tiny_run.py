@@ -5,7 +5,7 @@ Settings of one that is trained.
 import json
 
 import torch
-from commands import NO_ONLINE
+from commands import EVALUATION, NO_ONLINE
 
 from ssl_xcit.models.head import DINOHead
 from ssl_xcit.models.xcit import XCiT
@@ -23,11 +23,8 @@ PLAIN = [w for w in NO_ONLINE if not w.startswith(DROPPED)]
 PLAIN += ["~callbacks.online", "model=xcit_micro_4_p8", "data=folder", "data.root=own", "epochs=3"]
 NO_LABELS = "eval_data=none"
 LABELS = ["eval_data=folder", "eval_data.root=own", "evaluation.evaluators.knn.k=[1]",
-          "evaluation.baselines=null"]  # fmt: skip
-LABELS += [
-    f"evaluation.evaluators.{name}=null"
-    for name in ("linear", "few_shot", "logistic", "clustering", "retrieval")
-]
+          "evaluation.evaluators.linear=null", "evaluation.baselines=null",
+          *(word for word in EVALUATION if word.endswith("=null"))]  # fmt: skip
 PICTURES = ["callbacks.snapshots.images=3", "callbacks.snapshots.moments=4",
             "callbacks.snapshots.size=64"]  # fmt: skip
 
@@ -54,12 +51,10 @@ def make_run(folder, seed=0, overrides=(), data="photos", patch_size=8):
         backbone = sharp_backbone(seed + step, patch_size=patch_size)
         head = DINOHead(32, K, hidden_dim=16, bottleneck_dim=8)
         with torch.no_grad():
-            for part in head.mlp:
-                if isinstance(part, torch.nn.Linear):
-                    part.weight.mul_(40)
-        student, teacher = make_networks(
-            backbone, head, sharp_backbone(seed + step + 100, patch_size=patch_size)
-        )
+            for part in head.mlp[::2]:  # the linear layers
+                part.weight.mul_(40)
+        other = sharp_backbone(seed + step + 100, patch_size=patch_size)
+        student, teacher = make_networks(backbone, head, other)
         module = torch.nn.ModuleDict({"student": student, "teacher": teacher, "center": Center(K)})
         module["center"].center.normal_(std=0.05)
         content = {
@@ -69,11 +64,8 @@ def make_run(folder, seed=0, overrides=(), data="photos", patch_size=8):
             "global_step": step,
         }
         torch.save(content, folder / "checkpoints" / f"step-{step:06d}.ckpt")
-    run = {
-        "overrides": list(overrides),
-        "choices": {"data": data, "eval_data": data},
-        "plan": PLAN,
-    }
+    choices = {"data": data, "eval_data": data}
+    run = {"overrides": list(overrides), "choices": choices, "plan": PLAN}
     (folder / "run.json").write_text(json.dumps(run))
     return folder
 
