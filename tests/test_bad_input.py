@@ -115,12 +115,11 @@ BAD = [
 def test_bad_input_is_one_line_that_names_the_fix(tmp_path, capsys, words, message):
     from ssl_xcit import create_model
 
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "tars", "broken"):
+        (tmp_path / name).mkdir()
     images(tmp_path / "few", 3)
     (tmp_path / "good.txt").write_text("a.png\n")
-    (tmp_path / "tars").mkdir()
     (tmp_path / "tars/stranger.tar").write_bytes(b"")
-    (tmp_path / "broken").mkdir()
     for i in range(40):
         (tmp_path / f"broken/{i}.jpg").write_bytes(b"<html>not found</html>")
     for name in ("a", "b"):

@@ -108,9 +108,8 @@ def test_a_run_started_inside_its_images_goes_on_with_them(capsys):
     """Its own pictures lie in the folder by then."""
     images(Path(), 16)
     words = ["pretrain", "data=folder", "data.root=.", "name=x", "model=xcit_micro_4_p8", *TINY]
-    words = [
-        w for w in words if w not in ("callbacks.snapshots=null", "report=null", "epochs=0.05")
-    ]
+    left_out = ("callbacks.snapshots=null", "report=null", "epochs=0.05")
+    words = [w for w in words if w not in left_out]
     words += ["epochs=3", "callbacks.snapshots.moments=2", "callbacks.snapshots.images=2"]
     assert run(*words) == 0
     pictures = [p for p in Path("runs").rglob("*") if p.suffix in (".png", ".jpg")]
@@ -201,9 +200,7 @@ def test_stats_are_exact(capsys):
 
 
 def test_five_channels_from_stats_to_evaluation(capsys):
-    """16-bit satellite-like TIFFs: statistics, training, and evaluation with what the weights
-    know.
-    """
+    """16-bit TIFFs of satellites: statistics, training, evaluation with what the weights know."""
     rng = np.random.default_rng(0)
     labelled = []
     Path("data").mkdir()
@@ -211,9 +208,8 @@ def test_five_channels_from_stats_to_evaluation(capsys):
         base = rng.uniform(0, 9000, 5) if i % 2 else np.array([8000, 100, 100, 5000, 10])
         noise = rng.normal(0, 300, (40, 40, 5))
         array = (base + noise).clip(0, 10000).astype(np.uint16)
-        tifffile.imwrite(
-            f"data/{i:02d}.tif", array, photometric="minisblack", planarconfig="contig"
-        )
+        options = {"photometric": "minisblack", "planarconfig": "contig"}
+        tifffile.imwrite(f"data/{i:02d}.tif", array, **options)
         labelled.append(f"data/{i:02d}.tif\t{i % 2}\n")
     Path("labels.txt").write_text("".join(labelled))
     satellite = ["preprocess.value_range=[0,10000]"]
@@ -233,9 +229,8 @@ def test_five_channels_from_stats_to_evaluation(capsys):
     before = json.loads(Path("runs/five/summary.json").read_text())["results"]
     words = [*EVALUATION, "evaluation.evaluators.linear=null", "evaluation.baselines=null"]
     words.remove("evaluation.evaluators.linear.epochs=2")
-    assert (
-        run("eval", "ckpt=runs/five", "num_workers=0", *words) == 0
-    )  # finds its data and statistics by itself
+    # it finds its data and statistics by itself
+    assert run("eval", "ckpt=runs/five", "num_workers=0", *words) == 0
     assert json.loads(Path("runs/five/results.json").read_text())["results"] == before
     capsys.readouterr()
     images(Path("rgb/a"), 4), images(Path("rgb/b"), 4)

@@ -64,7 +64,7 @@ def as_anybody(function, folder):
             if ROOT:
                 drop_root_rights()
             os.chdir(folder)
-            code = function()
+            code = function() or 0
         except BaseException:
             traceback.print_exc()
         finally:
@@ -195,7 +195,6 @@ def test_nothing_of_others_is_overwritten(colleague, here):
     def places():
         for folder in (colleague / "own/runs/demo", second, second):
             print(writable_or_here(folder))
-        return 0
 
     code, said = as_anybody(places, here)
     assert code == 0, said
@@ -218,7 +217,6 @@ def test_a_part_of_a_run_may_be_another_user_s(here):
         print(writable_or_here(folder, holds=["heads"]))
         print(writable_or_here(folder, "visualize"))
         print(writable_or_here(folder, "export"))
-        return 0
 
     code, said = as_anybody(places, here)
     assert code == 0, said
@@ -239,7 +237,6 @@ def test_weights_that_may_not_be_read(here, closed):
             load_backbone(folder)
         except UserError as error:
             print(error)
-        return 0
 
     code, said = as_anybody(load, here)
     (folder / closed).chmod(0o755)
@@ -254,7 +251,6 @@ def test_under_torchrun_the_first_rank_alone_chooses(colleague, here, monkeypatc
 
     def choose():
         print(evaluation.out_file(str(colleague / "own/a.json"), [colleague / "own/net.pth"]))
-        return 0
 
     assert as_anybody(choose, here) == (0, f"{colleague}/own/a.json\n")
     assert not list(here.iterdir())

@@ -111,12 +111,22 @@ def test_what_resume_may_be(home, value, capfd):
     assert "same or changed" in capfd.readouterr().err
 
 
-def test_labelled_images_count_too(home, capfd):
+def test_labelled_images_count_too(home, capfd, monkeypatch):
     for name in "ab":
         images(home / f"labelled/{name}", 4)
     words = ["eval_data.root=labelled", "eval_data.resize=32", "eval_data.size=32"]
     assert resume(*words, name="name=y") == 0
+    (home / "other").mkdir()
+    with monkeypatch.context() as elsewhere:  # they lay relative to where the run was
+        elsewhere.chdir(home / "other")
+        kept = [o for o in SETTINGS if o.startswith("evaluation.")]
+        assert run("eval", "ckpt=../runs/y", "num_workers=0", *kept) == 0
     (home / "runs/y/summary.json").unlink()
+    capfd.readouterr()
+    assert resume(*words[1:], name="name=y") == 2  # left out
+    assert "eval_data: images then, none now" in capfd.readouterr().err
+    assert resume(*words, name="name=x") == 2  # added
+    assert "eval_data" in capfd.readouterr().err
     shutil.move(home / "labelled/a/0.png", home / "labelled/b/moved.png")
     assert resume(*words, name="name=y") == 2
     assert "(eval_data: 8 images then, 8 now: 1 new" in capfd.readouterr().err
@@ -149,18 +159,6 @@ def test_a_finished_run_of_other_images_is_no_answer(home, capfd):
     assert "runs/x is finished" in capfd.readouterr().out
 
 
-def test_evaluation_that_is_left_out_or_added_is_a_change(home, capfd):
-    for name in "ab":
-        images(home / f"labelled/{name}", 4)
-    words = ["eval_data.root=labelled", "eval_data.resize=32", "eval_data.size=32"]
-    assert resume(*words, name="name=y") == 0
-    (home / "runs/y/summary.json").unlink()
-    assert resume(*words[1:], name="name=y") == 2
-    assert "eval_data: images then, none now" in capfd.readouterr().err
-    assert resume(*words, "eval_data.root=labelled", name="name=x") == 2
-    assert "eval_data" in capfd.readouterr().err
-
-
 def test_a_hostile_record_of_a_run_ends_no_other(home, capfd):
     for number, content in enumerate(("[]", "{", '{"overrides": null}', '{"overrides": [1]}')):
         (home / f"runs/{number}").mkdir()
@@ -189,14 +187,3 @@ def test_a_run_of_another_version_is_refused_with_a_line_that_names_it(home, cap
     assert "begun with another version of ssl_xcit, which had ssl_xcit.eval.run.evaluate" in line
     assert "init.ckpt=runs/x init.head=kept name=..." in line
     assert path.read_text() == then
-
-
-def test_evaluation_finds_images_that_lay_relative_to_where_the_run_was(home, capfd, monkeypatch):
-    for name in "ab":
-        images(home / f"labelled/{name}", 4)
-    words = ["eval_data.root=labelled", "eval_data.resize=32", "eval_data.size=32"]
-    assert resume(*words, name="name=y") == 0
-    (home / "other").mkdir()
-    monkeypatch.chdir(home / "other")
-    kept = [o for o in SETTINGS if o.startswith("evaluation.")]
-    assert run("eval", "ckpt=../runs/y", "num_workers=0", *kept) == 0

@@ -31,9 +31,7 @@ def test_the_wheel_runs_from_its_own_yaml(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     where = tmp_path / "elsewhere"
     where.mkdir()
-    code = (
-        "import ssl_xcit, ssl_xcit.eval as e, ssl_xcit.conf as c; print(*e.__path__, *c.__path__)"
-    )
+    code = "import ssl_xcit.eval as e, ssl_xcit.conf as c; print(*e.__path__, *c.__path__)"
     found = command([sys.executable, "-c", code], env=environment, cwd=where).split()
     assert all(path.startswith(str(site)) for path in found)
     words = ["pretrain", "epochs=0.05", "batch_size=8", "objective.num_prototypes=32", "name=wheel"]

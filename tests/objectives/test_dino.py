@@ -1,7 +1,5 @@
 """The loss and the center against loops written from the paper (algorithm 1)."""
 
-import math
-
 import pytest
 import torch
 
@@ -10,17 +8,14 @@ from ssl_xcit.objectives.dino import Center, dino_loss, prototype_loss
 
 
 def paper_loss(student, teacher, student_temp):
-    """Every pair by itself: -q log p, averaged over images and over the pairs of different
-    views.
-    """
+    """Each pair by itself: -q log p, averaged over images and over pairs of different views."""
     total, pairs = 0.0, 0
     for g, q in enumerate(teacher):
         for v, s in enumerate(student):
-            if v == g:
-                continue
-            log_p = torch.log_softmax(s.double() / student_temp, dim=-1)
-            total = total + (-q.double() * log_p).sum(dim=-1).mean()
-            pairs += 1
+            if v != g:
+                log_p = torch.log_softmax(s.double() / student_temp, dim=-1)
+                total = total + (-q.double() * log_p).sum(dim=-1).mean()
+                pairs += 1
     return total / pairs
 
 
@@ -146,22 +141,13 @@ def test_autocast_leaves_the_loss_in_float32():
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_uniform_everything_costs_ln_k():
-    K = 65536
-    assert dino_loss(
-        torch.zeros(4, 2, K), torch.full((2, 2, K), 1 / K), 0.1
-    ).item() == pytest.approx(math.log(K), rel=1e-5)
-
-
 def test_center_is_the_papers_running_mean():
     torch.manual_seed(0)
     center, expected = Center(7, momentum=0.9), torch.zeros(7, dtype=torch.float64)
     for _ in range(5):
         logits = torch.randn(2, 4, 7)
         targets = center.targets(logits, 0.04)
-        reference = torch.stack(
-            [((view.double() - expected) / 0.04).softmax(dim=-1) for view in logits]
-        )
+        reference = ((logits.double() - expected) / 0.04).softmax(dim=-1)
         assert torch.allclose(targets.double(), reference, atol=1e-5)
         center.update_(logits)
         expected = 0.9 * expected + 0.1 * torch.cat(list(logits)).double().mean(dim=0)

@@ -10,34 +10,27 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 STEPS = 40
 TOY = [
-    "pretrain",
-    "epochs=0.2145",
-    "batch_size=8",
-    "num_workers=0",
-    "eval_data=none",
-    "~callbacks.online",
-    "callbacks.snapshots=null",
-    "report=null",
-    "trainer=cpu",
-    "trainer.precision=32-true",
-    "model.embed_dim=32",
-    "model.depth=2",
-    "model.num_heads=2",
-    "model.drop_path=0.2",
-    "augment.global_size=32",
-    "augment.local_size=16",
-    "objective.num_prototypes=32",
-    "objective.head.hidden_dim=16",
-    "objective.head.bottleneck_dim=8",
-    "callbacks.metrics.every_steps=3",
-    "callbacks.checkpoints.every_steps=5",
-    "+callbacks.record._target_=tricks.Record",
-]
+    "pretrain", "epochs=0.2145", "batch_size=8", "num_workers=0", "eval_data=none",
+    "~callbacks.online", "callbacks.snapshots=null", "report=null", "trainer=cpu",
+    "trainer.precision=32-true", "model.embed_dim=32", "model.depth=2", "model.num_heads=2",
+    "model.drop_path=0.2", "augment.global_size=32", "augment.local_size=16",
+    "objective.num_prototypes=32", "objective.head.hidden_dim=16",
+    "objective.head.bottleneck_dim=8", "callbacks.metrics.every_steps=3",
+    "callbacks.checkpoints.every_steps=5", "+callbacks.record._target_=tricks.Record",
+]  # fmt: skip
+NO_RECORD = [word for word in TOY if "record" not in word]
+
+
+def trick(name, **options):
+    """The words that add one of the callbacks of tricks.py."""
+    words = [f"+callbacks.{name.lower()}.{key}={value}" for key, value in options.items()]
+    return [f"+callbacks.{name.lower()}._target_=tricks.{name}", *words]
 
 
 class Zygote:
@@ -98,11 +91,21 @@ class Run:
         """The exit status; negative for a signal."""
         return self.zygote.wait(self.pid, timeout)
 
+    def ends(self, status=0, timeout=60):
+        """Check the exit status, and that no traceback stands in what it wrote to stderr."""
+        assert self.wait(timeout) == status, self.err
+        assert "Traceback" not in self.err
+        return self.err
+
     def over(self):
         return self.pid in self.zygote.ended
 
-    def kill(self, number=signal.SIGKILL):
+    def send(self, number):
         os.kill(self.pid, number)
+
+    def kill(self):
+        self.send(signal.SIGKILL)
+        assert self.wait() == -signal.SIGKILL
 
     @property
     def out(self):
@@ -117,38 +120,41 @@ class Place:
     """A folder to start runs in; `run_dir` is that of the run `x`."""
 
     def __init__(self, zygote, folder):
+        folder.mkdir(exist_ok=True)
         self.zygote, self.folder = zygote, folder
         self.run_dir = folder / "runs/x"
         self.runs = []
 
     def start(self, *more, words=TOY, env=(), call=()):
         taken = [w for w in words if w.split("=")[0] not in {m.split("=")[0] for m in more}]
-        run = Run(
-            self.zygote,
-            self.folder,
-            [*taken, *(["name=x"] if words[0] == "pretrain" else []), *more],
-            dict(env),
-            list(call),
-        )
+        name = ["name=x"] if words[0] == "pretrain" else []
+        run = Run(self.zygote, self.folder, [*taken, *name, *more], dict(env), list(call))
         self.runs.append(run)
         return run
 
-    def __call__(self, *more, timeout=60, **preprocess):
-        """Start and wait; (exit status, what it wrote to stderr)."""
-        run = self.start(*more, **preprocess)
-        return run.wait(timeout), run.err
+    def __call__(self, *more, status=0, timeout=60, **options):
+        """Start, and wait for this exit status; what it wrote to stderr."""
+        return self.start(*more, **options).ends(status, timeout)
+
+    def killed_at(self, step, *more):
+        run = self.start(*more)
+        self.until_step(step, run)
+        run.kill()
+        return run
+
+    def held_at(self, step, *more, timeout=60, **options):
+        """A run that waits at this step until a file is gone; (run, file)."""
+        run = self.start(*more, *trick("Hold", step=step), **options)
+        holding = self.run_dir / "holding-0"
+        self.until(holding.exists, run, timeout)
+        return run, holding
 
     def records(self, rank=0):
         path = self.run_dir / f"record-{rank}.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_text().splitlines()
         found = []
-        for line in lines:
-            try:
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with suppress(ValueError):  # cut short by SIGKILL
                 found.append(json.loads(line))
-            except ValueError:
-                continue  # cut short by SIGKILL
         return found
 
     def until_step(self, step, run, timeout=60):
@@ -193,3 +199,9 @@ def assert_equal_runs(place, reference, rank=0, without=()):
         assert facts(record, without) == expected[record["step"]], record["step"]
     assert {r["step"] for r in found} == set(expected)
     assert place.metrics() == reference.metrics()
+
+
+def assert_goes_on(place, reference):
+    """The same command again ends well, and as a run that nothing happened to."""
+    place()
+    assert_equal_runs(place, reference)

@@ -12,10 +12,10 @@ import time
 import pytest
 import torch
 from commands import same
-from runs import TOY
+from runs import NO_RECORD
 
 SEEDS = range(6)
-WORDS = [word for word in TOY if "record" not in word][1:]
+WORDS = NO_RECORD[1:]
 SWEEP = ["-m", "seed=0,1,2,3,4,5", "name=six", *WORDS]
 
 

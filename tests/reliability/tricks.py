@@ -12,59 +12,60 @@ from pathlib import Path
 import lightning
 import torch
 
+from ssl_xcit.commands import pretrain
+from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.objectives.dino import Center
+from ssl_xcit.training import checkpoint, preemption
+from ssl_xcit.utils import files
+
 
 def bytes_of(tensor):
     return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def digest(*modules):
-    """Of all parameters and buffers, bit by bit."""
+def digest(states):
+    """Of the tensors of several states, bit by bit."""
     found = blake2b(digest_size=8)
-    for module in modules:
-        for tensor in module.state_dict().values():
-            found.update(bytes_of(tensor))
+    for state in states:
+        for name in sorted(state):
+            found.update(bytes_of(state[name]))
     return found.hexdigest()
+
+
+def digest_of_networks(module):
+    networks = (module.student, module.teacher, module.center)
+    return digest(network.state_dict() for network in networks)
 
 
 class Record(lightning.Callback):
     """`RUN/record-RANK.jsonl`: sample ids, loss as a hex float, hashes of weights and center."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.before = digest(module.student, module.teacher, module.center)
+        self.before = digest_of_networks(module)
 
     def on_train_start(self, trainer, module):
         train = module.training_step
 
         def recorded(views, batch_idx):
             outputs = train(views, batch_idx)
-            self.write(
-                trainer, module, outputs
-            )  # before the step's checkpoint, so that none is lost
+            self.write(trainer, module)  # before the step's checkpoint, so that none is lost
             return outputs
 
         module.training_step = recorded
 
-    def write(self, trainer, module, outputs):
+    def write(self, trainer, module):
         row = {
             "step": trainer.global_step,
             "images": trainer.datamodule.indices.tolist(),
             "loss": float(module.output.loss).hex(),
             "before": self.before,
-            "hash": digest(module.student, module.teacher, module.center),
-            "state": digest_of_optimizer(trainer.optimizers[0]),
+            "hash": digest_of_networks(module),
+            "state": digest(trainer.optimizers[0].state.values()),
             "pid": os.getpid(),
         }
         path = Path(trainer.default_root_dir) / f"record-{trainer.global_rank}.jsonl"
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def digest_of_optimizer(optimizer):
-    found = blake2b(digest_size=8)
-    for state in optimizer.state.values():
-        for name in sorted(state):
-            found.update(bytes_of(state[name]))
-    return found.hexdigest()
 
 
 class Poison(lightning.Callback):
@@ -118,9 +119,6 @@ class Hold(lightning.Callback):
 
 def die_within_a_write():
     """SIGKILL after WRITE_BYTES bytes of the WRITE_NUMBER-th checkpoint, or before its rename."""
-    from ssl_xcit.training import checkpoint
-    from ssl_xcit.utils import files
-
     number, limit = int(os.environ["WRITE_NUMBER"]), int(os.environ["WRITE_BYTES"])
     counts = {"files": 0, "bytes": 0}
 
@@ -151,8 +149,6 @@ def die_within_a_write():
 
 def die_behind_a_write():
     """SIGKILL when the WRITE_NUMBER-th checkpoint has its name."""
-    from ssl_xcit.training import checkpoint
-
     write, count = checkpoint.write_checkpoint, []
 
     def deadly(content, path):
@@ -164,20 +160,17 @@ def die_behind_a_write():
     checkpoint.write_checkpoint = deadly
 
 
+def no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
 def full_when_dropping():
     """Room for the new checkpoint, none for the manifest without the old ones."""
-    from ssl_xcit.training import checkpoint
-
-    def fail(folder):
-        raise OSError(28, "No space left on device")
-
-    checkpoint.drop_lost_entries = fail
+    checkpoint.drop_lost_entries = no_space
 
 
 def slow_writes():
     """Each checkpoint takes half a second and says when it begins."""
-    from ssl_xcit.training import checkpoint
-
     write = checkpoint.write_checkpoint
 
     def slowly(content, path):
@@ -190,14 +183,11 @@ def slow_writes():
 
 def lying_disk():
     """From LIE_FROM on, what is flushed comes back with a bit flipped."""
-    from ssl_xcit.training import checkpoint
-
-    sha256_of = checkpoint.sha256_of
-    count = {"files": 0}
+    sha256_of, read = checkpoint.sha256_of, []
 
     def flipped(path):
-        count["files"] += 1
-        if count["files"] >= int(os.environ["LIE_FROM"]):
+        read.append(path)
+        if len(read) >= int(os.environ["LIE_FROM"]):
             data = bytearray(path.read_bytes())
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
@@ -208,9 +198,6 @@ def lying_disk():
 
 def signal_before_training():
     """SIGTERM while the images are being looked at."""
-    from ssl_xcit.commands import pretrain
-    from ssl_xcit.training import preemption
-
     make = pretrain.MultiCropData
 
     def interrupted(*args):
@@ -229,8 +216,6 @@ def signal_before_training():
 
 def small_memory():
     """A device that holds the crops of ten images at a time, and says so as CUDA does."""
-    from ssl_xcit.models.xcit import XCiT
-
     forward = XCiT.forward
 
     def limited(self, x):
@@ -243,14 +228,11 @@ def small_memory():
 
 def no_centering():
     """The center stays where it is."""
-    from ssl_xcit.objectives.dino import Center
-
     Center.update_ = lambda self, logits: None
 
 
 def signal_after_training():
     """SIGTERM when the features are to be measured."""
-    from ssl_xcit.commands import pretrain
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.Signals[os.environ.get("THE_SIGNAL", "SIGTERM")])
@@ -260,9 +242,4 @@ def signal_after_training():
 
 def no_room():
     """The settings cannot be written."""
-    from ssl_xcit.commands import pretrain
-
-    def fail(*args):
-        raise OSError(28, "No space left on device")
-
-    pretrain.write_settings = fail
+    pretrain.write_settings = no_space

@@ -32,19 +32,13 @@ def test_rankme_by_singular_values(shape):
     assert rankme(x).item() == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-5)
 
 
-def test_rankme_at_its_ends():
+def test_measures_at_their_ends():
     assert rankme(torch.eye(8)).item() == pytest.approx(8.0)
     assert rankme(torch.ones(8, 4)).item() == pytest.approx(1.0, abs=1e-3)
     assert rankme(torch.zeros(8, 4)).item() == pytest.approx(1.0)
-
-
-def test_feature_std_at_its_ends():
     x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     assert feature_std(x).item() == pytest.approx(1.0, abs=0.02)
     assert feature_std(3.0 * torch.ones(10, 64)).item() == pytest.approx(0.0, abs=1e-6)
-
-
-def test_effective_number():
     assert effective_number(torch.tensor([5, 5, 5])) == pytest.approx(3.0)
     assert effective_number(torch.tensor([7])) == pytest.approx(1.0)
 

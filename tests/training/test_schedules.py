@@ -41,7 +41,4 @@ def test_teacher_temperature_by_epoch():
     table = np.concatenate((np.linspace(0.04, 0.07, 30), np.full(20, 0.07)))
     for step in range(int(50 * steps_per_epoch)):
         assert schedule(step) == pytest.approx(table[int(step / steps_per_epoch)])
-
-
-def test_no_temperature_warmup():
     assert LinearByEpoch(0.02, 0.04, 0, 3.0)(0) == 0.04

@@ -10,11 +10,7 @@ from ssl_xcit.utils import hardware
 
 @pytest.mark.parametrize(
     ("avx512_bf16", "amx", "expected"),
-    [
-        (False, False, "32-true"),
-        (True, False, "bf16-mixed"),
-        (False, True, "bf16-mixed"),
-    ],
+    [(False, False, "32-true"), (True, False, "bf16-mixed"), (False, True, "bf16-mixed")],
 )
 def test_auto_takes_bfloat16_where_there_are_instructions(avx512_bf16, amx, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
