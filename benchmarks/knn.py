@@ -2,7 +2,7 @@
 searched from the disk.
 
 python benchmarks/knn.py [--queries 2000] [--bank 200000] [--dim 384] [--k 200] [--rounds 7]
-                         [--only search|disk]
+                         [--only search|profile|disk]
 
 Features are random directions around random centres, as those of classes are. Both sides get raw
 float32 features, normalise them and return the k most similar of each query.
@@ -13,11 +13,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import faiss
 import measure
 import numpy as np
 import torch
 
-from ssl_xcit.eval.features.neighbors import nearest
+from ssl_xcit.eval.features.neighbors import nearest, unit
 
 
 def features(rows: int, dim: int, seed: int, centres: int = 1000) -> np.ndarray:
@@ -53,6 +54,35 @@ def search(args: argparse.Namespace) -> dict[str, dict]:
     return {title: found}
 
 
+def profile(args: argparse.Namespace) -> dict[str, dict]:
+    """Seconds of the parts of both sides, the least of three."""
+    bank, queries = (
+        unit(features(args.bank, args.dim, 1)),
+        unit(features(args.queries, args.dim, 2)),
+    )
+    one, other = torch.from_numpy(queries), torch.from_numpy(bank)
+    products = one @ other.T
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    ip = faiss.METRIC_INNER_PRODUCT
+    parts = {
+        "normalise": lambda: unit(bank),
+        "faiss.knn": lambda: faiss.knn(queries, bank, args.k, metric=ip),
+        "faiss.knn, k 1": lambda: faiss.knn(queries, bank, 1, metric=ip),
+        "torch, product": lambda: one @ other.T,
+        "torch, topk": lambda: products.topk(args.k, dim=1),
+        "numpy, product": lambda: queries @ bank.T,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(3):  # interleaved
+        for name, call in parts.items():
+            began = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - began)
+    least = {name: round(min(values), 2) for name, values in seconds.items()}
+    print(", ".join(f"{name} {value} s" for name, value in least.items()))
+    return {"profile": least}
+
+
 def disk(args: argparse.Namespace) -> dict[str, dict]:
     """A million rows, written in pieces, mapped, and searched by 2,000 queries."""
     rows, queries = 1_000_000, features(args.queries, args.dim, 2)
@@ -79,8 +109,8 @@ if __name__ == "__main__":
     for name, value in (("queries", 2000), ("bank", 200_000), ("dim", 384), ("k", 200)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", choices=("search", "disk"))
+    parser.add_argument("--only", choices=("search", "profile", "disk"))
     given = parser.parse_args()
-    for part in (search, disk):
+    for part in (search, profile, disk):
         if given.only in (None, part.__name__):
             measure.save("knn", part(given))

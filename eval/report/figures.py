@@ -87,7 +87,7 @@ GROUPS: Mapping[str, Sequence[Plot]] = {
 EXPECTED_ZERO = {"bad_images", "skipped_steps"}
 
 
-def literal(words: str) -> str:
+def plotly_text(words: str) -> str:
     """Text for plotly, which takes some HTML in its words."""
     return html.escape(printable(words), quote=False)
 
@@ -239,7 +239,7 @@ def curve_figure(plot: Plot, runs: Sequence[Run], images: Images) -> Captioned |
                 "dash": DASHES[place % len(DASHES)] if several else "solid",
             }
             data += curve_traces(
-                literal(name if several else words),
+                plotly_text(name if several else words),
                 (steps, [scale * value for value in found]),
                 line,
                 plot.smooth,
@@ -269,7 +269,7 @@ def curve_figure(plot: Plot, runs: Sequence[Run], images: Images) -> Captioned |
             *(sick | {"x0": a, "x1": b} for run in runs for a, b in unhealthy_stretches(run)),
             *(dotted | {"x0": step, "x1": step} for step, _ in marks),
         ],
-        "annotations": [text | {"x": step, "text": literal(words)} for step, words in marks],
+        "annotations": [text | {"x": step, "text": plotly_text(words)} for step, words in marks],
         "showlegend": lines > 1,
         "height": 270 if lines > 4 else 230,
     }
@@ -300,10 +300,10 @@ def numbers_figure(named: Sequence[tuple[str, RunResults]]) -> Figure:
             bars = errors(list(shown.values()), [known.get(m, (v, v)) for m, v in shown.items()])
             words = [" ({:.1f} to {:.1f})".format(*known[m]) if m in known else "" for m in shown]
             trace = {
-                "name": literal(name if several else row),
+                "name": plotly_text(name if several else row),
                 "mode": "markers",
                 "x": [rounded(value) for value in shown.values()],
-                "y": [literal(title_of(m).strip()) for m in shown],
+                "y": [plotly_text(title_of(m).strip()) for m in shown],
                 "customdata": words,
                 "hovertemplate": "%{x:.1f}%{customdata}",
                 "marker": {"color": colour, "size": 10 if main else 8, "symbol": symbol},
@@ -347,7 +347,7 @@ def entropy_figure(runs: Sequence[Entropy]) -> Figure:
     else:
         lines = []
         for run in runs:
-            name, y = literal(f"{run.name}, step {run.steps[-1]}"), run.values[-1]
+            name, y = plotly_text(f"{run.name}, step {run.steps[-1]}"), run.values[-1]
             lines.append((name, [*range(1, 1 + len(y))], y, COLOURS[run.number % len(COLOURS)]))
     common = {"mode": "lines+markers", "hovertemplate": "%{y:.4f}"}
     data = [
@@ -378,12 +378,12 @@ def parallel_figure(sweep: SweepResults, most: int = 8) -> Figure:
         every = slice(None, None, -(-len(places) // most))
         texts = [printable(words[i]) for i in first[every]]  # not as HTML
         ticks = {"tickvals": places[every].tolist(), "ticktext": texts}
-        dimensions.append({"label": literal(key), "values": values.tolist(), **ticks})
+        dimensions.append({"label": plotly_text(key), "values": values.tolist(), **ticks})
     steps = [trial.steps for trial in measured]
     if len(set(steps)) > 1:
         dimensions.append({"label": "steps", "values": steps})
     results = [trial.value for trial in measured]
-    dimensions.append({"label": literal(title_of(sweep.metric).strip()), "values": results})
+    dimensions.append({"label": plotly_text(title_of(sweep.metric).strip()), "values": results})
     trace = {
         "type": "parcoords",
         "dimensions": dimensions,
@@ -401,7 +401,7 @@ def importance_figure(shares: Mapping[str, float]) -> Figure:
         "type": "bar",
         "orientation": "h",
         "x": [100 * share for share in shares.values()],
-        "y": [literal(key) for key in shares],
+        "y": [plotly_text(key) for key in shares],
         "marker": {"color": COLOURS[0]},
         "hoverinfo": "x",
     }
@@ -416,7 +416,7 @@ def progress_figure(sweep: SweepResults, most: int = 40) -> Figure | None:
     faint, best = ({"color": f"{COLOURS[0]}66", "width": 1.5}, {"color": COLOURS[1], "width": 2.5})
     data = [
         {
-            "name": literal(" ".join(f"{key}={value}" for key, value in trial.values.items())),
+            "name": plotly_text(" ".join(f"{key}={value}" for key, value in trial.values.items())),
             "mode": "lines+markers" if len(trial.curve) < 20 else "lines",
             "x": [step for step, _ in trial.curve],
             "y": [value for _, value in trial.curve],

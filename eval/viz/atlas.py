@@ -55,7 +55,7 @@ class Atlas:
             raise ValueError(f"{len(self.classes)} classes of {count} images")
 
 
-def normalised(
+def fitted_places(
     places: Float[np.ndarray, "N 2"],
 ) -> tuple[Float[np.ndarray, "N 2"], Float[np.ndarray, "2 2"], float]:
     """Places whose longer side is 1 and whose middle is 0, to five digits; the ends of both axes
@@ -138,7 +138,7 @@ def atlas_fragment(atlas: Atlas, ident: str) -> Markup:
         known = atlas.class_names
         words = [str(known[i]) if 0 <= i < len(known) else str(i) for i in ids.tolist()]
         legend = list(zip(words, (f"{n:,}" for n in counts), strict=True))
-    places, ranges, spacing = normalised(atlas.places)
+    places, ranges, spacing = fitted_places(atlas.places)
     content = {
         "x": places[:, 0].tolist(),
         "y": places[:, 1].tolist(),
