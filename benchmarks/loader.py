@@ -36,7 +36,7 @@ from ssl_xcit.data.photos import photographs
 from ssl_xcit.data.sets import Arrays
 from ssl_xcit.data.shards import tar_shards
 from ssl_xcit.data.sources import Files, Source
-from ssl_xcit.training.datamodule import MultiCropData
+from ssl_xcit.training.datamodule import multi_crop_data
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95
 
@@ -193,7 +193,7 @@ def memory() -> dict[str, float]:
         write_files(Path(folder), jpegs(200))
         for name, augment in (("ours", FusedMultiCrop()), ("usual", TorchvisionMultiCrop())):
             source = folders.folder(folder)
-            data = MultiCropData(source, augment, 32, 12, 0, RGB, num_workers=1)
+            data = multi_crop_data(source, augment, 32, 12, 0, RGB, num_workers=1)
             peak = 0.0
             for _ in data.train_dataloader():
                 children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()

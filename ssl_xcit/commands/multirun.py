@@ -22,13 +22,14 @@ from ssl_xcit.sweeps.search import Search
 from ssl_xcit.sweeps.space import Space, read_space
 from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, STATES, Trial
 from ssl_xcit.training.run_name import key_of
-from ssl_xcit.training.settings import PretrainSettings, place_keys
+from ssl_xcit.training.settings import FinetuneSettings, PretrainSettings, RunSettings, place_keys
 from ssl_xcit.utils.files import writable_folder
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import parse
 
 PROGRAM = (sys.executable, "-m", "ssl_xcit")
 OURS = ("sweep", "launcher")  # of the sweep, not of its trials
+SETTINGS = {"pretrain": PretrainSettings, "finetune": FinetuneSettings}
 MOST_COMPOSED = 64  # values that are tried on the settings before anything starts
 
 
@@ -55,12 +56,15 @@ def main(config: str, command: str, words: Sequence[str], flags: Sequence[str]) 
         cfg = compose(command, [*folders, *space.fixed, *first, *ours], return_hydra_config=True)
         choices = cfg.hydra.runtime.choices
         cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-        settings = parse(PretrainSettings, cfg)
+        kind: type[RunSettings] = SETTINGS[command]
+        settings = parse(kind, cfg)
         if settings.sweep is None or settings.launcher is None:
             raise UserError("-m needs the groups sweep and launcher, which ~ has taken away")
         for overrides in others:  # each value by itself is right, so that no trial fails of a typo
-            parse(PretrainSettings, compose(command, [*folders, *space.fixed, *overrides]))
-    name = settings.name or sweep_name(choices["sweep"], choices["data"], space)
+            parse(kind, compose(command, [*folders, *space.fixed, *overrides]))
+    name = settings.name or sweep_name(
+        choices["sweep"], choices.get("data", choices.get("transfer", "")), space
+    )
     folder = Path(str(settings.out)) / str(name)
     writable_folder(folder)
     check_same_sweep(folder, space.fixed, place_keys(OmegaConf.to_container(cfg, resolve=True)))

@@ -2,10 +2,6 @@
 
 import json
 import logging
-import re
-import signal
-import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -19,20 +15,16 @@ from hydra.utils import instantiate
 from ssl_xcit.data.crop_dataset import check_images, check_labelled
 from ssl_xcit.data.identity import indices_of
 from ssl_xcit.data.loader import default_workers
+from ssl_xcit.data.multicrop import Crops
 from ssl_xcit.data.sources import LabelledPair, Source
-from ssl_xcit.errors import RunFailed
-from ssl_xcit.models.weights import checkpoints_of, load_backbone, model_name
+from ssl_xcit.models.weights import load_backbone, model_name
 from ssl_xcit.training.build import make_module
-from ssl_xcit.training.checkpoint import newest_valid
-from ssl_xcit.training.datamodule import MultiCropData
+from ssl_xcit.training.datamodule import TrainingData, multi_crop_data
 from ssl_xcit.training.health import HEALTHY
 from ssl_xcit.training.init_weights import described_start, read_start
-from ssl_xcit.training.loggers import FailsafeLogger
 from ssl_xcit.training.module import DINO
 from ssl_xcit.training.plan import Plan, make_plan
-from ssl_xcit.training.preemption import Stopped, requeue
 from ssl_xcit.training.run_dir import (
-    DataRecord,
     about_run,
     check_same_data,
     check_same_run,
@@ -44,11 +36,11 @@ from ssl_xcit.training.run_dir import (
     moved_run,
     run_id_of,
     versions,
-    write_settings,
 )
 from ssl_xcit.training.run_name import run_name
+from ssl_xcit.training.session import is_finished, leave_report, run_to_the_end, train
 from ssl_xcit.training.settings import PretrainSettings
-from ssl_xcit.training.trainer import kill_children, make_trainer, runs_on_cpu, watched_child
+from ssl_xcit.training.trainer import make_trainer, runs_on_cpu
 from ssl_xcit.utils.files import write_json
 from ssl_xcit.utils.hardware import check_compiler, precision_for
 from ssl_xcit.utils.tables import print_table
@@ -73,7 +65,7 @@ def main(settings: PretrainSettings) -> None:
     settings, start = read_start(given, run_dir)
     plain = as_plain(settings)
     check_same_run(plain, run_dir)
-    if not moved_paths(plain, run_dir) and is_finished(run_dir):
+    if not moved_paths(plain, run_dir) and is_finished(run_dir, finish):
         return
     source: Source = instantiate(settings.data.source)
     pair: LabelledPair | None = instantiate(settings.eval_data) if settings.eval_data else None
@@ -90,7 +82,7 @@ def main(settings: PretrainSettings) -> None:
     record = check_same_data(run_dir, indices, preprocess, go_on)
     if not record.changed and is_begun(run_dir) and elsewhere:
         say(f"{run_dir}: {', '.join(elsewhere)}: the same images, elsewhere")
-    if is_finished(run_dir):
+    if is_finished(run_dir, finish):
         return
     settings = replace(settings, run_id=settings.run_id or run_id_of(run_dir))
     note = augment.check(preprocess.channels)
@@ -109,9 +101,9 @@ def main(settings: PretrainSettings) -> None:
         log.warning("%s", note)
     num_workers = settings.num_workers
     with locked(run_dir, wanted=trainer.is_global_zero):
-        if trainer.is_global_zero and is_finished(run_dir):  # meanwhile
+        if trainer.is_global_zero and is_finished(run_dir, finish):  # meanwhile
             return
-        data = MultiCropData(
+        data = multi_crop_data(
             source,
             augment,
             plan.per_device_batch,
@@ -124,87 +116,25 @@ def main(settings: PretrainSettings) -> None:
             settings.data.max_bad_fraction,
             settings.worker_timeout,
         )
-        try:
-            stop.install()
-            seconds = train(settings, trainer, module, data, plan, run_dir, record)
-            stop.after_training()
-            if trainer.is_global_zero:
-                conclude(settings, trainer, module, data, plan, evaluate, run_dir, seconds)
-        except Stopped as stopped:
-            if trainer.is_global_zero:
-                say_stopped(stopped, run_dir)
-                if stopped.signal == signal.SIGUSR1:
-                    requeue()
-            sys.exit(0 if watched_child(trainer) else stopped.exit_code)
-        finally:
-            if not stop.stopping:  # else they stay: a scheduler may ask twice
-                stop.restore()
-
-
-def train(
-    settings: PretrainSettings,
-    trainer: lightning.Trainer,
-    module: DINO,
-    data: MultiCropData,
-    plan: Plan,
-    run_dir: Path,
-    record: DataRecord,
-) -> float:
-    """From the newest valid checkpoint, or the start, to the last step; seconds that it took."""
-    resume = newest_valid(run_dir, may_rename=trainer.is_global_zero)
-    if trainer.is_global_zero:
-        with disk_trouble(run_dir):
-            resumed_at = None if resume is None else int(resume.stem.removeprefix("step-"))
-            write_settings(as_plain(settings), asdict(plan), run_dir, resumed_at, record)
-        announce(settings, plan, module, data.eval_data, run_dir)
-        if resume is not None:
-            taken = int(resume.stem.removeprefix("step-"))
-            left = "" if taken < plan.total_steps else ", which leaves no step to take"
-            say(f"going on from {resume}{left}")
-    trainer.fit_loop.epoch_loop.max_steps = plan.total_steps
-    started = time.perf_counter()
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    except RuntimeError as error:
-        kill_children(trainer)
-        if trainer.world_size > 1 and re.search("gloo|nccl", str(error), re.I):
-            raise RunFailed(
-                f"rank {trainer.global_rank}: another rank has ended, or has not answered for "
-                f"{settings.collective_timeout:g} s (collective_timeout); the same command goes on "
-                "from the newest checkpoint"
-            ) from error
-        raise
-    except Stopped as stopped:
-        if stopped.step is None:  # asked before the ranks could agree
-            kill_children(trainer)
-        raise
-    except BaseException:
-        kill_children(trainer)
-        raise
-    finally:
-        for logger in trainer.loggers:
-            if isinstance(logger, FailsafeLogger):
-                logger.finish()
-    return time.perf_counter() - started
-
-
-def is_finished(run_dir: Path) -> bool:
-    """If so, say it and show the final numbers again."""
-    path = run_dir / "summary.json"
-    if not path.is_file():
-        return False
-    say(f"{run_dir} is finished; to train again, choose another name=... or remove the folder", "")
-    finish(run_dir, json.loads(path.read_text()))
-    page = run_dir / "report.html"
-    say(f"report: {page if page.is_file() else f'ssl-xcit report run={run_dir}'}")
-    return True
+        run_to_the_end(
+            trainer,
+            stop,
+            run_dir,
+            lambda: train(
+                settings, trainer, module, data, plan, run_dir, record,
+                lambda: announce(settings, plan, module, pair, run_dir),
+            ),
+            lambda seconds: conclude(
+                settings, trainer, module, data, plan, evaluate, run_dir, seconds
+            ),
+        )  # fmt: skip
 
 
 def conclude(
     settings: PretrainSettings,
     trainer: lightning.Trainer,
     module: DINO,
-    data: MultiCropData,
+    data: TrainingData[Crops],
     plan: Plan,
     evaluate: Callable[..., Any],
     run_dir: Path,
@@ -239,35 +169,6 @@ def conclude(
         write_json(summary, run_dir / "summary.json")
     finish(run_dir, summary)
     leave_report(settings, run_dir, str(trainer.strategy.root_device))
-
-
-def leave_report(settings: PretrainSettings, run_dir: Path, device: str) -> None:
-    """A page about the finished run, by what `report` names; trouble with it is not the run's."""
-    if settings.report is None:
-        return
-    try:
-        page = instantiate(settings.report)(
-            run_dir, device=device, num_workers=settings.num_workers
-        )
-        say(f"report: {page}; open it in a browser")
-    except Exception as error:
-        log.warning(
-            "no report was written (%s: %s); ssl-xcit report run=%s tries again",
-            type(error).__name__, error, run_dir,
-        )  # fmt: skip
-
-
-def say_stopped(stopped: Stopped, run_dir: Path) -> None:
-    """Where the same command goes on, and what shows how far it has come."""
-    checkpoints = checkpoints_of(run_dir)
-    where = f"goes on from {checkpoints[-1].stem}" if checkpoints else "starts again"
-    if (run_dir / "summary.json").is_file():  # stopped while the report was made
-        where = "finds it finished"
-    unsaved = "" if stopped.saved or stopped.step is None else "; this step could not be saved"
-    say(
-        f"{stopped}{unsaved}; {run_dir}: the same command {where}",
-        f"report: ssl-xcit report run={run_dir}",
-    )
 
 
 def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:

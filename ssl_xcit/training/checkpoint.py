@@ -163,7 +163,8 @@ class SaveCheckpoints(lightning.Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
         """Save on the grid, but not while steps are skipped: the weights may be unsound."""
-        left_out = getattr(trainer.lightning_module, "skipped_in_a_row", 0)
+        guard = getattr(trainer.lightning_module, "guard", None)
+        left_out = guard.in_a_row if guard is not None else 0
         if trainer.global_step % self.every_steps == 0 and not left_out:
             self.save(trainer)
 

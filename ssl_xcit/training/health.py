@@ -177,7 +177,7 @@ class Health(lightning.Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: object) -> None:
         """Keep the first global view of each image, but not of steps that were skipped."""
-        if not module.skipped_in_a_row:
+        if not module.guard.in_a_row:
             self.features.add(module.output.features[0].float())
             self.favourites.add(module.output.targets[0].argmax(-1, keepdim=True))
 

@@ -24,7 +24,7 @@ from ssl_xcit.models.weights import (
     load_training,
     model_name,
 )
-from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.models.xcit import TASK_LAYERS, XCiT
 from ssl_xcit.training.settings import InitSettings, PretrainSettings
 from ssl_xcit.utils.files import sha256_of
 
@@ -97,7 +97,8 @@ def start_backbone(
             f"init.ckpt={ckpt} holds {name} (in_chans {there['in_chans']}), and the model is "
             f"{model_name(here)} (in_chans {here['in_chans']}): add {words}"
         )
-    state = {k: v for k, v in start.backbone.state_dict().items() if not k.startswith("head.")}
+    state = start.backbone.state_dict()
+    state = {k: v for k, v in state.items() if not k.startswith(TASK_LAYERS)}
     load_strictly(backbone, state, ckpt)
     made_with = of_weights(start.backbone.preprocess).of_weights()
     differs = [k for k, v in preprocess.of_weights().items() if made_with[k] != v]

@@ -21,14 +21,16 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def advice(images: int, accumulate: int) -> str:
-    """What to change when a step on so many images a device, in so many parts, was too large."""
+def advice(images: int, accumulate: int, image_size: str) -> str:
+    """What to change when a step on so many images a device, in so many parts, was too large;
+    `image_size` is the setting that makes images smaller.
+    """
     at_once = -(-images // accumulate)
     trouble = f"out of memory with {at_once} images at a time, of {images} a step on this device: "
     if at_once == 1:
         return (
             f"{trouble}checkpoint_blocks=true takes less, or, as a new run, a smaller model=... "
-            "or augment.global_size"
+            f"or {image_size}"
         )
     return (
         f"{trouble}go on with checkpoint_blocks=true, or as a new run, name=..., with "

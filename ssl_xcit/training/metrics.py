@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ssl_xcit.data.loader import default_workers
-from ssl_xcit.training.datamodule import MultiCropData, data_of
-from ssl_xcit.training.module import DINO
+from ssl_xcit.training.datamodule import TrainingData, data_of
 from ssl_xcit.utils.files import replacing
 from ssl_xcit.utils.validation import Count, Share
 
@@ -124,20 +122,16 @@ class LogMetrics(lightning.Callback):
     def on_train_batch_end(
         self,
         trainer: lightning.Trainer,
-        module: lightning.LightningModule,
-        outputs: object,
-        batch: list[torch.Tensor],
-        batch_idx: int,
+        module: Any,
+        *_: object,
     ) -> None:
         """Report after the step's end; `step` counts the steps done."""
-        assert isinstance(module, DINO)
-        assert module.output is not None
         data = data_of(trainer)
         step = trainer.global_step
         reporting = step % self.every_steps == 0 or step == trainer.max_steps
         if reporting:
             module.output.loss.item()  # whatever the device has not done yet belongs to this time
-        busy, images = time.perf_counter() - self.began, batch[0].shape[1] * trainer.world_size
+        busy, images = time.perf_counter() - self.began, data.batch_size * trainer.world_size
         for clock in (self.report, self.whole):
             clock.add(busy, data.running_loader.waited, images)
         if not reporting or not trainer.is_global_zero:
@@ -146,22 +140,18 @@ class LogMetrics(lightning.Callback):
             "epoch": data.passes(step),
             "loss": module.output.loss.item(),
             "grad_norm": module.output.grad_norm.item(),
-            **(module.health.report(module, step) if module.health else {}),
-            "lr": module.schedules.lr(step - 1),
-            "weight_decay": module.schedules.weight_decay(step - 1),
-            "ema": module.schedules.ema(step - 1),
-            "teacher_temp": module.schedules.teacher_temp(step - 1),
+            **module.report(step),
             "images_per_second": self.report.images_per_second(),
             "data_wait": self.report.wait_share(),
             "bad_images": len(data.bad),
-            "skipped_steps": module.skipped,
+            "skipped_steps": module.guard.skipped,
         }
         self.report = self.report.next()
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
         self.advise(trainer, data)
 
-    def advise(self, trainer: lightning.Trainer, data: MultiCropData) -> None:
+    def advise(self, trainer: lightning.Trainer, data: TrainingData[Any]) -> None:
         """Say once that training starves, when enough steps have shown it."""
         share = self.whole.wait_share()
         if self.whole.steps < JUDGED_STEPS:

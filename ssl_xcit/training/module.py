@@ -1,11 +1,8 @@
 """One DINO training step, top to bottom (arXiv:2104.14294, algorithm 1)."""
 
-import logging
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import lightning
@@ -19,12 +16,10 @@ from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.models.head import DINOHead
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.objectives.dino import Center, prototype_loss
-from ssl_xcit.training.datamodule import names_of_batch
-from ssl_xcit.training.health import BufferSnapshot, dump_step
 from ssl_xcit.training.memory import advice, is_out_of_memory
 from ssl_xcit.training.optim import clip_each_, ema_update_, parameter_groups
+from ssl_xcit.training.step_guard import Diagnosis, StepGuard, seed_step
 
-log = logging.getLogger(__name__)
 Schedule = Callable[[int], float]
 
 
@@ -152,15 +147,13 @@ class DINO(lightning.LightningModule):
         self.freeze_steps = freeze_steps
         self.seed = seed
         self.accumulate = accumulate
-        self.max_skipped = max_skipped
-        self.skipped = self.skipped_in_a_row = 0
-        self.buffers_before = BufferSnapshot(student, teacher)
+        self.guard = StepGuard(self, (student, teacher), max_skipped)
         self.output: StepOutput | None = None
         self.health: HealthMonitor | None = None
 
     def on_train_start(self) -> None:
         """Take the buffers of the networks where they are trained."""
-        self.buffers_before = BufferSnapshot(self.student, self.teacher)
+        self.guard.begin()
 
     def training_step(self, views: list[Tensor], batch_idx: int) -> None:
         """Take one optimizer step on `views`: a (V, B, in_chans, h, w) tensor a resolution, the
@@ -175,7 +168,8 @@ class DINO(lightning.LightningModule):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise RunFailed(advice(views[0].shape[1], self.accumulate)) from error
+            size = "augment.global_size"
+            raise RunFailed(advice(views[0].shape[1], self.accumulate, size)) from error
 
     def step(self, views: list[Tensor]) -> StepOutput:
         """Take a step; where loss or gradient of any rank is not finite only the counts move."""
@@ -188,15 +182,15 @@ class DINO(lightning.LightningModule):
         for group, share, decay in zip(optimizer.param_groups, shares, decays, strict=True):
             group["lr"] = lr * share
             group["weight_decay"] = decay
-        seed_stochastic_depth(step_seed(self.seed, self.global_rank, step), self.device)
-        self.buffers_before.keep()
+        seed_step(step_seed(self.seed, self.global_rank, step), self.device)
+        self.guard.keep()
 
         optimizer.zero_grad()
         parts = list(zip(*(v.chunk(self.accumulate, dim=1) for v in views), strict=True))
         outputs = []
         for n, part in enumerate(parts, start=1):
             share = part[0].shape[1] / views[0].shape[1]
-            with self.no_sync_if(n < len(parts)):
+            with self.guard.no_sync_if(n < len(parts)):
                 outputs.append(self.forward_backward(list(part), step, share, released == 0.0))
         loss = torch.stack([part.loss for part in outputs]).sum()
         teacher_logits = concatenated([part.teacher_logits for part in outputs])
@@ -206,11 +200,14 @@ class DINO(lightning.LightningModule):
             self.student.backbone.zero_grad(set_to_none=True)
         grad_norms = clip_each_(self.student.parameters(), self.clip_norm)
         output = StepOutput(loss, grad_norms.norm(), grad_norms, targets, features)
-        if self.on_any_rank(not torch.isfinite(loss + output.grad_norm)):
-            self.skip_step(step, optimizer, output)
+        if not self.guard.is_finite(output):
+            values = {
+                "weight_decay": weight_decay,
+                "teacher_temp": self.schedules.teacher_temp(step),
+            }
+            self.guard.skip(step, optimizer, output, Diagnosis(self.student, lr, values))
             return output
 
-        self.skipped_in_a_row = 0
         if step < self.freeze_steps:
             self.student.head.last_layer.zero_grad(set_to_none=True)
         optimizer.step()
@@ -241,66 +238,15 @@ class DINO(lightning.LightningModule):
         self.manual_backward(loss)
         return MicrobatchOutput(loss.detach(), teacher_logits, targets, features)
 
-    def no_sync_if(self, condition: bool) -> AbstractContextManager[None]:
-        """Run backward passes without an exchange of gradients between ranks, if there are any."""
-        if not condition or self.trainer.world_size == 1:
-            return nullcontext()
-        return self.trainer.strategy.block_backward_sync()  # type: ignore[attr-defined]
-
-    def on_any_rank(self, condition: bool | Tensor) -> bool:
-        """Whether it holds somewhere: one rank alone must not leave the others waiting."""
-        if self.trainer.world_size > 1:
-            condition = self.trainer.strategy.reduce_boolean_decision(bool(condition), all=False)
-        return bool(condition)
-
-    def skip_step(self, step: int, optimizer: Any, output: StepOutput) -> None:
-        """Count the step, and change nothing.
-
-        Raises:
-            FloatingPointError: too many in a row; what is known of the last is written down.
-        """
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        self.buffers_before.restore()
-        if self.skipped_in_a_row >= self.max_skipped:
-            verdict = self.postmortem(step, output)
-            self.trainer.strategy.barrier("postmortem")  # all ranks have written theirs
-            raise FloatingPointError(verdict)
-        if self.trainer.is_global_zero:
-            log.warning(
-                "step %d skipped: loss %.4g, gradient norm %.4g; %d in a row end the run",
-                step + 1, output.loss, output.grad_norm, self.max_skipped,
-            )  # fmt: skip
-        optimizer.zero_grad(set_to_none=True)
-        optimizer.step()  # nothing has a gradient: no weight moves, and the step is counted
-
-    def postmortem(self, step: int, output: StepOutput) -> str:
-        """Write `RUN/nonfinite-...json`; what to say."""
-        rank, trainer = self.global_rank, self.trainer
-        path = Path(trainer.default_root_dir) / f"nonfinite-step-{step + 1:06d}-rank{rank}.json"
-        names = [n for n, p in self.student.named_parameters() if p.requires_grad]
-        lr = self.schedules.lr(step)
-        facts: dict[str, Any] = {
-            "step": step + 1,
-            "rank": rank,
-            "loss": output.loss.item(),
-            "images": names_of_batch(trainer),
-            "lr": lr,
-            "weight_decay": self.schedules.weight_decay(step),
-            "teacher_temp": self.schedules.teacher_temp(step),
-            "precision": str(trainer.precision),
-            "settings": "config.yaml",
+    def report(self, step: int) -> dict[str, float]:
+        """Values for the log after so many steps."""
+        return {
+            **(self.health.report(self, step) if self.health else {}),
+            "lr": self.schedules.lr(step - 1),
+            "weight_decay": self.schedules.weight_decay(step - 1),
+            "ema": self.schedules.ema(step - 1),
+            "teacher_temp": self.schedules.teacher_temp(step - 1),
         }
-        norms = dict(zip(names, output.grad_norms.tolist(), strict=True))
-        try:
-            dump_step(path, self, norms, facts)
-        except OSError as error:
-            log.error("%s could not be written: %s", path, error)
-        return (
-            f"{self.skipped_in_a_row} steps in a row, up to {step + 1}, had a loss or gradient that"
-            f" is not finite; the last checkpoint is sound; see {path}. As a new run, name=..., "
-            f"with a lower optim.lr (now {lr:.2e}), or in float32 (trainer.precision=32-true)"
-        )
 
     def configure_optimizers(self) -> Optimizer:
         """Biases and one-dimensional parameters are not decayed; lr and decay are set each step. A
@@ -315,28 +261,11 @@ class DINO(lightning.LightningModule):
         """Enough to build the backbone again and to feed it, as plain data."""
         checkpoint["architecture"] = dict(self.student.backbone.architecture)
         checkpoint["preprocess"] = dict(self.student.backbone.preprocess)
-        checkpoint["skipped"] = [self.skipped, self.skipped_in_a_row]
-        checkpoint["made_with"] = self.made_with()
+        self.guard.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counts go on; what makes sums come out otherwise is said."""
-        self.skipped, self.skipped_in_a_row = checkpoint.get("skipped", [0, 0])
-        before, now = checkpoint.get("made_with", {}), self.made_with()
-        differs = [f"{k} {before[k]} (now {now[k]})" for k in before if before[k] != now.get(k)]
-        if differs and self.trainer.is_global_zero:
-            log.warning(
-                "this run goes on with the same images at each step, but not bit for bit: it had "
-                "%s", ", ".join(differs),
-            )  # fmt: skip
-
-    def made_with(self) -> dict[str, Any]:
-        """What decides in which order sums are taken."""
-        return {
-            "devices": self.trainer.world_size,
-            "device": self.trainer.strategy.root_device.type,
-            "threads": torch.get_num_threads(),
-            "torch": str(torch.__version__),
-        }
+        self.guard.load(checkpoint)
 
 
 def make_networks(
@@ -344,12 +273,3 @@ def make_networks(
 ) -> tuple[Network, Network]:
     """(student, teacher); the teacher's head is a copy."""
     return Network(backbone, head), Network(teacher_backbone, deepcopy(head))
-
-
-def seed_stochastic_depth(seed: int, device: torch.device) -> None:
-    """Seed the generator that dropout draws from on this device."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)

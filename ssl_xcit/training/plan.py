@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.training.settings import PretrainSettings
+from ssl_xcit.training.settings import PretrainSettings, RunSettings
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What follows from the configuration, the number of images and the number of devices."""
+class RunPlan:
+    """What follows from the settings, the number of images and the number of devices."""
 
     num_images: int
     steps_per_epoch: float
@@ -21,6 +21,12 @@ class Plan:
     per_device_batch: int
     lr: float  # peak, for this batch
     warmup_steps: int
+
+
+@dataclass(frozen=True)
+class Plan(RunPlan):
+    """Likewise, of DINO."""
+
     freeze_steps: int
     teacher_temp_epochs: float
     num_prototypes: int
@@ -30,19 +36,13 @@ class Plan:
     backbone_freeze_steps: int = 0  # of a run that starts from weights with a fresh head
 
 
-def make_plan(
-    settings: PretrainSettings,
-    num_images: int,
-    world_size: int,
-    begun: Mapping[str, Any] | None = None,
-) -> Plan:
-    """Steps, and what the number of images decides; head and teacher stay as in the plan of a run
-    that was `begun`, also with other images.
+def check_batch(settings: RunSettings, num_images: int, world_size: int) -> None:
+    """Check that the images fill a batch, and the devices share it.
 
     Raises:
-        UserError: a batch larger than the data, or that the devices do not divide; no epochs.
+        UserError: a batch larger than the data, or that the devices do not divide.
     """
-    batch_size, epochs = settings.batch_size, settings.epochs
+    batch_size = settings.batch_size
     if world_size > num_images:
         raise UserError(
             f"the {num_images} images of the data are fewer than the {world_size} devices: set "
@@ -69,6 +69,22 @@ def make_plan(
             f"trainer.accumulate={settings.trainer.accumulate}: a device has "
             f"{batch_size // world_size} images a step, which cannot be taken in more parts"
         )
+
+
+def make_plan(
+    settings: PretrainSettings,
+    num_images: int,
+    world_size: int,
+    begun: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Steps, and what the number of images decides; head and teacher stay as in the plan of a run
+    that was `begun`, also with other images.
+
+    Raises:
+        UserError: a batch larger than the data, or that the devices do not divide; no epochs.
+    """
+    check_batch(settings, num_images, world_size)
+    batch_size, epochs = settings.batch_size, settings.epochs
     objective, optim, init = settings.objective, settings.optim, settings.init
     fresh = init.ckpt is not None and init.head == "fresh"
     by_size = ("num_prototypes", "ema", "teacher_temp_start", "teacher_temp")

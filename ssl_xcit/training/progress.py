@@ -8,7 +8,6 @@ import lightning
 from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 
 from ssl_xcit.training.datamodule import data_of
-from ssl_xcit.training.module import DINO
 from ssl_xcit.utils.terminal import PlainColumn, say
 from ssl_xcit.utils.validation import Count
 
@@ -41,7 +40,7 @@ class ProgressBar(lightning.Callback):
         )
         self.progress.start()
         self.task = self.progress.add_task(
-            "pretrain", total=trainer.max_steps, completed=self.first_step, news=""
+            "training", total=trainer.max_steps, completed=self.first_step, news=""
         )
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: object) -> None:
@@ -64,9 +63,8 @@ class ProgressBar(lightning.Callback):
         """Since this process began."""
         return (time.perf_counter() - self.started) / max(1, step - self.first_step)
 
-    def news(self, trainer: lightning.Trainer, module: DINO) -> str:
+    def news(self, trainer: lightning.Trainer, module: Any) -> str:
         """One line of numbers."""
-        assert module.output is not None
         data = data_of(trainer)
         images = data.batch_size * trainer.world_size
         parts = [
@@ -75,7 +73,8 @@ class ProgressBar(lightning.Callback):
             f"{images / self.seconds_per_step(trainer.global_step):.0f} images/s",
         ]
         parts += [f"{k} {v.item():.1f}" for k, v in trainer.callback_metrics.items()]
-        parts += [module.health.verdict] if module.health is not None else []
+        health = getattr(module, "health", None)
+        parts += [health.verdict] if health is not None else []
         return "  ".join(parts)
 
     def teardown(self, *_: object, **__: object) -> None:

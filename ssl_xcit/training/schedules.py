@@ -4,7 +4,13 @@ temperature, with the numbers of `plan.py`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Gt, Le
+
+from ssl_xcit.utils.validation import NonNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,46 @@ class Cosine:
         length = self.total_steps - self.warmup_steps
         share = min(1.0, (step - self.warmup_steps) / max(1, length))
         return self.end + 0.5 * (self.start - self.end) * (1.0 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Linear from `warmup_start` to `start` over the warm-up; times `factor` at each of `at`."""
+
+    start: float  # value after the warm-up
+    at: Sequence[float]  # shares of the run, such as 0.75 and 0.92
+    total_steps: int  # steps of the whole run
+    warmup_steps: int = 0  # steps of the linear part
+    warmup_start: float = 0.0  # value at step 0 when there is a warm-up
+    factor: Annotated[float, Gt(0), Le(1)] = 0.1
+
+    def __call__(self, step: int) -> float:
+        """Value at `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.warmup_start + step / self.warmup_steps * (self.start - self.warmup_start)
+        return self.start * self.factor ** sum(step >= at * self.total_steps for at in self.at)
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """Linear from `warmup_start` to what the decay has there, over the warm-up; the decay is
+    `(1 - step / total_steps) ** power`, from `start` to `end`.
+    """
+
+    start: float  # value that the decay begins with
+    total_steps: int  # steps of the whole run
+    warmup_steps: int = 0  # steps of the linear part
+    warmup_start: float = 0.0  # value at step 0 when there is a warm-up
+    power: Positive = 1.0
+    end: NonNegative = 0.0
+
+    def __call__(self, step: int) -> float:
+        """Value at `step`, counted from 0; past the end it stays."""
+        left = max(0.0, 1.0 - step / self.total_steps) ** self.power
+        value = self.end + (self.start - self.end) * left
+        if step < self.warmup_steps:
+            return self.warmup_start + step / self.warmup_steps * (value - self.warmup_start)
+        return value
 
 
 @dataclass(frozen=True)

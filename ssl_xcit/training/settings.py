@@ -1,10 +1,12 @@
-"""The settings of `ssl-xcit pretrain`: what is allowed; those not FREE make another run."""
+"""The settings of `ssl-xcit pretrain` and `finetune`: what is allowed; those not FREE make another
+run.
+"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from ssl_xcit.data.settings import DataSettings
 from ssl_xcit.errors import UserError
@@ -14,6 +16,7 @@ from ssl_xcit.utils.validation import (
     PLACE,
     REST,
     Count,
+    DropRate,
     Network,
     Node,
     NonNegative,
@@ -105,25 +108,19 @@ class ResumeSettings:
     data: Literal["same", "changed"]
 
 
-@dataclass(frozen=True)
-class PretrainSettings:
-    """`conf/pretrain.yaml`."""
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What every run has, whatever it trains."""
 
     main: Annotated[str, FREE]
     sweeper: Annotated[str, FREE]
-    model: Node
     preprocess: Node
-    augment: Node
-    objective: ObjectiveSettings
-    optim: OptimSettings
     trainer: TrainerSettings
-    evaluation: Node
     callbacks: Annotated[Mapping[str, Node | None], FREE]
     data: DataSettings
     epochs: Positive
     batch_size: Count
     seed: Annotated[int, Ge(0)]
-    init: InitSettings
     out: Annotated[Text, FREE]
     name: Annotated[Text | None, FREE]
     num_workers: Annotated[Workers, FREE]
@@ -131,17 +128,29 @@ class PretrainSettings:
     max_skipped: Annotated[Count, FREE]
     collective_timeout: Annotated[Positive, FREE]
     run_id: Annotated[Text | None, FREE]
-    compile: Annotated[bool, FREE]
     checkpoint_blocks: Annotated[bool, FREE]
     resume: Annotated[ResumeSettings, FREE]
     # these may be left out by ~
     logger: Annotated[Mapping[str, Any] | None, FREE] = None
-    eval_data: Node | None = None
     report: Annotated[Node | None, FREE] = None
     sweep: Annotated[SearchSettings | None, FREE] = None
     launcher: Annotated[Node | None, FREE] = None
     # what a recipe has for its own use, such as a table that settings refer to
     helpers: Annotated[Mapping[str, Any], REST, LINKED] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(RunSettings):
+    """`conf/pretrain.yaml`."""
+
+    model: Node
+    augment: Node
+    objective: ObjectiveSettings
+    optim: OptimSettings
+    evaluation: Node
+    init: InitSettings
+    compile: Annotated[bool, FREE]
+    eval_data: Node | None = None  # may be left out by ~
 
     def __post_init__(self) -> None:
         """Settings that exclude each other."""
@@ -152,25 +161,67 @@ class PretrainSettings:
             )
 
 
-FREE_KEYS = (*marked(PretrainSettings, FREE), "hydra")
-NAMES = frozenset(field.name for field in fields(PretrainSettings))
+@dataclass(frozen=True)
+class FinetuneOptimSettings:
+    """`optim` of `conf/transfer/`."""
+
+    optimizer: Node
+    lr: Positive
+    reference_batch: Count | None
+    schedule: Node
+    warmup_epochs: NonNegative
+    max_warmup: Share
+    warmup_start: NonNegative
+    no_decay: Literal["1d", "norm"]
+    layer_decay: Annotated[float, Gt(0), Le(1)]
+    clip_norm: Positive | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(RunSettings):
+    """`conf/finetune.yaml`."""
+
+    transfer: str
+    task: Node
+    augment: Node
+    optim: FinetuneOptimSettings
+    ckpt: Text | None
+    which: Network
+    sha256: str | None
+    drop_path: DropRate
+    freeze: Literal["none", "head"] | Count
+    ema: Annotated[float, Gt(0), Lt(1)] | None
+    repeats: Count
+    label_fraction: Annotated[float, Gt(0), Le(1)]
+    model: Node | None = None
+
+
+COMMANDS = (PretrainSettings, FinetuneSettings)
+FREE_KEYS = (*dict.fromkeys(key for c in COMMANDS for key in marked(c, FREE)), "hydra")
+NAMES = frozenset(field.name for c in COMMANDS for field in fields(c))
 
 
 def place_keys(settings: Any) -> list[str]:
     """Keys that say where images lie, not which they are, as the signatures of the sources and of
     `preprocess` mark them.
     """
-    nodes = {
-        "data": settings["data"]["source"],
-        "data.source": settings["data"]["source"],
-        "eval_data": settings.get("eval_data") or {},
-        "preprocess": settings.get("preprocess") or {},
-    }
-    return [
-        f"{group}.{name}"
-        for group, node in nodes.items()
-        for name in (places_of(str(node["_target_"])) if node else ())
-    ]
+    keys = []
+    for group in ("data", "eval_data", "preprocess"):
+        for path, node in nodes_in(settings.get(group) or {}, group):
+            names = places_of(str(node["_target_"]))
+            within = ("data", path) if group == "data" else (path,)
+            keys += [f"{place}.{name}" for place in within for name in names]
+    return list(dict.fromkeys(keys))
+
+
+def nodes_in(group: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All nodes with a `_target_` in a group of settings, by their keys."""
+    if not isinstance(group, Mapping):
+        return
+    if "_target_" in group:
+        yield key, group
+    for name, value in group.items():
+        yield from nodes_in(value, f"{key}.{name}")
 
 
 def places_of(target: str) -> list[str]:

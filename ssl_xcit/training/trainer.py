@@ -20,7 +20,7 @@ from ssl_xcit.training.checkpoint import CheckpointFiles, SaveCheckpoints
 from ssl_xcit.training.loggers import FailsafeLogger
 from ssl_xcit.training.metrics import CSVMetrics, LogMetrics
 from ssl_xcit.training.preemption import StopOnSignal
-from ssl_xcit.training.settings import PretrainSettings, TrainerSettings
+from ssl_xcit.training.settings import RunSettings, TrainerSettings
 from ssl_xcit.utils.validation import Node, as_plain
 
 
@@ -30,7 +30,7 @@ def runs_on_cpu(trainer: TrainerSettings) -> bool:
 
 
 def make_trainer(
-    settings: PretrainSettings, run_dir: Path, run_id: str
+    settings: RunSettings, run_dir: Path, run_id: str
 ) -> tuple[lightning.Trainer, StopOnSignal]:
     """Lightning's Trainer with our callbacks and loggers, and what listens to signals.
 

@@ -28,6 +28,7 @@ Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
+DropRate = Annotated[float, Ge(0), Lt(1)]
 Workers = Annotated[int, Ge(0)] | None
 Network = Literal["teacher", "student"]
 Node = Mapping[str, Any]  # what hydra.utils.instantiate takes

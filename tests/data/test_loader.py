@@ -33,12 +33,12 @@ from ssl_xcit.data.multicrop import Replaced, TorchvisionMultiCrop
 from ssl_xcit.data.order import image_at
 from ssl_xcit.data.sources import Files, Subset
 from ssl_xcit.errors import RunFailed
-from ssl_xcit.training.datamodule import MultiCropData
+from ssl_xcit.training.datamodule import multi_crop_data
 
 
 def batches(source, workers, start_step=0, steps=4, augment=None):
     augment = FusedMultiCrop(**SMALL) if augment is None else augment
-    data = MultiCropData(source, augment, 6, steps, 3, RGB, num_workers=workers)
+    data = multi_crop_data(source, augment, 6, steps, 3, RGB, num_workers=workers)
     data.load_state_dict({"step": start_step})
     return list(data.train_dataloader())
 
@@ -151,7 +151,7 @@ def test_nothing_readable(good_and_bad):
     dataset = CropDataset(source, FusedMultiCrop(**SMALL), 0, RGB)
     batch = stack([dataset[0], dataset[1]])
     assert len(batch.replaced) == 64
-    data = MultiCropData(source, FusedMultiCrop(**SMALL), 2, 1, 0, RGB, 0, max_bad_fraction=1.0)
+    data = multi_crop_data(source, FusedMultiCrop(**SMALL), 2, 1, 0, RGB, 0, max_bad_fraction=1.0)
     with pytest.raises(RunFailed, match="none of 32 images tried"):
         data.on_before_batch_transfer(batch, 0)
 

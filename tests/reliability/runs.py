@@ -119,15 +119,16 @@ class Run:
 class Place:
     """A folder to start runs in; `run_dir` is that of the run `x`."""
 
-    def __init__(self, zygote, folder):
+    def __init__(self, zygote, folder, words=TOY):
         folder.mkdir(exist_ok=True)
-        self.zygote, self.folder = zygote, folder
+        self.zygote, self.folder, self.words = zygote, folder, words
         self.run_dir = folder / "runs/x"
         self.runs = []
 
-    def start(self, *more, words=TOY, env=(), call=()):
+    def start(self, *more, words=None, env=(), call=()):
+        words = words or self.words
         taken = [w for w in words if w.split("=")[0] not in {m.split("=")[0] for m in more}]
-        name = ["name=x"] if words[0] == "pretrain" else []
+        name = ["name=x"] if words[0] in ("pretrain", "finetune") else []
         run = Run(self.zygote, self.folder, [*taken, *name, *more], dict(env), list(call))
         self.runs.append(run)
         return run

@@ -33,8 +33,7 @@ def digest(states):
 
 
 def digest_of_networks(module):
-    networks = (module.student, module.teacher, module.center)
-    return digest(network.state_dict() for network in networks)
+    return digest(network.state_dict() for network in module.children())
 
 
 class Record(lightning.Callback):
@@ -198,7 +197,7 @@ def lying_disk():
 
 def signal_before_training():
     """SIGTERM while the images are being looked at."""
-    make = pretrain.MultiCropData
+    make = pretrain.multi_crop_data
 
     def interrupted(*args):
         made = make(*args)
@@ -211,7 +210,7 @@ def signal_before_training():
         preemption.StopOnSignal.install = then
         return made
 
-    pretrain.MultiCropData = interrupted
+    pretrain.multi_crop_data = interrupted
 
 
 def small_memory():

@@ -113,7 +113,7 @@ def test_running_statistics_are_restored():
     ],
 )
 def test_what_to_change_when_memory_runs_out(images, accumulate, advised):
-    assert re.search(advised, advice(images, accumulate))
+    assert re.search(advised, advice(images, accumulate, "augment.global_size"))
 
 
 def test_other_errors_are_not_about_memory():

@@ -14,7 +14,7 @@ from ssl_xcit.data.multicrop import TorchvisionMultiCrop
 from ssl_xcit.data.sources import Subset
 from ssl_xcit.models.head import DINOHead
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.training.datamodule import MultiCropData
+from ssl_xcit.training.datamodule import multi_crop_data
 from ssl_xcit.training.module import DINO, Schedules, make_networks
 from ssl_xcit.training.optim import parameter_groups
 from ssl_xcit.training.schedules import Cosine
@@ -37,7 +37,7 @@ def make(drop_path=0.0, lr=2e-3, freeze_steps=0, steps=40, teacher_temp=0.04, em
 
 
 def fit(module, source, steps, folder, callbacks=(), **trainer):
-    data = MultiCropData(source, TorchvisionMultiCrop(16, 8, 2), 12, steps, 1, RGB, num_workers=0)
+    data = multi_crop_data(source, TorchvisionMultiCrop(16, 8, 2), 12, steps, 1, RGB, num_workers=0)
     runner = lightning.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

@@ -1,0 +1,146 @@
+"""The course of a run, whatever it trains: resumed, trained, concluded, reported."""
+
+import json
+import logging
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning
+from hydra.utils import instantiate
+
+from ssl_xcit.errors import RunFailed
+from ssl_xcit.models.weights import checkpoints_of
+from ssl_xcit.training.checkpoint import newest_valid
+from ssl_xcit.training.datamodule import TrainingData
+from ssl_xcit.training.loggers import FailsafeLogger
+from ssl_xcit.training.plan import RunPlan
+from ssl_xcit.training.preemption import StopOnSignal, Stopped, requeue
+from ssl_xcit.training.run_dir import DataRecord, disk_trouble, write_settings
+from ssl_xcit.training.settings import RunSettings
+from ssl_xcit.training.trainer import kill_children, watched_child
+from ssl_xcit.utils.terminal import say
+from ssl_xcit.utils.validation import as_plain
+
+log = logging.getLogger(__name__)
+
+
+def run_to_the_end(
+    trainer: lightning.Trainer,
+    stop: StopOnSignal,
+    run_dir: Path,
+    train: Callable[[], float],
+    conclude: Callable[[float], None],
+) -> None:
+    """Train and conclude (with the seconds that training took); ends the process with the exit code
+    of a signal that stopped it.
+    """
+    try:
+        stop.install()
+        seconds = train()
+        stop.after_training()
+        if trainer.is_global_zero:
+            conclude(seconds)
+    except Stopped as stopped:
+        if trainer.is_global_zero:
+            say_stopped(stopped, run_dir)
+            if stopped.signal == signal.SIGUSR1:
+                requeue()
+        sys.exit(0 if watched_child(trainer) else stopped.exit_code)
+    finally:
+        if not stop.stopping:  # else they stay: a scheduler may ask twice
+            stop.restore()
+
+
+def train(
+    settings: RunSettings,
+    trainer: lightning.Trainer,
+    module: lightning.LightningModule,
+    data: TrainingData[Any],
+    plan: RunPlan,
+    run_dir: Path,
+    record: DataRecord,
+    announce: Callable[[], None],
+) -> float:
+    """From the newest valid checkpoint, or the start, to the last step; seconds that it took."""
+    resume = newest_valid(run_dir, may_rename=trainer.is_global_zero)
+    if trainer.is_global_zero:
+        with disk_trouble(run_dir):
+            resumed_at = None if resume is None else int(resume.stem.removeprefix("step-"))
+            write_settings(as_plain(settings), asdict(plan), run_dir, resumed_at, record)
+        announce()
+        if resume is not None:
+            taken = int(resume.stem.removeprefix("step-"))
+            left = "" if taken < plan.total_steps else ", which leaves no step to take"
+            say(f"going on from {resume}{left}")
+    trainer.fit_loop.epoch_loop.max_steps = plan.total_steps
+    started = time.perf_counter()
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except RuntimeError as error:
+        kill_children(trainer)
+        if trainer.world_size > 1 and re.search("gloo|nccl", str(error), re.I):
+            raise RunFailed(
+                f"rank {trainer.global_rank}: another rank has ended, or has not answered for "
+                f"{settings.collective_timeout:g} s (collective_timeout); the same command goes on "
+                "from the newest checkpoint"
+            ) from error
+        raise
+    except Stopped as stopped:
+        if stopped.step is None:  # asked before the ranks could agree
+            kill_children(trainer)
+        raise
+    except BaseException:
+        kill_children(trainer)
+        raise
+    finally:
+        for logger in trainer.loggers:
+            if isinstance(logger, FailsafeLogger):
+                logger.finish()
+    return time.perf_counter() - started
+
+
+def is_finished(run_dir: Path, show: Callable[[Path, Mapping[str, Any]], None]) -> bool:
+    """If so, say it and show the final numbers again."""
+    path = run_dir / "summary.json"
+    if not path.is_file():
+        return False
+    say(f"{run_dir} is finished; to train again, choose another name=... or remove the folder", "")
+    show(run_dir, json.loads(path.read_text()))
+    page = run_dir / "report.html"
+    say(f"report: {page if page.is_file() else f'ssl-xcit report run={run_dir}'}")
+    return True
+
+
+def leave_report(settings: RunSettings, run_dir: Path, device: str) -> None:
+    """A page about the finished run, by what `report` names; trouble with it is not the run's."""
+    if settings.report is None:
+        return
+    try:
+        page = instantiate(settings.report)(
+            run_dir, device=device, num_workers=settings.num_workers
+        )
+        say(f"report: {page}; open it in a browser")
+    except Exception as error:
+        log.warning(
+            "no report was written (%s: %s); ssl-xcit report run=%s tries again",
+            type(error).__name__, error, run_dir,
+        )  # fmt: skip
+
+
+def say_stopped(stopped: Stopped, run_dir: Path) -> None:
+    """Where the same command goes on, and what shows how far it has come."""
+    checkpoints = checkpoints_of(run_dir)
+    where = f"goes on from {checkpoints[-1].stem}" if checkpoints else "starts again"
+    if (run_dir / "summary.json").is_file():  # stopped while the report was made
+        where = "finds it finished"
+    unsaved = "" if stopped.saved or stopped.step is None else "; this step could not be saved"
+    say(
+        f"{stopped}{unsaved}; {run_dir}: the same command {where}",
+        f"report: ssl-xcit report run={run_dir}",
+    )
