@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.models.checkpoint_manifest import verify
 from ssl_xcit.models.foreign import SAVE_WHOLE, Foreign, read_pickled
-from ssl_xcit.models.published import TIMM, TIMM_FILE, fetch_released, is_address
+from ssl_xcit.models.published import TIMM, TIMM_FILE, fetch_released, is_address, results_folder
 from ssl_xcit.models.timm_keys import from_timm_names
 from ssl_xcit.models.xcit import SIZES, XCiT
 from ssl_xcit.utils.validation import allows, hints_of
@@ -49,6 +49,8 @@ WRAPPED = re.compile(rf"(?<![^.]){WRAPPERS}+")
 TEMPERATURE = "blocks.0.attn.temperature"  # no other network's weights have one
 OF_XCIT = re.compile(rf"((?:.*\.)?)blocks\.{WRAPPERS}*0\.{WRAPPERS}*attn\.{WRAPPERS}*temperature")
 STEM = "patch_embed.proj.0.0.weight"
+CLASS_ATTENTION = ("cls_token", "cls_attn_blocks.", "norm.")
+PYRAMID = "fpn1.0.weight"  # at patches of 8 and 16; the layers of patch 4 have no weights
 ROLES: dict[Which, re.Pattern[str]] = {  # by words in the names that lead to the weights
     "teacher": re.compile(
         r"(?<![a-z])(?:teacher|ema|swa|avg|averaged?|shadow|momentum|target|k)(?![a-z])"
@@ -108,9 +110,16 @@ def backbone_in(
             "file holds"
         )
     with torch.device("meta"):  # a file that does not fit takes no memory
-        check_fit(XCiT(**architecture), state, where)
+        network = XCiT(**architecture)
+        check_fit(network, completed(state, network), where)
     model = XCiT(**architecture)
-    load_strictly(model, state, where)
+    load_strictly(model, completed(state, model), where)
+    if is_dense(state):
+        log.warning(
+            "%s has no class attention: it fits segmentation and detection, and its class token "
+            "means nothing",
+            where,
+        )
     preprocess = content.get("preprocess") if ours else None
     model.preprocess = dict(preprocess) if isinstance(preprocess, dict) else {}
     model.preprocess.setdefault("channels", architecture["in_chans"])
@@ -209,6 +218,15 @@ def resolve(path: str | Path) -> Path:
     if not by_network and (path.suffix or "/" in word):  # a path, and not a name
         raise MissingPath(f"ckpt={path}: no such file or run folder")
     return fetch_released(word, sys.stdout.isatty())
+
+
+def folder_of(path: Path) -> Path:
+    """The run folder of weights, or the folder that a lone file lies in; of downloaded weights one
+    here, by their name.
+    """
+    if (downloaded := results_folder(path)) is not None:
+        return downloaded
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
 def check_unsharded(path: Path) -> None:
@@ -310,7 +328,7 @@ def recorded_architecture(content: Mapping[str, Any], path: Path) -> dict[str, A
         return None
     hints = hints_of(f"{XCiT.__module__}.{XCiT.__name__}")
     needed = {"embed_dim", "depth", "num_heads", "patch_size", "in_chans"}
-    names = needed | {"num_classes", "tokens_norm", "layer_scale"}
+    names = needed | {"num_classes", "tokens_norm", "layer_scale", "pyramid"}
     if not isinstance(recorded, dict) or not needed <= recorded.keys() <= names:
         raise UserError(f"{path}: its architecture is {recorded!r:.200}, which is no XCiT's")
     for name, value in recorded.items():
@@ -494,9 +512,9 @@ def same_tensors(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def is_ours(location: Location, which: Which) -> bool:
-    """Whether the backbone lies where `ssl-xcit pretrain` puts it."""
+    """Whether the backbone lies where `ssl-xcit pretrain` or `ssl-xcit finetune` puts it."""
     prefix = WRAPPED.sub("", location.prefix)
-    return location.names == ("state_dict",) and prefix == f"{which}.backbone."
+    return location.names == ("state_dict",) and prefix in (f"{which}.backbone.", "task.backbone.")
 
 
 def log_ignored(location: Location, content: Mapping[str, Any], which: Which, path: Path) -> None:
@@ -571,11 +589,24 @@ def plain_tensors(tensors: Mapping[str, Tensor], where: str) -> StateDict:
     return plain
 
 
+def is_dense(state: StateDict) -> bool:
+    """Whether a backbone is of a published detector or segmenter, which has no class attention."""
+    return PYRAMID in state and not any(key.startswith(CLASS_ATTENTION) for key in state)
+
+
+def completed(state: StateDict, network: XCiT) -> StateDict:
+    """A backbone's tensors; one without class attention gets the network's own."""
+    if not is_dense(state):
+        return state
+    own = network.state_dict()
+    return {**state, **{k: v for k, v in own.items() if k.startswith(CLASS_ATTENTION)}}
+
+
 def architecture_of(state: StateDict, path: str | Path) -> dict[str, Any]:
     """The architecture that shapes tell; `XCiT(**architecture)` fits the state dict."""
     try:
         convolutions = [k for k in state if re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", k)]
-        embed_dim = state["cls_token"].shape[-1]
+        embed_dim = state["blocks.0.norm1.weight" if is_dense(state) else "cls_token"].shape[-1]
         depth = len({m[1] for k in state if (m := re.match(r"blocks\.(\d+)\.", k))})
         num_heads = state["blocks.0.attn.temperature"].shape[0]
         # shapes do not tell these; other sizes than the published ones have XCiT's defaults
@@ -590,6 +621,7 @@ def architecture_of(state: StateDict, path: str | Path) -> dict[str, Any]:
             "tokens_norm": tokens_norm,
             "in_chans": state["patch_embed.proj.0.0.weight"].shape[1],
             "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
+            **({"pyramid": True} if PYRAMID in state else {}),
         }
     except KeyError as error:
         raise UserError(f"{path} is not a whole XCiT checkpoint: {error} is missing") from error

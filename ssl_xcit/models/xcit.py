@@ -14,7 +14,7 @@ import re
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from annotated_types import Ge, Lt
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ from ssl_xcit.models.layers import (
     scaled,
 )
 from ssl_xcit.models.xca import CrossCovarianceAttention
-from ssl_xcit.utils.validation import Count
+from ssl_xcit.utils.validation import Count, DropRate
 
 # name: width C, depth, heads, layer scale's initial value, norm over all tokens in class attention
 SIZES: dict[str, tuple[int, int, int, float, bool]] = {
@@ -45,7 +45,8 @@ SIZES: dict[str, tuple[int, int, int, float, bool]] = {
 # patch: divisors of C, one per stride-2 convolution
 STEM_WIDTHS = {4: (2, 1), 8: (4, 2, 1), 16: (8, 4, 2, 1)}
 CACHED_SIZES = 8  # grids whose position waves are kept
-DropRate = Annotated[float, Ge(0), Lt(1)]
+TASK_LAYERS = ("head.", "fpn")  # prefixes of the layers that not every task needs
+LARGEST_STRIDE = 32  # of the pyramid's maps
 NumClasses = Annotated[int, Ge(0)]
 
 
@@ -177,6 +178,30 @@ class XCABlock(nn.Module):
         )
 
 
+def pyramid_taps(depth: int) -> tuple[int, ...]:
+    """The blocks whose outputs become the pyramid's maps: 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24
+    as published, at the same shares of other depths; the last is always the last block.
+    """
+    early = (round(depth * share - 1) for share in (1 / 3, 1 / 2, 2 / 3))
+    return (*(max(0, tap) for tap in early), depth - 1)
+
+
+def pyramid_layers(patch_size: int, dim: int) -> list[nn.Module]:
+    """The layers from the tapped blocks' grids to strides 4, 8, 16 and 32, with the keys of the
+    published detection checkpoints (those of patch 4 are ours).
+    """
+
+    def up() -> nn.Module:
+        return nn.ConvTranspose2d(dim, dim, 2, stride=2)
+
+    if patch_size == 16:
+        upsample = nn.Sequential(up(), nn.BatchNorm2d(dim), nn.GELU(), up())
+        return [upsample, nn.Sequential(up()), nn.Identity(), nn.MaxPool2d(2)]
+    if patch_size == 8:
+        return [nn.Sequential(up()), nn.Identity(), nn.MaxPool2d(2), nn.MaxPool2d(4)]
+    return [nn.Identity(), nn.MaxPool2d(2), nn.MaxPool2d(4), nn.MaxPool2d(8)]
+
+
 class XCiT(nn.Module):
     """Cross-covariance image transformer.
 
@@ -191,6 +216,7 @@ class XCiT(nn.Module):
         drop_path: rate of stochastic depth, the same in every XCA block, none in class attention.
         num_classes: size of `head`, a linear layer that only supervised checkpoints have (0: none).
             `forward` does not apply it.
+        pyramid: whether it has the layers of `pyramid`, for segmentation and detection.
 
     Raises:
         UserError: for a patch size without a stem, or a width that heads or stem do not divide.
@@ -207,6 +233,7 @@ class XCiT(nn.Module):
         in_chans: Count = 3,
         drop_path: DropRate = 0.0,
         num_classes: NumClasses = 0,
+        pyramid: bool = False,
     ):
         super().__init__()
         if patch_size not in STEM_WIDTHS:
@@ -232,6 +259,8 @@ class XCiT(nn.Module):
             "in_chans": in_chans,
             "num_classes": num_classes,
         }
+        if pyramid:  # without it the record is that of files written before there was one
+            self.architecture["pyramid"] = True
         self.preprocess: dict[str, Any] = {}  # of images in training; {}: ImageNet's
         self.checkpoint_blocks = False  # keep each block's input only, for large images
         self.patch_embed = Stem(patch_size, in_chans, embed_dim)
@@ -247,20 +276,74 @@ class XCiT(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_linear_)
+        if pyramid:
+            layers = pyramid_layers(patch_size, embed_dim)
+            self.fpn1, self.fpn2, self.fpn3, self.fpn4 = layers
 
-    def patch_tokens(
+    def embedded_patches(
         self, x: Float[Tensor, "B in_chans H W"]
     ) -> tuple[Float[Tensor, "B N C"], tuple[int, int]]:
-        """Patch tokens after the XCA blocks, and their grid (rows, columns)."""
+        """Patch tokens with their positions, before the XCA blocks, and their grid."""
         image = self.patch_embed(x)
         grid = (image.shape[-2], image.shape[-1])
         tokens = as_tokens(image) + self.pos_embeder(grid)
         if autocasting(x.device):  # or small branches would be rounded away
             tokens = tokens.float()
-        again = self.checkpoint_blocks and torch.is_grad_enabled()
-        for block in self.blocks:
-            tokens = recomputed(block, tokens, grid) if again else block(tokens, grid)
         return tokens, grid
+
+    def run_block(
+        self, block: nn.Module, tokens: Float[Tensor, "B N C"], grid: tuple[int, int]
+    ) -> Float[Tensor, "B N C"]:
+        """One XCA block, with its activations kept or computed again in the backward pass."""
+        again = self.checkpoint_blocks and torch.is_grad_enabled()
+        output: Tensor = recomputed(block, tokens, grid) if again else block(tokens, grid)
+        return output
+
+    def patch_tokens(
+        self, x: Float[Tensor, "B in_chans H W"]
+    ) -> tuple[Float[Tensor, "B N C"], tuple[int, int]]:
+        """Patch tokens after the XCA blocks, and their grid (rows, columns)."""
+        tokens, grid = self.embedded_patches(x)
+        for block in self.blocks:
+            tokens = self.run_block(block, tokens, grid)
+        return tokens, grid
+
+    def pyramid(
+        self, x: Float[Tensor, "B in_chans H W"]
+    ) -> tuple[
+        Float[Tensor, "B C h4 w4"],
+        Float[Tensor, "B C h8 w8"],
+        Float[Tensor, "B C h16 w16"],
+        Float[Tensor, "B C h32 w32"],
+    ]:
+        """Maps of strides 4, 8, 16 and 32 for dense tasks, from the tokens after four blocks, not
+        normalised and without class attention, as the published detectors take them.
+
+        An image whose sides are no multiples of 32 has the grid ceil(H / p) x ceil(W / p), which
+        the layers double or pool (pooling rounds down).
+
+        Raises:
+            UserError: the network was built without `pyramid=True`, or the image is too small.
+        """
+        if "pyramid" not in self.architecture:
+            raise UserError(
+                "this XCiT has no pyramid layers: build it with create_model(NAME, pyramid=True), "
+                "or add them with ssl_xcit.transfer.backbone.with_layers(backbone, pyramid=True)"
+            )
+        tokens, grid = self.embedded_patches(x)
+        if min(grid) < LARGEST_STRIDE // self.patch_size:
+            raise UserError(
+                f"images of {x.shape[-2]} x {x.shape[-1]} pixels have no map of stride "
+                f"{LARGEST_STRIDE}: resize them to at least {LARGEST_STRIDE} pixels a side"
+            )
+        taps = pyramid_taps(len(self.blocks))
+        tapped = {}
+        for index, block in enumerate(self.blocks):
+            tokens = self.run_block(block, tokens, grid)
+            if index in taps:
+                tapped[index] = as_image(tokens, grid)
+        first, second, third, fourth = (tapped[tap] for tap in taps)
+        return self.fpn1(first), self.fpn2(second), self.fpn3(third), self.fpn4(fourth)
 
     def before_last(
         self, patches: Float[Tensor, "B N C"]
@@ -322,7 +405,11 @@ class XCiT(nn.Module):
 
 
 def create_model(
-    name: str, in_chans: Count = 3, drop_path: DropRate = 0.0, num_classes: NumClasses = 0
+    name: str,
+    in_chans: Count = 3,
+    drop_path: DropRate = 0.0,
+    num_classes: NumClasses = 0,
+    pyramid: bool = False,
 ) -> XCiT:
     """A network of the published sizes with fresh weights.
 
@@ -332,6 +419,7 @@ def create_model(
         in_chans: channels of the image.
         drop_path: rate of stochastic depth (paper: 0.05 for small_12, 0.15 for medium_24).
         num_classes: size of the classifier that supervised checkpoints carry.
+        pyramid: whether it has the layers of `XCiT.pyramid`.
 
     Raises:
         UserError: for an unknown name, with the nearest known one.
@@ -345,5 +433,5 @@ def create_model(
     embed_dim, depth, num_heads, layer_scale, tokens_norm = SIZES[match[1]]
     return XCiT(
         embed_dim, depth, num_heads, int(match[2]), layer_scale, tokens_norm,
-        in_chans, drop_path, num_classes,
+        in_chans, drop_path, num_classes, pyramid,
     )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Fine-tuning of a backbone: classification, semantic segmentation, detection with masks."""
