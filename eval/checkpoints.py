@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,57 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import UserError
-from ssl_xcit.models.published import results_folder
-from ssl_xcit.models.weights import checkpoint_path
+from ssl_xcit.models.weights import checkpoint_path, folder_of, read_weights
 from ssl_xcit.training.settings import place_keys
+from ssl_xcit.transfer.load import transfer_record
+from ssl_xcit.transfer.task import TransferData
 from ssl_xcit.utils.validation import Node, Text
 
 from .evaluators.protocol import as_list
 
-
-def folder_of(path: Path) -> Path:
-    """The run folder of weights, or the folder that a lone file lies in; of downloaded weights one
-    here, by their name.
-    """
-    if (downloaded := results_folder(path)) is not None:
-        return downloaded
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+# overrides that are plain values of settings of data, and no nodes of what is instantiated
+PLAIN = re.compile(r"(?:eval_)?data\.(?!source=)[a-z]\w*=(?!.*(?:\$\{|_target_))")
+SIDE = 224  # at most, of images for features of dense tasks' backbones
 
 
 def data_of_run(ckpt: Text | Sequence[Text]) -> LabelledPair | None:
     """The labelled images that a run was measured on, of several weights the first's; raises
     UserError where these do not lie in a run folder.
     """
-    cfg = data_settings_of_run(checkpoints_in(ckpt)[0])
+    first = checkpoints_in(ckpt)[0]
+    cfg = data_settings_of_run(first)
+    if "transfer" in cfg:
+        if cfg.transfer != "classification":
+            return None
+        data = instantiate(cfg.data.source)
+        return LabelledPair(
+            data.train.images, data.test.images, data.name, *image_sides_of_task(first)
+        )
     return instantiate(cfg.eval_data) if cfg.get("eval_data") else None
+
+
+def image_sides_of_task(ckpt: str) -> tuple[int, int]:
+    """Short side and central square of images as the task in a checkpoint of `ssl-xcit finetune` is
+    tested on them, of dense tasks at most `SIDE`; raises UserError where there is no task.
+    """
+    file = checkpoint_path(ckpt)
+    record = transfer_record(read_weights(file))
+    if record is None:
+        raise UserError(f"{file} has no head for a task")
+    settings = record["settings"]
+    if record["kind"] == "classification":
+        return floor(settings["size"] / settings["crop_ratio"]), settings["size"]
+    side = min(SIDE, settings["size" if record["kind"] == "segmentation" else "side"])
+    return side, side
+
+
+def transfer_data_of_run(ckpt: str) -> TransferData:
+    """The images with targets of a run of `ssl-xcit finetune`; raises UserError for another one."""
+    cfg = data_settings_of_run(ckpt)
+    if "transfer" not in cfg:
+        raise UserError(f"ckpt={ckpt} is no run of ssl-xcit finetune")
+    data: TransferData = instantiate(cfg.data.source)
+    return data
 
 
 def data_settings_of_run(ckpt: str) -> DictConfig:
@@ -55,11 +84,12 @@ def data_settings_of_run(ckpt: str) -> DictConfig:
         run = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}): name eval_data=...") from error
-    overrides = [
-        o for o in run["overrides"] if re.match(r"eval_data\.[a-z]\w*=|data\.[a-z]\w*=", o)
-    ]
-    chosen = [f"{key}={run['choices'][key]}" for key in ("data", "eval_data")]
-    cfg = compose("pretrain", overrides=[*chosen, *overrides])
+    overrides = [o for o in run["overrides"] if PLAIN.match(o)]
+    finetuned = "transfer" in run["choices"]
+    groups = ("transfer", "experiment") if finetuned else ("data", "eval_data")
+    options = {group: run["choices"][group] for group in groups}
+    chosen = [f"{g}={o}" for g, o in options.items() if g != "experiment" or o is not None]
+    cfg = compose("finetune" if finetuned else "pretrain", overrides=[*chosen, *overrides])
     # relative paths started where the run was
     for key in place_keys(OmegaConf.to_container(cfg, resolve=True)):
         there = Path(str(run.get("folder", "."))) / str(given := OmegaConf.select(cfg, key))
@@ -101,4 +131,6 @@ def expected_architecture(model: Node | None) -> dict[str, Any] | None:
     if model is None:
         return None
     architecture = instantiate(model).architecture
-    return {k: v for k, v in architecture.items() if k not in ("layer_scale", "num_classes")}
+    return {
+        k: v for k, v in architecture.items() if k not in ("layer_scale", "num_classes", "pyramid")
+    }

@@ -12,6 +12,7 @@ from ssl_xcit.data.preprocess import MAX_PIXELS, of_weights
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.utils.devices import placed
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import Count, Text, Workers
@@ -19,7 +20,7 @@ from ssl_xcit.utils.validation import Count, Text, Workers
 from .evaluators.protocol import Evaluator, Task, kinds_of
 from .features.cache import cache_folder, extract_pair
 from .features.extract import FeatureSet
-from .features.extractor import FeatureExtractor, placed
+from .features.extractor import FeatureExtractor
 from .features.overlap import count_copies, count_near_duplicates, warn_if_perfect
 from .results import Evaluation
 

@@ -47,6 +47,8 @@ FORMATS = {".npy": "arrays", ".npz": "arrays", ".txt": "list", ".csv": "list", "
 # what Hydra shows instead of running anything
 SHOWN = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-v", "--version"}
 KNOWN = {*FLAGS, *SWEEP, *TAKES, *OTHERS}
+SMALL_MODEL = "xcit_micro_4_p8"
+OWN_DATA = {"data.root", "data.file"}  # one's own images
 
 
 def commands() -> dict[str, str]:
@@ -78,7 +80,7 @@ def named(command: str, arguments: Sequence[str]) -> list[str]:
     given = {key_of(word) for word in words if "=" in word}
     needed = missing_keys(OmegaConf.to_container(settings_of(command), resolve=False))
     needed = [key for key in needed if key not in given]
-    takes_data = "data" in default_options(command) and not given & {"data.root", "data.file"}
+    takes_data = default_options(command).keys() & {"data", "transfer"} and not given & OWN_DATA
     for place, (before, word) in enumerate(zip(["", *words], words, strict=False)):
         if before in FLAGS or before in TAKES or word.partition("=")[0] in KNOWN:
             continue
@@ -168,7 +170,22 @@ def with_data(command: str, words: Sequence[str]) -> list[str]:
         )
         place = next(i for i, word in enumerate(meaning) if key_of(word) == key)
         meaning.insert(place, f"{group}={options[group]}")
+    if "transfer" in options:
+        return with_builtin_task(meaning, given.get("transfer", options["transfer"]))
     return with_recipe(meaning, options) if "experiment" in options else meaning
+
+
+def with_builtin_task(words: Sequence[str], transfer: str) -> list[str]:
+    """`experiment=builtin_TASK` where neither images of one's own nor a recipe are named, with a
+    small model where neither weights nor a model are.
+    """
+    given = {key_of(word) for word in words}
+    if given & {*OWN_DATA, "experiment", "data.source"}:
+        return list(words)
+    place = max((i for i, word in enumerate(words, start=1) if "=" in word), default=len(words))
+    recipe = [f"experiment=builtin_{transfer}"]
+    recipe += [] if given & {"ckpt", "model"} else [f"model={SMALL_MODEL}"]
+    return [*words[:place], *recipe, *words[place:]]
 
 
 def with_recipe(words: Sequence[str], options: Mapping[str, str]) -> list[str]:

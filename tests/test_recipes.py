@@ -14,13 +14,13 @@ import torch
 from commands import SMALL, metrics, run
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from test_conf import CONF, load, options
+from test_conf import CONF, RECIPES, load, options
 from tiny_run import make_run, published
 
 from ssl_xcit import load_backbone
 from ssl_xcit.data.photos import photos
 from ssl_xcit.training.build import make_module
-from ssl_xcit.training.datamodule import MultiCropData
+from ssl_xcit.training.datamodule import multi_crop_data
 from ssl_xcit.training.init_weights import read_start
 from ssl_xcit.training.plan import make_plan
 from ssl_xcit.training.schedules import BackboneUnfreezeSchedule
@@ -29,7 +29,6 @@ from ssl_xcit.utils.validation import parse
 
 ROOT = CONF.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-RECIPES = options("experiment")
 TINY = [o for o in SMALL if not o.startswith(("epochs", "objective.", "augment."))]
 
 
@@ -65,7 +64,7 @@ def test_a_step_at_reduced_size(recipe, tmp_path):
     module = make_module(settings, plan, preprocess, start)
     before = [p.clone() for p in module.student.parameters()]
     augment = instantiate(settings.augment)
-    data = MultiCropData(photos(), augment, 8, 1, 0, preprocess, num_workers=0)
+    data = multi_crop_data(photos(), augment, 8, 1, 0, preprocess, num_workers=0)
     trainer = lightning.Trainer(
         max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,

@@ -17,9 +17,10 @@ ALLOWED = {  # room -> rooms that it may know, besides itself, utils and errors
     "models": set(),
     "objectives": set(),
     "training": {"objectives", "models", "data"},
-    "export": {"models", "data", "training"},
+    "export": {"models", "data", "training", "transfer"},
     "sweeps": {"training"},
-    "commands": {"data", "models", "training", "export", "sweeps"},
+    "transfer": {"data", "models", "training"},
+    "commands": {"data", "models", "training", "export", "sweeps", "transfer"},
     f"{EVAL}.features": set(),
     f"{EVAL}.evaluators": {f"{EVAL}.features"},
     f"{EVAL}.tasks": {f"{EVAL}.features", f"{EVAL}.evaluators"},
@@ -82,7 +83,7 @@ def test_rooms_know_only_their_neighbours(room):
     members = [module for module in MODULES if room_of(module) == room]
     assert members
     below = set() if room == "utils" else {"utils"}
-    ours = {"data", "models", "objectives", "training", "export", "sweeps"}
+    ours = {"data", "models", "objectives", "training", "export", "sweeps", "transfer"}
     known = ALLOWED[room] | {room, "top"} | below | (ours if room.startswith(EVAL) else set())
     for module in members:
         for name in modules_imported(MODULES[module]) - {f"{EVAL}.statistics"}:
@@ -128,6 +129,7 @@ def test_faiss_is_only_where_it_searches_and_clusters():
 def test_libraries_of_other_tools_are_imported_where_they_are_used():
     """A network can be exported to one of them without the others."""
     optional = {"onnx", "onnxruntime", "onnxscript", "timm", "transformers", "huggingface_hub"}
+    optional |= {"faster_coco_eval", "pycocotools"}
     for file in files("ssl_xcit"):
         assert not libraries(file, top_level_only=True) & optional, file
 

@@ -14,13 +14,14 @@ from annotated_types import Ge, Le
 from ssl_xcit.data.preprocess import of_weights
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
+from ssl_xcit.utils.devices import placed
 from ssl_xcit.utils.files import replacing, written_to
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import Count, Network, Node, Text, Workers
 
 from ..checkpoints import checkpoints_in, expected_architecture, folder_of, short_names
-from ..features.extractor import FeatureExtractor, placed
+from ..features.extractor import FeatureExtractor
 from ..runner import cache_folder
 from ..viz.atlas import Atlas, atlas_page, sprites
 from ..viz.atlas_data import chosen_sources, classes_of, side_of, thumbnails, unread_names

@@ -22,16 +22,17 @@ from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
 from ssl_xcit.training.run_dir import versions
+from ssl_xcit.utils.devices import placed
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import Count, Network, Node, Text, Workers
 
-from ..checkpoints import data_settings_of_run, folder_of
+from ..checkpoints import data_settings_of_run, folder_of, image_sides_of_task
 from ..evaluators.protocol import as_list
 from ..features.cache import stamp_of, weights_digest
 from ..features.embed import embed, is_there, labels_digest, locked
 from ..features.extract import Kind
-from ..features.extractor import FeatureExtractor, placed
+from ..features.extractor import FeatureExtractor
 from ..features.store import ENDINGS, import_pyarrow
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,10 @@ def image_sizes(settings: EmbedSettings, path: Path) -> tuple[int, int]:
     has_run = (folder_of(path) / "run.json").is_file()
     if has_run and None in (settings.resize, settings.size):
         try:
-            if data := data_settings_of_run(str(settings.ckpt)).get("eval_data"):
+            data_settings = data_settings_of_run(str(settings.ckpt))
+            if "transfer" in data_settings:
+                resize, size = image_sides_of_task(str(settings.ckpt))
+            elif data := data_settings.get("eval_data"):
                 # the images may be elsewhere by now, so they are not needed if settings tell
                 pair = data if "size" in data else instantiate(data)
                 resize, size = pair.resize, pair.size

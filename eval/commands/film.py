@@ -16,13 +16,14 @@ from ssl_xcit.data.preprocess import of_weights
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.utils.devices import placed
 from ssl_xcit.utils.files import writable_folder, writable_or_here, written_to
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import Count, Network, Node, Positive, Share, Text
 
 from ..checkpoints import expected_architecture, folder_of
-from ..features.extractor import FeatureExtractor, placed
+from ..features.extractor import FeatureExtractor
 from ..viz.attention import AttentionPass, Block
 from ..viz.film import Draw, attention_colours, component_colours, is_folder, sampled, write_film
 from ..viz.video import NOTE, Clip, Frames, Selection, Video, frames_in, pyav

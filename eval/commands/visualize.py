@@ -17,20 +17,26 @@ from hydra.core.hydra_config import HydraConfig
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.weights import load_backbone
-from ssl_xcit.utils.files import remove_partial, writable_folder, writable_or_here, written_to
+from ssl_xcit.utils.devices import placed
+from ssl_xcit.utils.files import (
+    plain_names,
+    remove_partial,
+    writable_folder,
+    writable_or_here,
+    written_to,
+)
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import Count, Network, Node, Positive, Share, Text, Words, Workers
 
 from ..checkpoints import expected_architecture, folder_of
 from ..evaluators.protocol import OneOrMore
-from ..features.extractor import FeatureExtractor, placed
+from ..features.extractor import FeatureExtractor
 from ..runner import cache_folder
 from ..viz.attention import Block
 from ..viz.dataset import load_data_set
 from ..viz.dataset_panels import TITLES, GridOptions, draw_grids, in_words, without_heads
 from ..viz.image_panels import KINDS, ImageTiles, PanelOptions, draw_panels
-from ..viz.pictures import folder_names
 from ..viz.visualize import (
     Visualization,
     image_paths,
@@ -125,10 +131,10 @@ def main(settings: VisualizeSettings) -> None:
     data = load_data_set(s.eval_data, s.ckpt) if set(kinds) & set(TITLES) else None
     out = make_folder(s.out, next(iter(paths.values())))
     with written_to(out):
-        names = folder_names([file.stem for file in files], FILES)
+        names = plain_names([file.stem for file in files], FILES)
         images = [ImageTiles(file, name) for file, name in zip(files, names, strict=True)]
         results = Visualization()
-        folders = folder_names(list(paths), ["sheet.png"]) if several else [""]
+        folders = plain_names(list(paths), ["sheet.png"]) if several else [""]
         for (label, checkpoint), folder in zip(checkpoints.items(), folders, strict=True):
             backbone = checkpoint.backbone or load_backbone(checkpoint.path, s.which)
             extractor = FeatureExtractor(

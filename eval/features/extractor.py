@@ -1,7 +1,6 @@
 """A frozen backbone, and what evaluators need to extract features with it."""
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.loader import default_workers
 from ssl_xcit.data.preprocess import Preprocess, normalise
 from ssl_xcit.data.sources import LabelledPair
-from ssl_xcit.errors import UserError
 from ssl_xcit.models.xcit import XCiT
 
 Device = torch.device | str
@@ -70,27 +68,3 @@ class FeatureExtractor:
         """The backbone in eval mode without gradients; afterwards as it was."""
         with self.in_eval_mode() as backbone, torch.inference_mode():
             yield backbone
-
-
-def placed(backbone: nn.Module, device: str) -> list[torch.device]:
-    """Move the backbone to the first of the devices that a setting names; return all of them;
-    raises UserError where there is no such device.
-
-    `auto` is every GPU there is (under torchrun the rank's own), or else the CPU; several are
-    joined by `+` (cuda:0+cuda:1).
-    """
-    if device == "auto":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        names = [f"cuda:{i}" for i in range(count)] or ["cpu"]
-        if count and "LOCAL_RANK" in os.environ:  # of torchrun's ranks each has its own
-            names = [f"cuda:{int(os.environ['LOCAL_RANK']) % count}"]
-    else:
-        names = device.split("+")
-    try:
-        devices = [torch.device(name) for name in names]
-        for one in reversed(devices):  # every one is tried, and it ends up on the first
-            backbone.to(one)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={device}: {reason}; try device=cpu") from error
-    return devices

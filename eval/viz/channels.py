@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 
 from ssl_xcit.models.xca import CrossCovarianceAttention, channel_attention
 from ssl_xcit.models.xcit import XCABlock, XCiT
+from ssl_xcit.utils.files import plain_names
 
 from .album import Section, Tile, write_tile
 from .pictures import (
@@ -33,7 +34,6 @@ from .pictures import (
     canvas,
     colour_table,
     coloured,
-    folder_names,
     font,
     shortened,
     stretched,
@@ -240,7 +240,7 @@ def channel_section(
             for (label, result), colour in zip(results.items(), colours, strict=True)
         ]
         add("entropy over depth, all checkpoints", "entropy", chart(curves, title))
-    for name, (label, result) in zip(folder_names(list(results)), results.items(), strict=True):
+    for name, (label, result) in zip(plain_names(list(results)), results.items(), strict=True):
         end = f"-{name}" if several else ""
         after = f", {label}" if end else ""
         curves = curves_of_heads(result["entropy_of_heads"], result["entropy"])

@@ -25,7 +25,12 @@ from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.models.weights import checkpoint_path
 
-from ..checkpoints import checkpoints_in, folder_of
+from ..checkpoints import (
+    checkpoints_in,
+    folder_of,
+    image_sides_of_task,
+    transfer_data_of_run,
+)
 from ..features.cache import cached
 from ..features.extractor import FeatureExtractor
 from .pictures import Picture, missing_picture, visible
@@ -80,15 +85,20 @@ def training_images(ckpt: Any) -> DataSet:
     """The images that a run without labelled ones was trained on, from the choices in its
     `run.json`; as in `checkpoints.data_of_run` nothing in that file is instantiated by itself.
     """
-    run_dir = folder_of(checkpoint_path(checkpoints_in(ckpt)[0]))
+    first = checkpoints_in(ckpt)[0]
+    run_dir = folder_of(checkpoint_path(first))
+    name = f"training images of {run_dir}"
     run = json.loads((run_dir / "run.json").read_text())
+    if "transfer" in run["choices"]:
+        images = transfer_data_of_run(first).train.images
+        return DataSet(images, None, name, *image_sides_of_task(first))
     overrides = [o for o in run["overrides"] if re.match(r"data\.[a-z]\w*=", o)]
     cfg = compose("pretrain", overrides=[f"data={run['choices']['data']}", *overrides])
     sides = cfg.get("eval_data") or {}
     return DataSet(
         instantiate(cfg.data.source),
         None,
-        f"training images of {run_dir}",
+        name,
         sides.get("resize", RESIZE),
         sides.get("size", SIZE),
     )
@@ -164,9 +174,3 @@ def image_features(
     """
     parts, rows = cached(extractor, source, data.resize, data.size, title=title)
     return ImageFeatures(source, rows, parts["cls"], extractor, data.resize, data.size)
-
-
-def evenly_spaced(count: int, most: int) -> list[int]:
-    """At most so many of 0 to count - 1."""
-    places = np.linspace(0, count - 1, min(count, most)).round().astype(int)
-    return [int(place) for place in np.unique(places)]

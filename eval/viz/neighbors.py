@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int64
 
+from ssl_xcit.data.order import evenly_spaced
 from ssl_xcit.data.sources import Files, Subset
 from ssl_xcit.errors import UserError
 
 from ..features.extractor import FeatureExtractor
 from ..features.neighbors import nearest
-from .dataset import DataSet, ImageFeatures, class_name, evenly_spaced, image_features, rows_of
+from .dataset import DataSet, ImageFeatures, class_name, image_features, rows_of
 from .grids import GridCell, GridRow
 
 QUERIES = 20  # images of the data set itself that are queries

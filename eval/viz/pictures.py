@@ -6,7 +6,6 @@ with straight lines between. Everything is (height, width, 3) uint8; labels are 
 font.
 """
 
-import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -84,20 +83,6 @@ def enlarged(values: Values, height: int, width: int) -> Values:
 def blocky(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """Patches to pixels, each as a rectangle."""
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_NEAREST)
-
-
-def folder_names(words: Sequence[str], others: Sequence[str] = ()) -> list[str]:
-    """Words as names of folders: each once, also where capitals do not count, none of `others`."""
-    names: list[str] = []
-    taken = {name.casefold() for name in others}
-    for word in words:
-        plain = re.sub(r"[^\w.-]+", "_", word, flags=re.ASCII).strip("._")[:80] or "image"
-        name, number = plain, 2
-        while name.casefold() in taken:
-            name, number = f"{plain}-{number}", number + 1
-        taken.add(name.casefold())
-        names.append(name)
-    return names
 
 
 def fitted_sides(

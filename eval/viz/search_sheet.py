@@ -12,11 +12,12 @@ from ssl_xcit.data.preprocess import of_weights, resize_center_crop
 from ssl_xcit.data.sources import Files
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.models.weights import checkpoint_path, load_backbone
+from ssl_xcit.utils.devices import placed
 from ssl_xcit.utils.validation import Text
 
 from ..features.cache import weights_digest
 from ..features.extract import KINDS, extract, parts_of
-from ..features.extractor import FeatureExtractor, placed
+from ..features.extractor import FeatureExtractor
 from ..features.neighbors import nearest, nearest_in
 from ..features.store import FeatureIndex
 from .grids import GridCell, GridRow, grid

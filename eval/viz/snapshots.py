@@ -26,6 +26,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ssl_xcit.data.decode import BadImage, open_picture, read_image
+from ssl_xcit.data.order import evenly_spaced
 from ssl_xcit.data.preprocess import Pixels, Preprocess
 from ssl_xcit.data.sources import Source
 from ssl_xcit.training.datamodule import data_of
@@ -37,7 +38,7 @@ from ssl_xcit.utils.files import write_json
 from ..features.extractor import FeatureExtractor
 from ..tasks.masks import finite, resize_image
 from . import attention, channels, patches, pictures
-from .dataset import class_name, evenly_spaced
+from .dataset import class_name
 from .pictures import LabelledPicture, Picture
 
 log = logging.getLogger(__name__)

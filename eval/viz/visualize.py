@@ -1,15 +1,15 @@
 """Find the images and checkpoints to visualize, and write numbers and a page about them."""
 
-import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ssl_xcit.data.folders import image_files
+from ssl_xcit.data.folders import named_images
+from ssl_xcit.data.order import evenly_spaced
 from ssl_xcit.data.photos import photographs
 from ssl_xcit.data.preprocess import Preprocess, of_weights
-from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.errors import UserError
 from ssl_xcit.models.weights import checkpoint_path, checkpoints_of, load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.training.run_dir import versions
@@ -18,7 +18,6 @@ from ssl_xcit.utils.validation import Network, Text
 
 from ..checkpoints import check_comparable, checkpoints_in, short_names
 from .channels import Summary, channel_section
-from .dataset import evenly_spaced
 from .dataset_panels import grid_sections
 from .image_panels import ImageTiles, PanelOptions, image_section
 from .markup import render
@@ -90,30 +89,12 @@ def image_paths(wanted: Text | Sequence[Text] | None, most: int) -> tuple[list[P
     anything below and patterns (None: the built-in photographs). Raises MissingPath for a file or
     folder that is not there, or a pattern that fits nothing, UserError for an empty list.
     """
-    paths: list[Path] = []
     if wanted is None:
-        paths, wanted = [file for _, file in photographs()], []
+        files = [file for _, file in photographs()]
     elif wanted == []:
         raise UserError("images=[]: name files, folders or patterns; null: built-in photographs")
-    for word in map(str, wanted if isinstance(wanted, list) else [wanted]):
-        path = Path(word).expanduser()
-        if path.is_dir():
-            try:
-                here = [path / name for name in image_files(path)]
-            except MissingPath as error:  # its message names root
-                raise MissingPath(str(error).replace("root=", "images=", 1)) from error
-        elif path.is_file():
-            here = [path]
-        else:
-            fitting = sorted(glob.glob(str(path), recursive=True))
-            here = [Path(name) for name in fitting if not Path(name).is_dir()]
-        if not here:
-            raise MissingPath(
-                f"images={word}: no file fits; name a file, a folder, or a pattern in quotes, such "
-                "as images='DIR/**/*.jpg'"
-            )
-        paths += here
-    files = list(dict.fromkeys(paths))
+    else:
+        files = named_images(wanted)
     return [files[i] for i in evenly_spaced(len(files), most)], len(files)
 
 

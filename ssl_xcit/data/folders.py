@@ -1,5 +1,6 @@
 """Images in folders: any tree, or one folder a class; the listing of a large tree is cached."""
 
+import glob
 import hashlib
 import logging
 import os
@@ -34,7 +35,7 @@ from ssl_xcit.data.sources import (
 from ssl_xcit.data.string_array import StringArray
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.utils.files import default_cache
-from ssl_xcit.utils.validation import PLACE, Count
+from ssl_xcit.utils.validation import PLACE, Count, Text
 
 log = logging.getLogger(__name__)
 FORMAT = 2  # of a cached listing
@@ -44,7 +45,7 @@ TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "validation", "valid")  # the first that is there is used
 OWN = (  # files that mark folders to skip: runs, pictures, virtual environments
     {b"run.json", b"config.yaml", b"images.npz"}, {b"run.json", b"config.yaml", b"checkpoints"},
-    {b"visualize.json", b"index.html"}, {b"pyvenv.cfg"},
+    {b"visualize.json", b"index.html"}, {b"predict.json", b"predictions.csv"}, {b"pyvenv.cfg"},
 )  # fmt: skip
 warned: set[str] = set()  # warnings that this process has logged
 
@@ -139,6 +140,35 @@ def image_files(root: str | Path, out: object = None) -> StringArray:
         arrays |= {"left_out": StringArray.of([left_out]).content}
         save_arrays(file, arrays)
     return names
+
+
+def named_images(wanted: Text | Sequence[Text], out: object = None) -> list[Path]:
+    """Return the files, each once, that `images=` names: files, folders with anything below but for
+    `out` and what `image_files` skips, and patterns.
+
+    Raises:
+        MissingPath: no such file or folder, or a pattern that fits nothing.
+    """
+    paths: list[Path] = []
+    for word in map(str, wanted if isinstance(wanted, list | tuple) else [wanted]):
+        path = Path(word).expanduser()
+        if path.is_dir():
+            try:
+                here = [path / name for name in image_files(path, out)]
+            except MissingPath as error:  # its message names root
+                raise MissingPath(str(error).replace("root=", "images=", 1)) from error
+        elif path.is_file():
+            here = [path]
+        else:
+            fitting = sorted(glob.glob(str(path), recursive=True))
+            here = [Path(name) for name in fitting if not Path(name).is_dir()]
+        if not here:
+            raise MissingPath(
+                f"images={word}: no file fits; name a file, a folder, or a pattern in quotes, such "
+                "as images='DIR/**/*.jpg'"
+            )
+        paths += here
+    return list(dict.fromkeys(paths))
 
 
 def excluded(real: str, out: object) -> set[bytes]:

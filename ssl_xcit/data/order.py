@@ -21,6 +21,12 @@ _ORDER, _CROPS, _STEP, _WINDOW, _FALLBACK = range(5)  # purposes of random bits
 NEIGHBOURS = 4  # tried in place of a bad image before any other
 
 
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Return at most so many of 0 to count - 1."""
+    places = np.linspace(0, count - 1, min(count, most)).round().astype(int)
+    return [int(place) for place in np.unique(places)]
+
+
 def _bits(seed: int, purpose: int, *place: int) -> np.random.Philox:
     """Return a generator keyed by seed and purpose, its counter at up to three integers."""
     counter = np.zeros(4, dtype=np.uint64)

@@ -51,20 +51,28 @@ def photographs() -> Iterator[tuple[str, Path]]:
             yield Path(name).stem, Path(spec.origin).parent / inside / name
 
 
+def blocks(image: Pixels) -> Iterator[tuple[bool, int, int, Pixels]]:
+    """Yield (for testing, top, left, (128, 128, 3) block) of a photograph."""
+    rows, columns = image.shape[0] // BLOCK, image.shape[1] // BLOCK
+    places = [(r, c) for r in range(rows) for c in range(columns)]
+    if len(places) > MAX_BLOCKS:
+        places = [
+            places[i] for i in np.linspace(0, len(places) - 1, MAX_BLOCKS).round().astype(int)
+        ]
+    for number, (r, c) in enumerate(places):
+        test = (r + c if len(places) == rows * columns else number) % 3 == 2
+        top, left = r * BLOCK, c * BLOCK
+        yield test, top, left, image[top : top + BLOCK, left : left + BLOCK]
+
+
 def windows(image: Pixels) -> Iterator[tuple[bool, int, int, Pixels]]:
     """Yield (for testing, top, left, (64, 64, 3) window) of a photograph."""
-    rows, columns = image.shape[0] // BLOCK, image.shape[1] // BLOCK
-    blocks = [(r, c) for r in range(rows) for c in range(columns)]
-    if len(blocks) > MAX_BLOCKS:
-        blocks = [
-            blocks[i] for i in np.linspace(0, len(blocks) - 1, MAX_BLOCKS).round().astype(int)
-        ]
     steps = range(0, BLOCK - SIZE + 1, STRIDE)
-    for number, (r, c) in enumerate(blocks):
-        test = (r + c if len(blocks) == rows * columns else number) % 3 == 2
-        for top in (r * BLOCK + step for step in steps):
-            for left in (c * BLOCK + step for step in steps):
-                yield test, top, left, image[top : top + SIZE, left : left + SIZE]
+    for test, top, left, block in blocks(image):
+        for down in steps:
+            for right in steps:
+                window = block[down : down + SIZE, right : right + SIZE]
+                yield test, top + down, left + right, window
 
 
 def cut_photos(cache: str | Path | None = None) -> Path:

@@ -56,8 +56,8 @@ def check_same_run(settings: Mapping[str, Any], run_dir: Path) -> None:
     if gone := [path for path in targets if not can_be_imported(path)]:
         raise UserError(
             f"{run_dir} was begun with another version of ssl_xcit, which had {gone[0]}: go on "
-            f"with that version, or start a new run from its weights: init.ckpt={run_dir} "
-            "init.head=kept name=..."
+            f"with that version, or start a new run from its weights: "
+            f"{from_weights_of(run_dir, settings)} name=..."
         )
     if recorded not in (None, fingerprint(before)):
         raise UserError(
@@ -69,14 +69,19 @@ def check_same_run(settings: Mapping[str, Any], run_dir: Path) -> None:
         longer = ""
         if "epochs" in differs:
             longer = (
-                f". To train for longer, start a new run from its weights: init.ckpt={run_dir} "
-                "init.head=kept name=...; learning rate, weight decay and teacher are scheduled "
-                "anew over its own epochs, warm-up included"
+                f". To train for longer, start a new run from its weights: "
+                f"{from_weights_of(run_dir, settings)} name=...; what changes with the step is "
+                "scheduled anew over its own epochs, warm-up included"
             )
         raise UserError(
             f"{run_dir} was made with {', '.join(words)}{more}: take another name=..., or "
             f"remove the folder{longer}"
         )
+
+
+def from_weights_of(run_dir: Path, settings: Mapping[str, Any]) -> str:
+    """What to type to start a new run from the weights of one with such settings."""
+    return f"ckpt={run_dir}" if "transfer" in settings else f"init.ckpt={run_dir} init.head=kept"
 
 
 def identity(settings: Any, places: Sequence[str]) -> dict[str, Any]:
@@ -132,7 +137,7 @@ def check_same_data(
         raise UserError(
             f"{run_dir} was made of other images ({words}): undo that, or add resume.data=changed "
             "to go on all the same, or train anew under another name=..., from its weights with "
-            f"init.ckpt={run_dir} init.head=kept"
+            f"{from_weights_of(run_dir, about.get('choices') or {})}"
         )
     effect = "it is evaluated on these from here on"
     if "data" in changed:

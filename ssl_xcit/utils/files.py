@@ -7,6 +7,7 @@ file systems. The system's temporary folder is never used.
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -139,6 +140,22 @@ def written_to(out: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise RunFailed(f"{out} cannot be written ({error}): make room, and try again") from error
+
+
+def plain_names(words: Sequence[str], others: Sequence[str] = ()) -> list[str]:
+    """Words as names of files or folders: each once, also where capitals do not count, and none
+    of `others`.
+    """
+    names: list[str] = []
+    taken = {name.casefold() for name in others}
+    for word in words:
+        plain = re.sub(r"[^\w.-]+", "_", word, flags=re.ASCII).strip("._")[:80] or "image"
+        name, number = plain, 2
+        while name.casefold() in taken:
+            name, number = f"{plain}-{number}", number + 1
+        taken.add(name.casefold())
+        names.append(name)
+    return names
 
 
 def default_cache() -> Path:

@@ -24,6 +24,13 @@ TITLES = {
     "label_map": "labels, mAP",
     "r2": "variance explained",
     "mae": "mean absolute error",
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_class_accuracy": "accuracy, mean of the classes",
+    "calibration_error": "calibration error",
+    "mean_class_F1": "F1, mean of the classes",
+    "miou": "mIoU",
+    "pixel_accuracy": "right pixels",
 }
 
 
@@ -40,6 +47,9 @@ def title_of(metric: str) -> str:
         return "  best learning rate"
     if match := re.fullmatch(r"fewshot_(\d+)", metric):
         return f"{match[1]} image{'s' * (match[1] != '1')} a class"
+    if match := re.fullmatch(r"(box|mask)_AP(\d*)(?:_(small|medium|large))?", metric):
+        kind = f", {match[3]} objects" if match[3] else ""
+        return f"{'boxes' if match[1] == 'box' else 'masks'}, AP{match[2]}{kind}"
     if match := re.fullmatch(r"(\w+?)_(easy|medium|hard)(?:_precision_at_(\d+))?", metric):
         return f"{match[1]}, {match[2]}, " + (f"mP@{match[3]}" if match[3] else "mAP")
     if match := re.fullmatch(r"(\w+)_(linear|knn)_(miou|accuracy|l2)", metric):

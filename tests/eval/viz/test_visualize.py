@@ -26,12 +26,12 @@ from ssl_xcit.eval.viz.pictures import (
     colour_table,
     coloured,
     fitted_sides,
-    folder_names,
     overlay,
     read_fitted,
 )
 from ssl_xcit.eval.viz.visualize import image_paths
 from ssl_xcit.models.weights import load_backbone
+from ssl_xcit.utils.files import plain_names
 
 
 def numbers(folder="run/visualize"):
@@ -289,7 +289,7 @@ def test_colours_over_grey():
 
 
 def test_no_two_images_share_a_folder():
-    assert folder_names(["a", "A", "a b", "ä/..", "", "channels"], ["channels"]) == [
+    assert plain_names(["a", "A", "a b", "ä/..", "", "channels"], ["channels"]) == [
         "a", "A-2", "a_b", "image", "image-2", "channels-2",
     ]  # fmt: skip
 

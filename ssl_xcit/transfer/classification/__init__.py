@@ -1,0 +1,1 @@
+"""Image classification (XCiT, section 4.1), with hard distillation."""

@@ -1,0 +1,1 @@
+"""Object detection and instance segmentation with Mask R-CNN (XCiT, section 4.3)."""

@@ -1,0 +1,1 @@
+"""Semantic segmentation with Semantic FPN and UperNet (XCiT, section 4.4)."""

@@ -1,0 +1,32 @@
+"""Move networks to the devices that a setting names."""
+
+import os
+
+import torch
+from torch import nn
+
+from ssl_xcit.errors import UserError
+
+
+def placed(network: nn.Module, device: str) -> list[torch.device]:
+    """Move the network to the first of the devices that a setting names; return all of them;
+    raises UserError where there is no such device.
+
+    `auto` is every GPU there is (under torchrun the rank's own), or else the CPU; several are
+    joined by `+` (cuda:0+cuda:1).
+    """
+    if device == "auto":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        names = [f"cuda:{i}" for i in range(count)] or ["cpu"]
+        if count and "LOCAL_RANK" in os.environ:  # of torchrun's ranks each has its own
+            names = [f"cuda:{int(os.environ['LOCAL_RANK']) % count}"]
+    else:
+        names = device.split("+")
+    try:
+        devices = [torch.device(name) for name in names]
+        for one in reversed(devices):  # every one is tried, and it ends up on the first
+            network.to(one)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={device}: {reason}; try device=cpu") from error
+    return devices
