@@ -28,6 +28,7 @@ from .evaluators.linear_heads import LinearHead
 from .statistics import Difference, Estimate, holm, paired_difference
 
 MAX_CLASSES = 40  # printed; all of them are in results.json
+OF_HEADS = ("top1", "mAP", "miou", "box_AP", "mask_AP")  # numbers of heads that classes have
 ByClass = dict[str, tuple[float, int]]  # class name -> (percent, number of test images)
 DIFFERENCE_HEADINGS = ("", "difference", "95 %", "p", "significant (Holm, 5 %)")
 CLASS_HEADINGS = ("class", "test images", "in %")
@@ -39,7 +40,7 @@ class Evaluation:
 
     `results` has an `Estimate` where there is an interval, `chosen` the settings that evaluators
     chose, `left_out` why there are no numbers, `overlap` the numbers of test images that are
-    training images as well, by kind.
+    training images as well, by kind, `bounds` intervals that were measured with their numbers.
     """
 
     results: Results = field(default_factory=dict)
@@ -50,12 +51,15 @@ class Evaluation:
     left_out: dict[str, dict[str, Exception]] = field(default_factory=dict)
     compared: dict[tuple[str, str], dict[str, Difference]] = field(default_factory=dict)  # two rows
     overlap: dict[str, int] = field(default_factory=dict)
+    bounds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     @property
     def intervals(self) -> dict[str, dict[str, list[float]]]:
-        """95 % intervals of the estimates, row -> metric -> [low, high]."""
+        """95 % intervals, row -> metric -> [low, high]: as measured, else of the estimates."""
         return {
-            row: {
+            row: self.bounds[row]
+            if row in self.bounds
+            else {
                 m: list(v.interval)
                 for m, v in values.items()
                 if isinstance(v, Estimate) and v.interval is not None
@@ -119,18 +123,20 @@ def print_all(evaluation: Evaluation, title: str, rows: Sequence[str], per_class
     # of several the table of differences has them
     print_table(evaluation.results, title, evaluation.intervals if len(rows) == 1 else None)
     for second in rows[1:]:
-        console().print(difference_table(evaluation, rows[0], second))
+        if differences(evaluation, rows[0], second):
+            console().print(difference_table(evaluation, rows[0], second))
     for row in rows if per_class else ():
         for metric, classes in chosen_classes(evaluation, row).items():
             console().print(class_table(f"{row}, {title_of(metric)}", classes))
 
 
 def chosen_classes(evaluation: Evaluation, row: str) -> dict[str, ByClass]:
-    """Accuracy by class of k-NN with the best k, and of the linear probe."""
+    """Accuracy by class of k-NN with the best k, of the linear probe, and of a task's own head."""
     by_class = evaluation.by_class.get(row, {})
     knn = [metric for metric in by_class if metric.startswith("knn_k")]
     best = max(knn, key=lambda metric: evaluation.results[row][metric], default=None)
-    return {m: by_class[m] for m in (best, "linear") if m is not None and m in by_class}
+    chosen = (best, "linear", *OF_HEADS)
+    return {m: by_class[m] for m in chosen if m is not None and m in by_class}
 
 
 def class_rows(classes: ByClass) -> list[list[str]]:
@@ -162,8 +168,9 @@ def markdown(evaluation: Evaluation, title: str, rows: Sequence[str], about: Seq
                 line.append(interval_text(metric, intervals.get(row, {}).get(metric)))
     lines = [f"## {literal(title)}", "", *table_lines(headings, cells)]
     for second in rows[1:]:
+        if not (paired := differences(evaluation, rows[0], second)):
+            continue
         lines += ["", literal(f"{second} - {rows[0]} (paired):"), ""]
-        paired = differences(evaluation, rows[0], second)
         lines += table_lines(DIFFERENCE_HEADINGS, difference_rows(paired, 2))
     for row in rows:
         for metric, classes in chosen_classes(evaluation, row).items():

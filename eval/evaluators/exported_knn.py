@@ -23,7 +23,9 @@ from .knn import KNN
 
 @dataclass(frozen=True)
 class ExportedKNN:
-    """k-NN in percent on labelled images, by the protocol of the evaluation."""
+    """Accuracy in percent on labelled images: k-NN by the protocol of the evaluation, and of a
+    classifier the share of the test images that it is right about.
+    """
 
     pair: LabelledPair
     k: Count = 20  # neighbours
@@ -35,14 +37,17 @@ class ExportedKNN:
         the labels are no classes, or there are too few images.
         """
         if label_kind(self.pair.train.labels) != "classes":
-            raise UserError("k-NN needs images of one class each")
+            raise UserError("it needs images of one class each")
         for name, run in runs.items():
             if run not in self.accuracies:  # float32 stands beside each of several formats
                 self.accuracies[run] = self.accuracy(weights, run, name)
         return {name: self.accuracies[run] for name, run in runs.items()}
 
     def accuracy(self, weights: Weights, run: Run, name: str) -> float:
-        """Accuracy of one function."""
+        """Accuracy of one function: k-NN by its features, or of its logits."""
+        if weights.num_classes:
+            logits, labels = self.features(weights, run, self.pair.test, name)
+            return 100.0 * float((logits.argmax(axis=1) == labels).mean())
         sources = dict.fromkeys((self.pair.train, self.pair.test))
         parts = [self.features(weights, run, source, name) for source in sources]
         scores = dict(KNN(k=[self.k])(FeatureSet(*parts[0], *parts[-1])))

@@ -30,7 +30,15 @@ Captioned = tuple[str, str, Figure]  # with a title and a few words
 Images = Sequence[int | None]  # number of online evaluation's test images by run; None: not known
 MAX_POINTS = 1500  # of one curve
 SHARES = re.compile(r"(student_)?knn_k\d+(_t[\d.]+)?")  # of correct answers, in percent
+MEASURES = re.compile(  # of tasks, in percent
+    r"top[15]|mean_class_accuracy|calibration_error|mAP|(mean_class_)?F1|miou|pixel_accuracy|"
+    r"(box|mask)_AP\w*"
+)
+LOSSES = re.compile(r"loss_\w+")
 ONLINE = "Online evaluation"
+TESTED = "On test images"
+PARTS = "Parts of the loss"
+DYNAMIC = {ONLINE: SHARES, TESTED: MEASURES, PARTS: LOSSES}  # patterns of columns by titles
 HIDDEN = ("epoch", "healthy", "online_seconds", "teacher_entropy", "prototypes_used")
 # contrast of at least 3 : 1 with the page, light or dark
 COLOURS = ("#3a80c4", "#d0682a", "#3a9765", "#9a6ac0", "#a98418", "#d2588a", "#1f9897", "#7d8791")
@@ -55,7 +63,9 @@ GRADIENTS = ("stem", "blocks_first", "blocks_middle", "blocks_last", "class_atte
 GROUPS: Mapping[str, Sequence[Plot]] = {
     "Learning": (
         Plot("Loss", {"loss": "loss"}, smooth=True, about="of the steps that are reported"),
+        Plot(PARTS, {}),
         Plot(ONLINE, {}, unit="% right"),
+        Plot(TESTED, {}, unit="in %"),
     ),
     "Teacher and features": (
         Plot("Teacher entropy", {"teacher_entropy_share": "of ln K"}, unit="%",
@@ -190,15 +200,17 @@ def step_marks(run: Run, title: str) -> list[tuple[int, str]]:
 
 
 def columns_of(plot: Plot, runs: Sequence[Run]) -> dict[str, str]:
-    """Columns that some run has; of online evaluation all of them."""
+    """Columns that some run has; of `DYNAMIC` plots all that have their pattern."""
     names = dict.fromkeys(name for run in runs for name in run.curves)
-    if plot.title == ONLINE:
-        return {name: label_of(name) for name in names if SHARES.fullmatch(name)}
+    if pattern := DYNAMIC.get(plot.title):
+        return {name: label_of(name) for name in names if pattern.fullmatch(name)}
     return {name: label for name, label in plot.columns.items() if name in names}
 
 
 def label_of(name: str) -> str:
-    """`student_knn_k20` is the student's k-NN 20."""
+    """`student_knn_k20` is the student's k-NN 20, `loss_box_reg` is box reg."""
+    if LOSSES.fullmatch(name):
+        return re.sub(r"^(loss_)+", "", name).replace("_", " ")
     inner = name.removeprefix("student_")
     return title_of(inner).strip() + (", student" if inner != name else "")
 
@@ -207,7 +219,8 @@ def curve_groups(runs: Sequence[Run], images: Images) -> list[tuple[str, list[Ca
     """Figures by the titles of groups; several runs lie over each other."""
     known = {name for plots in GROUPS.values() for plot in plots for name in plot.columns}
     names = dict.fromkeys(name for run in runs for name in run.curves)
-    other = [n for n in names if n not in known and n not in HIDDEN and not SHARES.fullmatch(n)]
+    known |= {n for n in names for pattern in DYNAMIC.values() if pattern.fullmatch(n)}
+    other = [n for n in names if n not in known and n not in HIDDEN]
     others = []
     for name in other:
         words = label_of(name) if name.startswith(("knn", "student")) else name.replace("_", " ")

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssl_xcit.data.order import evenly_spaced
 from ssl_xcit.errors import UserError
 
 from ..viz.atlas import Atlas, atlas_fragment, sprites
-from ..viz.dataset import evenly_spaced, has_classes
+from ..viz.dataset import has_classes
 from ..viz.embedding import tsne
 from ..viz.markup import file_uri, jpeg_uri
 from ..viz.neighbors import Queries, neighbor_rows

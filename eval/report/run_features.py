@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from hydra.errors import InstantiationException
 
-from ssl_xcit.data.preprocess import MAX_PIXELS, of_weights
+from ssl_xcit.data.preprocess import MAX_PIXELS, Preprocess, of_weights
 from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.weights import checkpoint_path, load_backbone
+from ssl_xcit.transfer.load import load_task
+from ssl_xcit.transfer.task import Task, TransferData
+from ssl_xcit.utils.devices import placed
 from ssl_xcit.utils.validation import Network
 
-from ..checkpoints import data_of_run
+from ..checkpoints import data_of_run, transfer_data_of_run
 from ..evaluators.knn import KNN
 from ..features.extract import FeatureSet
-from ..features.extractor import FeatureExtractor, placed
+from ..features.extractor import FeatureExtractor
 from ..online import thinned
 from ..results import Evaluation, differences
 from ..runner import cache_folder
@@ -67,6 +71,7 @@ class RunFeatures:
         self.run = run
         self.options = options
         self.made: dict[str, Any] = {}
+        self.task_device = torch.device("cpu")
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """Make it, or return what was made, or raise what was raised."""
@@ -89,17 +94,48 @@ class RunFeatures:
         """The backbone of the newest checkpoint; raises UserError where it cannot be read."""
         options = self.options
         backbone = load_backbone(self.checkpoint, options.which)
-        max_pixels = self.run.setting("preprocess", "max_pixels")
         cache = self.run.setting("evaluation", "cache")
-        most = max_pixels if isinstance(max_pixels, int) else MAX_PIXELS
         return FeatureExtractor(
             backbone,
-            of_weights(backbone.preprocess, most),
+            of_weights(backbone.preprocess, self.max_pixels),
             placed(backbone, options.device)[0],
             num_workers=options.num_workers,
             show=options.show,
             cache=cache_folder(cache if isinstance(cache, bool | str) else False),
         )
+
+    @property
+    def max_pixels(self) -> int:
+        """The largest image that the run reads."""
+        most = self.run.setting("preprocess", "max_pixels")
+        return most if isinstance(most, int) else MAX_PIXELS
+
+    @made_once
+    def task(self) -> Task:
+        """The task of the newest checkpoint, on `task_device`; raises UserError where there is
+        none.
+        """
+        task: Any = load_task(self.checkpoint, self.options.which)
+        self.task_device = placed(task, self.options.device)[0]
+        return task
+
+    @property
+    def test_preprocess(self) -> Preprocess:
+        """How the task's test images are read."""
+        return of_weights(self.task.backbone.preprocess, self.max_pixels)
+
+    @made_once
+    def transfer_data(self) -> TransferData:
+        """The task's images with targets, by the choices in `run.json`. Raises UserError where that
+        file is damaged, or the images are gone.
+        """
+        if not {"overrides", "choices"} <= self.run.about.keys():
+            raise UserError("run.json does not say which images the run was measured on")
+        try:
+            with hydra_ready():
+                return transfer_data_of_run(str(self.checkpoint))
+        except InstantiationException as error:  # its cause says more
+            raise error.__cause__ or error from None
 
     @made_once
     def data(self) -> DataSet:
@@ -135,7 +171,9 @@ class RunFeatures:
         return image_features(self.extractor, source, self.data, f"{self.run.name}: {title}")
 
     def num_online(self) -> int | None:
-        """Number of test images of online evaluation; None where it is not known."""
+        """Number of test images of online k-NN; None where it is not known."""
+        if self.run.transfer:
+            return None
         online = self.run.setting("callbacks", "online")
         most = online.get("max_images") if isinstance(online, dict) else None
         if not isinstance(most, int):

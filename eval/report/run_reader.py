@@ -28,6 +28,7 @@ Curve = tuple[list[int], list[float]]  # steps and values; a value may be infini
 Numbers = dict[str, dict[str, float]]  # row -> metric -> value
 Intervals = dict[str, dict[str, tuple[float, float]]]
 FINISHED, RUNNING, STOPPED, FAILED = "finished", "running", "stopped", "failed"
+TASKS = ("classification", "segmentation", "detection")
 FILES = ("config.yaml", "run.json", "metrics.csv", "summary.json", "checkpoints")
 
 
@@ -55,6 +56,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)  # settings as they were used, nested
     about: dict[str, Any] = field(default_factory=dict)  # `run.json`: overrides, plan, versions
     summary: dict[str, Any] = field(default_factory=dict)  # numbers of its end
+    details: dict[str, Any] = field(default_factory=dict)  # of a task's measure at its end
     results: RunResults | None = None  # final numbers on the run's own data
     elsewhere: list[RunResults] = field(default_factory=list)  # those on other data
     curves: dict[str, Curve] = field(default_factory=dict)  # by column of `metrics.csv`
@@ -90,6 +92,17 @@ class Run:
         chosen = str(self.choices.get("data") or self.summary.get("data") or "unknown data")
         root = self.setting("data", "root")
         return f"{chosen}, {root}" if isinstance(root, str) else chosen
+
+    @property
+    def transfer(self) -> str | None:
+        """The kind of task of a run of `ssl-xcit finetune`; None of pretraining."""
+        kind = self.config.get("transfer") or self.summary.get("transfer")
+        return kind if kind in TASKS else None
+
+    @property
+    def command(self) -> str:
+        """The command that made it."""
+        return "finetune" if self.transfer or "transfer" in self.choices else "pretrain"
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -151,12 +164,13 @@ def read_run(path: Path) -> Run:
     if not any((path / name).exists() for name in FILES):
         raise UserError(
             f"run={path} is no run folder: none of {', '.join(FILES)} is there; name a folder that "
-            "ssl-xcit pretrain has made, such as runs/photos"
+            "ssl-xcit pretrain or finetune has made, such as runs/photos"
         )
     run = Run(path)
     run.about = content_of(run, "run.json", "run.json is missing")
     run.summary = content_of(run, "summary.json")
     run.config = content_of(run, "config.yaml", "config.yaml is missing")
+    run.details = content_of(run, "evaluation.json")
     read_metrics(run)
     read_results(run)
     with suppress(OSError):

@@ -20,13 +20,17 @@ from ..results import DIFFERENCE_HEADINGS, difference_rows
 from ..statistics import Difference
 from ..viz.markup import duration_in_words
 from .figures import COLOURS, is_percent, label_of, numbers_figure
+from .head_sections import left_out
 from .page import Table
 from .run_features import RunFeatures, named, paired_knn
 from .run_reader import FINISHED, Run, RunResults, is_number, mapping, message_of
 from .settings_diff import ABSENT, Setting, differing, settings_of_run
 
 Content = dict[str, Any]  # of a section, by the arguments of its macro
-HEADLINES = ("knn_k20", "linear", "logistic", "map", "label_map", "r2")
+HEADLINES = (
+    "knn_k20", "linear", "logistic", "map", "label_map", "r2", "top1", "top5", "mAP", "miou",
+    "pixel_accuracy", "mean_class_accuracy", "box_AP", "box_AP50", "mask_AP", "mask_AP50",
+)  # fmt: skip
 MAX_BAD = 200
 PILLS = {"finished": "good", "running": "busy", "failed": "bad"}  # by state; others `warn`
 
@@ -42,13 +46,18 @@ class Tile(NamedTuple):
 def headline(run: Run) -> Content:
     """State, health and the most important numbers."""
     facts = [run.model, run.data]
+    if run.transfer:
+        facts.insert(0, run.transfer)
     if (seconds := run.seconds()) is not None:
         facts.append(f"{duration_in_words(seconds)} of training")
     epochs = run.last("epoch")
     facts.append(f"{run.step:,} steps" + (f", {epochs:.3g} epochs" if epochs is not None else ""))
     return {
         "facts": " · ".join(facts),
-        "pills": [(PILLS.get(run.state, "warn"), run.words), health_pill(run)],
+        "pills": [
+            (PILLS.get(run.state, "warn"), run.words),
+            *([] if run.transfer else [health_pill(run)]),
+        ],
         "tiles": list(tiles_of(run)),
         "problems": run.problems,
         "data_changes": data_changes(run),
@@ -116,7 +125,9 @@ def results_section(features: Sequence[RunFeatures]) -> Content:
     measured = [(run.name, run.results) for run in runs if run.results is not None]
     words = "in %. Bars are 95 % intervals over the test images."
     tables = [
-        (f"on other data: {r.source}", results_table(r)) for run in runs for r in run.elsewhere
+        (f"{'also' if run.transfer else 'on other data'}: {r.source}", results_table(r))
+        for run in runs
+        for r in run.elsewhere
     ]
     if len(runs) > 1:
         notes, tables = [f"I{words[1:]}"], [("all numbers", comparison_table(measured))]
@@ -174,8 +185,13 @@ def paired_differences(one: RunFeatures, two: RunFeatures) -> Content:
     """Second run minus the first, by image: as `ssl-xcit eval` left it, else k-NN alone."""
     title, words, command = f"{two.run.name} - {one.run.name}", "", ""
     differences = recorded_differences(one.run, two.run)
+    kinds = one.run.transfer, two.run.transfer
     if differences:
         words = "From comparison.json."
+    elif any(kinds):
+        words = "Not compared image by image. The intervals are each run's own."
+        if kinds[0] == kinds[1]:
+            command = shlex.join(["ssl-xcit", "eval", f"ckpt=[{one.run.path},{two.run.path}]"])
     else:
         try:
             differences = paired_knn(one, two)
@@ -264,22 +280,34 @@ def commands_section(runs: Sequence[Run]) -> Content:
         if run.about:
             again = "goes on where it stopped" if run.state != FINISHED else "makes the run again"
             words = f"In the folder where it was made, or with another name=, this {again}:"
-            groups.append((words, lines(["pretrain", *run.overrides])))
+            groups.append((words, lines([run.command, *run.overrides])))
         folder = str(run.path)
-        own = lines(["eval", f"ckpt={folder}"], ["visualize", f"ckpt={folder}"],
+        pictures = "predict" if run.transfer else "visualize"
+        images = ["images=DIR"] if run.transfer else []
+        own = lines(["eval", f"ckpt={folder}"], [pictures, f"ckpt={folder}", *images],
                     ["report", f"run={folder}"])  # fmt: skip
         groups.append(("Measure, look at pictures, write this page again:", own))
         of_runs.append((name, groups))
     if len(runs) > 1:
         folders = f"[{','.join(str(run.path) for run in runs)}]"
-        both = lines(["eval", f"ckpt={folders}"], ["report", f"runs={folders}"])
-        of_runs.append(("", [("Compare image by image, write this page again:", both)]))
+        both = lines(["report", f"runs={folders}"])
+        words = "Write this page again:"
+        if len({run.transfer for run in runs}) == 1:
+            both = lines(["eval", f"ckpt={folders}"]) + both
+            words = "Compare image by image, write this page again:"
+        of_runs.append(("", [(words, both)]))
     return {"runs": of_runs}
 
 
-def bad_section(runs: Sequence[Run]) -> Content:
-    """Images that could not be used, and why."""
-    return {"runs": [(name, bad_images(run)) for name, run in named(runs)]}
+def bad_section(features: Sequence[RunFeatures]) -> Content:
+    """Images and annotations that could not be used, and why."""
+    names = named([each.run for each in features])
+    return {
+        "runs": [
+            (name, [bad_images(run), *([more] if (more := left_out(each)) else [])])
+            for (name, run), each in zip(names, features, strict=True)
+        ]
+    }
 
 
 def bad_images(run: Run) -> Content:

@@ -81,8 +81,8 @@ def defaults_of(run: Run) -> tuple[dict[str, str], dict[str, str], list[str]]:
         else:
             notes.append(f"{group}={option} is none of the installed options")
     with hydra_ready():
-        plain_hydra = compose("pretrain", return_hydra_config=True).hydra
-        cfg = compose("pretrain", overrides=known)
+        plain_hydra = compose(run.command, return_hydra_config=True).hydra
+        cfg = compose(run.command, overrides=known)
         for key in missing_keys(OmegaConf.to_container(cfg, resolve=False)):
             OmegaConf.update(cfg, key, NEEDED)
         settings = flat_text(OmegaConf.to_container(cfg, resolve=True))
