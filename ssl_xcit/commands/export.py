@@ -17,7 +17,8 @@ from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.export.comparison import KNN
 from ssl_xcit.export.description import Weights, describe, export_name
 from ssl_xcit.export.output_files import output_path
-from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
+from ssl_xcit.models.weights import backbone_in, checkpoint_path, model_name, read_weights
+from ssl_xcit.transfer.load import task_in, transfer_record
 from ssl_xcit.utils.files import written_to
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import say
@@ -32,6 +33,7 @@ class ExportSettings:
     ckpt: Text
     format: str | Sequence[str]
     which: Network
+    head: bool
     out: Text | None
     formats: Mapping[str, Node]
     knn: Node
@@ -58,16 +60,25 @@ def main(settings: ExportSettings) -> None:
     """`ssl-xcit export`: prints the written files, their comparison, and how to use them."""
     formats = settings.chosen
     path = checkpoint_path(str(settings.ckpt))
-    backbone = load_backbone(path, settings.which)
+    content = read_weights(path)
+    record = transfer_record(content)
+    task: Any = None
+    if record is None:
+        backbone = backbone_in(content, path, settings.which)
+    else:
+        loaded: Any = task_in(content, record, path, settings.which)
+        backbone, task = loaded.backbone, loaded if settings.head else None
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
     name = export_name(path, run_dir, settings.which)
     pair = labelled_pair(settings.eval_data, run_dir, of_weights(backbone.preprocess))
     about = describe(settings.which, path, run_dir, model_name(backbone.architecture))
-    weights = Weights(backbone, name, about, *((pair.resize, pair.size) if pair else ()))
+    sides = (pair.resize, pair.size) if pair else (256, 224)
+    weights = Weights(backbone, name, about, *sides_of(task, sides), task=task)
     given = None if settings.out is None else str(settings.out)
     out = output_path(given, path, run_dir, name)
-    say(f"{path}: {weights.model}, {settings.which}")
-    if backbone.architecture["num_classes"]:
+    kind = f", {task.kind} of {len(task.class_names):,} classes" if task else ""
+    say(f"{path}: {weights.model}, {settings.which}{kind}")
+    if task is None and backbone.architecture["num_classes"]:
         say("its classifier is left out: features are exported")
     knn: KNN | None = None if pair is None else instantiate(settings.knn)(pair)
     failures = []
@@ -91,6 +102,19 @@ def main(settings: ExportSettings) -> None:
     if failures:
         message = f"{len(failures)} of {len(formats)} formats were not exported, see above"
         raise type(failures[0])(message)
+
+
+def sides_of(task: Any, otherwise: tuple[int, int]) -> tuple[int, int]:
+    """Short side and central square of images as a task is tested on them; of dense tasks both are
+    the short side.
+    """
+    if task is None:
+        return otherwise
+    prepare = task.prepare
+    if task.kind == "classification":
+        return prepare.resize, prepare.size
+    side = prepare.size if task.kind == "segmentation" else prepare.side
+    return side, side
 
 
 def labelled_pair(

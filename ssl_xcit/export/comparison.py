@@ -1,10 +1,11 @@
-"""Compare another form of the weights with the backbone by features of photographs, and rounded
-weights by size, speed and k-NN accuracy too.
+"""Compare another form of the weights with the network by its outputs for photographs (features,
+logits, objects), and rounded weights by size, speed and accuracy too.
 """
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,84 +21,178 @@ from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.export.description import Weights
 
-Run = Callable[[Float[Tensor, "B in_chans H W"]], Any]  # to (B, C), or (B, C) and (B, C, h, w)
-KNN = Callable[[Weights, Mapping[str, Run]], dict[str, float]]  # k-NN accuracy in percent
-IMAGES = ((2, 64, 64), (1, 96, 160), (3, 75, 52), (1, 224, 224))  # number, height, width
-SIZES = ", ".join(f"{height} x {width}" for _, height, width in IMAGES)
-CLOSE = 1e-5  # largest difference of a feature, over the largest feature where that is above 1
+Run = Callable[[Float[Tensor, "B in_chans H W"]], Any]  # to one tensor or several
+# images and a threshold of scores to boxes, labels, scores and perhaps masks
+Detect = Callable[[Float[Tensor, "1 in_chans H W"], Float[Tensor, ""]], tuple[Tensor, ...]]
+KNN = Callable[[Weights, Mapping[str, Run]], dict[str, float]]  # accuracy in percent
+Shapes = Sequence[tuple[int, int, int]]  # number, height, width
+IMAGES: Shapes = ((2, 64, 64), (1, 96, 160), (3, 75, 52), (1, 224, 224))
+LARGER: Shapes = ((2, 64, 64), (1, 96, 160), (3, 91, 77), (1, 224, 224))  # for pyramids
+CLOSE = 1e-5  # largest difference of a number, over the largest number where that is above 1
+CLOSE_MASKS = 1e-4  # of a probability: a box's difference moves all samples of its mask
+LONE = 0.01  # share of objects that may be found by one form only
+NUM_IMAGES = 3  # in which objects are compared
 LEAST_COSINE = 0.5  # below, it is another network and not a rounded one
 ROUNDS, SECONDS = 7, 20.0  # of timing, at most
 
 
-def real_images(weights: Weights) -> Iterator[Float[Tensor, "B in_chans H W"]]:
-    """Yield normalised batches of several sizes from the built-in photographs; networks of other
-    channels get red, green and blue in turn.
+def real_images(
+    weights: Weights, shapes: Shapes = IMAGES
+) -> Iterator[Float[Tensor, "B in_chans H W"]]:
+    """Yield normalised batches of such numbers, heights and widths from the built-in photographs;
+    networks of other channels get red, green and blue in turn.
     """
+    numbers = itertools.count(step=97)
     source, preprocess = photos(), weights.preprocess
     channels = np.arange(preprocess.channels) % 3
-    for count, height, width in IMAGES:
+    for count, height, width in shapes:
         batch = []
-        for index in range(count):
-            pixels = decode(source.read(index * 97), RGB)
+        for _ in range(count):
+            pixels = decode(source.read(next(numbers) % len(source)), RGB)
             image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
             batch.append(np.asarray(image)[..., channels].transpose(2, 0, 1))
         yield normalise(torch.from_numpy(np.stack(batch)), preprocess)
 
 
+def photographs(shapes: Shapes) -> str:
+    """Their sizes in words."""
+    return "photographs of " + ", ".join(f"{height} x {width}" for _, height, width in shapes)
+
+
 @dataclass
 class Difference:
-    """Between the features of another form and the backbone's."""
+    """Between the outputs of another form and the network's."""
 
-    largest: float = 0.0  # of a feature, over the largest feature where that is above 1
-    cosine: float = 1.0  # the smallest cosine similarity between class tokens of an image
+    largest: float = 0.0  # of a number, over the largest number where that is above 1
+    cosine: float = 1.0  # the smallest cosine similarity between the first outputs for an image
 
 
-def difference(weights: Weights, run: Run, patches: bool = False) -> Difference:
-    """Difference on photographs of several sizes, one and several at once, of the other form `run`:
-    images to class tokens, or with `patches` to those and patch tokens.
+def difference(
+    weights: Weights, run: Run, expected: Run | None = None, shapes: Shapes = IMAGES
+) -> Difference:
+    """Difference on photographs of several sizes, one and several at once, of the other form `run`
+    from `expected`, None: from `weights.output`.
 
     Raises:
         UserError: the weights themselves give features that are not finite.
         RunFailed: those of the other form are not, or have other shapes.
     """
-    result, backbone = Difference(), weights.backbone
+    result = Difference()
     with torch.inference_mode():
-        for images in real_images(weights):
-            expected = backbone.forward_features(images) if patches else (backbone(images),)
-            output = run(images)
-            actual = output if isinstance(output, tuple) else (output,)
-            shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, actual)]
-            if shapes[0] != shapes[1]:
-                raise RunFailed(f"features have the shapes {shapes[1]}, not {shapes[0]}")
-            if not all(t.isfinite().all() for t in expected):
-                raise UserError(
-                    "these weights give features that are not finite: take an earlier checkpoint, "
-                    "ckpt=RUN/checkpoints/step-....ckpt"
-                )
-            if not all(t.isfinite().all() for t in actual):
-                raise RunFailed("features are not finite: nothing is exported")
-            for a, b in zip(expected, actual, strict=True):
+        for images in real_images(weights, shapes):
+            ours, theirs = several((expected or weights.output)(images)), several(run(images))
+            own, others = ([tuple(t.shape) for t in tensors] for tensors in (ours, theirs))
+            if own != others:
+                raise RunFailed(f"{weights.output_name}s have the shapes {others}, not {own}")
+            check_finite(weights, ours, theirs)
+            for a, b in zip(ours, theirs, strict=True):
                 scale = max(1.0, a.abs().max().item())
                 result.largest = max(result.largest, (b.float() - a).abs().max().item() / scale)
-            cosines = torch.cosine_similarity(expected[0], actual[0].float())
+            cosines = torch.cosine_similarity(ours[0], theirs[0].float())
             result.cosine = min(result.cosine, cosines.min().item())
     return result
 
 
-def compare(weights: Weights, run: Run, close: float = CLOSE, patches: bool = False) -> str:
-    """The largest difference of another form from the backbone, in words; see `difference`.
+def several(output: Any) -> tuple[Tensor, ...]:
+    """One tensor or several as several."""
+    return tuple(output) if isinstance(output, tuple) else (output,)
+
+
+def check_finite(weights: Weights, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Raise UserError where our outputs are not finite, RunFailed where theirs are not."""
+    if not all(t.isfinite().all() for t in ours):
+        raise UserError(
+            f"these weights give {weights.output_name}s that are not finite: take an earlier "
+            "checkpoint, ckpt=RUN/checkpoints/step-....ckpt"
+        )
+    if not all(t.isfinite().all() for t in theirs):
+        raise RunFailed(f"{weights.output_name}s are not finite: nothing is exported")
+
+
+def compare(
+    weights: Weights,
+    run: Run,
+    close: float = CLOSE,
+    expected: Run | None = None,
+    name: str | None = None,
+    shapes: Shapes = IMAGES,
+) -> str:
+    """The largest difference of another form from the network, in words, by the `name` of a number;
+    see `difference`.
 
     Raises:
         RunFailed: it is above `close`.
     """
-    largest = difference(weights, run, patches).largest
+    largest = difference(weights, run, expected, shapes).largest
     if largest > close:
         raise RunFailed(
-            f"features differ by {largest:.1e}, more than {close:.0e}: nothing is exported; "
-            "please report this with the versions of the libraries"
+            f"{weights.output_name}s differ by {largest:.1e}, more than {close:.0e}: nothing is "
+            "exported; please report this with the versions of the libraries"
         )
-    feature = "class or patch feature" if patches else "feature"
-    return f"largest difference of a {feature} {largest:.1e} on photographs of {SIZES}"
+    words = f"largest difference of a {name or weights.output_name} {largest:.1e}"
+    return f"{words} on {photographs(shapes)}"
+
+
+def compare_objects(
+    weights: Weights, run: Detect, expected: Detect, size: tuple[int, int], threshold: float
+) -> str:
+    """How many of a detector's objects in photographs of (height, width) another form finds too, in
+    words. Where there are none, objects of lower scores are compared.
+
+    An object is the same if its label is, and its box, score and mask differ by `CLOSE` at most (of
+    boxes over the long side, of masks `CLOSE_MASKS`).
+
+    Raises:
+        UserError: as `difference`.
+        RunFailed: more than `LONE` of them are found by one form only, which happens where a
+            score or an overlap is at a threshold to the last digits.
+    """
+    num_objects, num_lone, lowest = 0, 0, threshold
+    largest, of_masks = 0.0, 0.0
+    with torch.inference_mode():
+        for images in real_images(weights, [(1, *size)] * NUM_IMAGES):
+            level = threshold
+            while len((ours := expected(images, torch.tensor(level)))[0]) == 0 and level > 1e-4:
+                level /= 10
+            theirs = run(images, torch.tensor(level))
+            check_finite(weights, ours, theirs)
+            differences, masks = object_differences(ours, theirs, max(size))
+            same = (differences <= CLOSE) & (masks <= CLOSE_MASKS)
+            num_objects += len(ours[0])
+            num_lone += int((~same.any(1)).sum()) + int((~same.any(0)).sum())
+            if same.any():
+                largest = max(largest, differences[same].max().item())
+                of_masks = max(of_masks, masks[same].max().item())
+            lowest = min(lowest, level)
+    height, width = size
+    place = f"in {NUM_IMAGES} photographs of {height} x {width}"
+    if num_lone > LONE * num_objects:
+        raise RunFailed(
+            f"{num_lone} of {num_objects} objects {place} are found by one form only: nothing is "
+            "exported; please report this with the versions of the libraries"
+        )
+    return (
+        f"of {num_objects} objects {place} of scores above {lowest:g}, {num_lone} are found by one "
+        f"form only; largest difference of boxes (over the long side) and scores {largest:.1e}"
+        + f", of masks {of_masks:.1e}"
+        * (len(ours) > 3)
+    )
+
+
+def object_differences(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], side: int
+) -> tuple[Float[Tensor, "ours theirs"], Float[Tensor, "ours theirs"]]:
+    """The largest difference of box (over `side`) and score between any two objects, and that of
+    their masks; infinite between those of two labels.
+    """
+    boxes, labels, scores = (
+        (a[:, None] - b[None]).abs().float() for a, b in zip(ours[:3], theirs[:3], strict=True)
+    )
+    largest = torch.maximum(boxes.amax(dim=2) / side, scores).masked_fill(labels > 0, torch.inf)
+    masks = torch.zeros_like(largest)
+    if len(ours) > 3:
+        masks = torch.cdist(ours[3].flatten(1), theirs[3].flatten(1), p=torch.inf)
+    return largest, masks
 
 
 class Rounding(NamedTuple):
@@ -111,8 +206,8 @@ class Rounding(NamedTuple):
 def compare_rounded(
     weights: Weights, name: str, runs: tuple[Run, Run], num_bytes: tuple[int, int], knn: KNN | None
 ) -> Rounding:
-    """Compare rounded weights with float32, by runs (images to class tokens) in one library and the
-    bytes of the files of both, float32's first; `knn` is None without labelled images.
+    """Compare rounded weights with float32, by runs (images to features or logits) in one library
+    and the bytes of the files of both, float32's first; `knn` is None without labelled images.
 
     Raises:
         RunFailed: the features are not those of the backbone.
@@ -122,21 +217,22 @@ def compare_rounded(
     if cosine < LEAST_COSINE:
         raise RunFailed(f"cosine similarity to float32 fell to {cosine:.2f}; not exported")
     smaller, faster = num_bytes[1] / num_bytes[0], times_as_fast(weights, *runs)
+    measure = "accuracy" if weights.num_classes else "k-NN 20"
     accuracy, accuracy_note = None, "there are no labelled images (eval_data.root=DIR)"
     try:
-        accuracy = knn and knn(weights, {"float32": weights.backbone, name: runs[1]})
+        accuracy = knn and knn(weights, {"float32": weights.output, name: runs[1]})
     except UserError as error:  # the file is good all the same
         accuracy_note = str(error)
     if accuracy:
         gain = accuracy[name] - accuracy["float32"]
         values = ", ".join(f"{key} {value:.1f}" for key, value in accuracy.items())
-        accuracy_note = f"k-NN 20 in %: {values}, a difference of {gain:+.1f}"
+        accuracy_note = f"{measure} in %: {values}, a difference of {gain:+.1f}"
     else:
-        accuracy_note = f"k-NN was not measured: {accuracy_note}"
+        accuracy_note = f"{measure.removesuffix(' 20')} was not measured: {accuracy_note}"
     threads = torch.get_num_threads()
     return Rounding(
-        f"least cosine to float32's features {cosine:.4f}, largest difference {largest:.1e}, on "
-        f"photographs of {SIZES}",
+        f"least cosine to float32's {weights.output_name}s {cosine:.4f}, largest difference "
+        f"{largest:.1e}, on {photographs(IMAGES)}",
         [
             f"{smaller:.2f} of float32's size, {faster:.2f} times as fast here on 224 x 224 "
             f"({threads} thread{'s' * (threads > 1)})",
@@ -144,7 +240,8 @@ def compare_rounded(
         ],
         {
             "least_cosine": cosine, "largest_difference": largest, "size_of_float32": smaller,
-            "times_as_fast": faster, "threads": threads, "knn_k20": accuracy,
+            "times_as_fast": faster, "threads": threads,
+            "accuracy" if weights.num_classes else "knn_k20": accuracy,
         },
     )  # fmt: skip
 

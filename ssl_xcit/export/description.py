@@ -2,17 +2,21 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.models.published import TIMM_FILE, results_folder
 from ssl_xcit.models.weights import checkpoints_of, model_name
-from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.models.xcit import TASK_LAYERS, XCiT
 from ssl_xcit.training.run_dir import versions
+from ssl_xcit.transfer.classification.task import Classification
+from ssl_xcit.transfer.detection.task import Detection
+from ssl_xcit.transfer.segmentation.task import Segmentation
 from ssl_xcit.utils.files import read_json, sha256_of
 
 
@@ -25,6 +29,7 @@ class Weights:
     about: Mapping[str, Any]  # plain data, see `describe`
     resize: int = 256  # short side in pixels at which the run was measured
     size: int = 224  # of the central square
+    task: Classification | Segmentation | Detection | None = None  # of it; None: features
     # programs of the backbone that several formats start from, by names of tensors
     traced: dict[tuple[str, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -39,14 +44,53 @@ class Weights:
         return model_name(self.backbone.architecture)
 
     @property
+    def num_classes(self) -> int:
+        """Of a classifier; 0: it has none."""
+        return len(self.task.class_names) if isinstance(self.task, Classification) else 0
+
+    @property
     def architecture(self) -> dict[str, Any]:
-        """The exported network's, which has no classifier."""
-        return {**self.backbone.architecture, "num_classes": 0}
+        """The exported backbone's, which has a classifier if that is the task, and no pyramid."""
+        plain = {k: v for k, v in self.backbone.architecture.items() if k != "pyramid"}
+        return {**plain, "num_classes": self.num_classes}
 
     def state(self) -> dict[str, Tensor]:
-        """The backbone's tensors, without a classifier."""
+        """Its tensors."""
+        left_out = tuple(set(TASK_LAYERS) - ({"head."} if self.num_classes else set()))
         state = self.backbone.state_dict()
-        return {k: v.contiguous() for k, v in state.items() if not k.startswith("head.")}
+        return {k: v.contiguous() for k, v in state.items() if not k.startswith(left_out)}
+
+    def output(self, x: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B outputs"]:
+        """Class tokens of normalised images, or a classifier's logits."""
+        tokens = self.backbone(x)
+        return self.backbone.head(tokens) if self.num_classes else tokens
+
+    def of_backbone(self) -> "Weights":
+        """These without a head for dense tasks, which other tools' XCiT has not."""
+        return self if self.num_classes else replace(self, task=None)
+
+    @property
+    def output_name(self) -> str:
+        """Of a number that the network gives."""
+        return "feature" if self.task is None else "logit"
+
+    def about_task(self) -> dict[str, Any]:
+        """The task as plain data; nothing, where there is none."""
+        if self.task is None:
+            return {}
+        about: dict[str, Any] = {"task": self.task.kind, "class_names": list(self.task.class_names)}
+        if isinstance(self.task, Classification):
+            about["multi_label"] = self.task.multi_label
+        return about
+
+    def left_out(self) -> list[str]:
+        """What files of the backbone alone lack, in words."""
+        if self.task is None or self.num_classes:
+            return []
+        return [
+            f"the backbone alone, for there is no {self.task.kind} in such a file: format=onnx has "
+            "it; the class token took no part in its training, patch features did"
+        ]
 
 
 def export_name(path: Path, run_dir: Path | None, which: str) -> str:

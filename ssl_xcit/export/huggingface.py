@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ssl_xcit.errors import RunFailed, UserError
-from ssl_xcit.export.comparison import compare
+from ssl_xcit.export.comparison import Run, compare
 from ssl_xcit.export.description import Weights
 from ssl_xcit.export.output_files import (
     Exported,
@@ -23,17 +23,16 @@ from ssl_xcit.export.output_files import (
     save_tensors,
     with_ending,
 )
-from ssl_xcit.export.safetensors_files import metadata, timm_arguments
+from ssl_xcit.export.safetensors_files import loaded, metadata, timm_arguments
 from ssl_xcit.models.timm_keys import to_timm_names
-from ssl_xcit.models.weights import load_backbone
 from ssl_xcit.utils.tables import format_value, interval_text, title_of
 from ssl_xcit.utils.terminal import literal, printable
 
 CARD = """---
 library_name: transformers
-pipeline_tag: image-feature-extraction
+pipeline_tag: {pipeline}
 tags:
-- image-feature-extraction
+- {pipeline}
 - timm
 - xcit
 - self-supervised-learning
@@ -42,19 +41,19 @@ tags:
 
 # {name}
 
-{model}, {parameters:.1f} M parameters: features of images{origin}.
-The architecture is XCiT (arXiv:2106.09681). Output: the class token, {width} numbers an image.
+{model}, {parameters:.1f} M parameters: {purpose}{origin}.
+The architecture is XCiT (arXiv:2106.09681). Output: {output}.
 Images may have any size; the preprocessing makes them {size} x {size} pixels.
 
 {numbers}
 ## Use
 
 ```python
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, {auto}
 
-model = AutoModel.from_pretrained("{where}").eval()
+model = {auto}.from_pretrained("{where}").eval()
 processor = AutoImageProcessor.from_pretrained("{where}")
-features = model(**processor(image)).pooler_output  # (1, {width})
+{result} = model(**processor(image)).{field}  # (1, {width})
 ```
 
 ```python
@@ -93,6 +92,7 @@ def huggingface(
     require("transformers", "transformers", "timm")
     if push is not None:
         require("hub", "huggingface_hub")
+    notes, weights = weights.left_out(), weights.of_backbone()
     name, arguments = timm_arguments(weights)
     path = with_ending(out, "-huggingface")
     with replacing_path(path, FILES) as part:
@@ -102,15 +102,16 @@ def huggingface(
             json.dumps(config(weights, name, arguments), indent=2) + "\n"
         )
         (part / "README.md").write_text(card(weights, push or path.name, push))
-        loaded = auto_model(part)
-        checked = compare(weights, loaded)
-        compare(weights, load_backbone(part))
+        auto, result, field = interface(weights)
+        checked = compare(weights, auto_model(part, auto, field))
+        compare(weights, loaded(part))
     exported = Exported(
         [path],
-        f"loaded by transformers' AutoModel, and by ssl_xcit: {checked}",
-        "from transformers import AutoModel\n"
-        f'model = AutoModel.from_pretrained("{path}").eval()\n'
-        "features = model(pixel_values=images).pooler_output",
+        f"loaded by transformers' {auto}, and by ssl_xcit: {checked}",
+        f"from transformers import {auto}\n"
+        f'model = {auto}.from_pretrained("{path}").eval()\n'
+        f"{result} = model(pixel_values=images).{field}",
+        notes,
     )
     if weights.preprocess.channels != 3:
         exported.notes.append("AutoImageProcessor reads RGB only; feed normalised tensors")
@@ -119,16 +120,25 @@ def huggingface(
     return exported
 
 
+def interface(weights: Weights) -> tuple[str, str, str]:
+    """The class of transformers that loads it, our name of its output, and the class's."""
+    if weights.num_classes:
+        return "AutoModelForImageClassification", "logits", "logits"
+    return "AutoModel", "features", "pooler_output"
+
+
 def config(weights: Weights, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of timm, and of its wrapper in transformers."""
     mean, std = weights.preprocess.statistics()
     chans = weights.architecture["in_chans"]
     more = {k: v for k, v in arguments.items() if k != "num_classes"}
+    K, names = weights.num_classes, weights.about_task().get("class_names")
     return {
         "model_type": "timm_wrapper",
-        "architectures": ["TimmWrapperModel"],
+        "architectures": ["TimmWrapperForImageClassification" if K else "TimmWrapperModel"],
         "architecture": name,
-        "num_classes": 0,
+        "num_classes": K,
+        **({"label_names": names} if names else {}),
         "num_features": weights.backbone.embed_dim,
         "global_pool": "token",
         **({"model_args": more} if more else {}),
@@ -140,7 +150,7 @@ def config(weights: Weights, name: str, arguments: Mapping[str, Any]) -> dict[st
             "crop_mode": "center",
             "mean": list(mean),
             "std": list(std),
-            "num_classes": 0,
+            "num_classes": K,
             "first_conv": "patch_embed.proj.0.0",
             "classifier": "head",
         },
@@ -153,16 +163,16 @@ def crop_share(resize: int, size: int) -> float:
     return share if math.floor(size / share) == resize else math.nextafter(share, 0.0)
 
 
-def auto_model(folder: Path) -> Any:
-    """A folder as a function of tensors, loaded by `AutoModel`."""
-    from transformers import AutoModel
+def auto_model(folder: Path, auto: str, field: str) -> Run:
+    """A folder as a function of tensors, loaded by a class of transformers."""
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    model = getattr(transformers, auto).from_pretrained(folder, local_files_only=True).eval()
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        return model(pixel_values=images).pooler_output
+        return getattr(model(pixel_values=images), field)
 
     return run
 
@@ -170,8 +180,10 @@ def auto_model(folder: Path) -> Any:
 def card(weights: Weights, name: str, pushed: str | None) -> str:
     """The model card with the numbers of these weights."""
     where = pushed or "FOLDER"
+    K, auto, result, field = weights.num_classes, *interface(weights)
+    measured = "classification" if K else PRETRAINED  # the row of results that is of the weights
     values, intervals = (
-        (weights.about.get(key) or {}).get(PRETRAINED, {}) for key in ("results", "intervals")
+        (weights.about.get(key) or {}).get(measured, {}) for key in ("results", "intervals")
     )
     rows = [
         f"| {literal(title_of(metric).strip())} | {format_value(metric, value)} | "
@@ -182,16 +194,25 @@ def card(weights: Weights, name: str, pushed: str | None) -> str:
     numbers = "It was not measured.\n"
     if rows:
         data = literal(str(weights.about.get("data")))
-        head = [f"Frozen features on {data}, in %:", "", "| | | 95 % |"]
+        title = f"Test images of {data}, in %:" if K else f"Frozen features on {data}, in %:"
+        head = [title, "", "| | | 95 % |"]
         numbers = "\n".join([*head, "|---|---:|---|", *rows, ""])
+    width = weights.backbone.embed_dim
     of_run = weights.about.get("overrides") is not None
-    own = (v for k, v in weights.backbone.named_parameters() if not k.startswith("head."))
+    trained = "" if K else ", pretrained without labels by DINO (arXiv:2104.14294) with ssl_xcit"
+    buffers = dict(weights.backbone.named_buffers())
     return CARD.format(
         name=literal(name.rsplit("/", 1)[-1]),
         model=weights.model,
-        origin=", pretrained without labels by DINO (arXiv:2104.14294) with ssl_xcit" * of_run,
-        parameters=sum(v.numel() for v in own) / 1e6,
-        width=weights.backbone.embed_dim,
+        pipeline="image-classification" if K else "image-feature-extraction",
+        purpose=f"one of {K:,} classes for each image" if K else "features of images",
+        output="logits of the classes" if K else f"the class token, {width} numbers an image",
+        auto=auto,
+        result=result,
+        field=field,
+        origin=trained * of_run,
+        parameters=sum(v.numel() for k, v in weights.state().items() if k not in buffers) / 1e6,
+        width=K or width,
         size=weights.size,
         numbers=numbers,
         where=where,

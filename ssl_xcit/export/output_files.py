@@ -64,7 +64,7 @@ def output_path(out: str | None, weights: Path, run_dir: Path | None, name: str)
 def write_description(weights: Weights, path: Path, **more: Any) -> Path:
     """Write a JSON file with everything that is known of the weights, and return its path."""
     network = {"architecture": weights.architecture, "preprocess": weights.preprocess.of_weights()}
-    write_json({**network, **weights.about, **more}, path)
+    write_json({**network, **weights.about_task(), **weights.about, **more}, path)
     return path
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.export.comparison import KNN, compare, compare_rounded
+from ssl_xcit.export.comparison import KNN, Run, compare, compare_rounded
 from ssl_xcit.export.description import Weights
 from ssl_xcit.export.output_files import (
     Exported,
@@ -33,35 +34,46 @@ def metadata(weights: Weights) -> dict[str, str]:
 
 def safetensors(weights: Weights, out: Path) -> Exported:
     """Write `NAME.safetensors` in the published names, and `NAME.json` with all that is known."""
-    path = with_ending(out, ".safetensors")
+    path, notes = with_ending(out, ".safetensors"), weights.left_out()
+    weights = weights.of_backbone()
     with replacing_path(path) as part:
         save_tensors(weights.state(), part, metadata(weights))
-        checked = compare(weights, load_backbone(part), close=0.0)
+        checked = compare(weights, loaded(part), close=0.0)
     about = write_description(weights, with_ending(out, ".json"))
-    return Exported([path, about], f"loaded back by ssl_xcit: {checked}", loading(path))
+    return Exported(
+        [path, about], f"loaded back by ssl_xcit: {checked}", loading(weights, path), notes
+    )
 
 
-def loading(path: Path) -> str:
+def loaded(path: Path) -> Run:
+    """A file or folder as a function of images, with its classifier where it has one."""
+    network = load_backbone(path)
+    return nn.Sequential(network, network.head)
+
+
+def loading(weights: Weights, path: Path) -> str:
     """Lines that load a file."""
-    return f'import ssl_xcit\nbackbone = ssl_xcit.load_backbone("{path}")'
+    load = f'import ssl_xcit\nbackbone = ssl_xcit.load_backbone("{path}")'
+    return load + "\nlogits = backbone.head(backbone(images))" * bool(weights.num_classes)
 
 
 def bfloat16(weights: Weights, out: Path, knn: KNN | None = None) -> Exported:
     """Write `NAME-bf16.safetensors`: weights of 16 bits, half the size, computed in float32 unless
     under autocast; `NAME-bf16.json` has what the rounding costs.
     """
-    path = with_ending(out, "-bf16.safetensors")
+    path, left_out = with_ending(out, "-bf16.safetensors"), weights.left_out()
+    weights = weights.of_backbone()
     with replacing_path(path) as part:
         state = weights.state()
         low = {k: v.bfloat16() if v.dtype == torch.float32 else v for k, v in state.items()}
         save_tensors(low, part, metadata(weights))
         num_bytes = sum(v.nbytes for v in state.values()), part.stat().st_size
-        runs = weights.backbone, load_backbone(part)
+        runs = weights.output, loaded(part)
         rounding = compare_rounded(weights, "bf16", runs, num_bytes, knn)
     about = write_description(weights, path.with_suffix(".json"), bf16=rounding.data)
-    notes = [*rounding.notes, "computed in float32, unless under torch.autocast"]
+    notes = [*left_out, *rounding.notes, "computed in float32, unless under torch.autocast"]
     checked = f"loaded back by ssl_xcit: {rounding.checked}"
-    return Exported([path, about], checked, loading(path), notes)
+    return Exported([path, about], checked, loading(weights, path), notes)
 
 
 def timm_arguments(weights: Weights) -> tuple[str, dict[str, Any]]:
@@ -76,7 +88,7 @@ def timm_arguments(weights: Weights) -> tuple[str, dict[str, Any]]:
             f"timm's XCiT has patches of 8 and 16, and these weights have "
             f"{architecture['patch_size']}: choose format=safetensors, onnx, program or int8"
         )
-    arguments: dict[str, Any] = {"num_classes": 0}
+    arguments: dict[str, Any] = {"num_classes": weights.num_classes}
     if architecture["in_chans"] != 3:
         arguments["in_chans"] = architecture["in_chans"]
     keys = ("embed_dim", "depth", "num_heads", "tokens_norm")
@@ -88,7 +100,10 @@ def timm_arguments(weights: Weights) -> tuple[str, dict[str, Any]]:
 
 
 def timm(weights: Weights, out: Path) -> Exported:
-    """Write `NAME-timm.safetensors` for `timm.create_model(..., checkpoint_path=...)`."""
+    """Write `NAME-timm.safetensors` for `timm.create_model(..., checkpoint_path=...)`, and of a
+    classifier `NAME-timm.json` with the names of the classes.
+    """
+    notes, weights = weights.left_out(), weights.of_backbone()
     name, arguments = timm_arguments(weights)
     require("timm", "timm")
     import timm as library
@@ -100,4 +115,7 @@ def timm(weights: Weights, out: Path) -> Exported:
         checked = compare(weights, model)
     words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     use = f'import timm\nmodel = timm.create_model("{name}", {words}, checkpoint_path="{path}")'
-    return Exported([path], f"loaded by timm {library.__version__}: {checked}", use)
+    paths = [path]
+    if weights.num_classes:
+        paths.append(write_description(weights, path.with_suffix(".json")))
+    return Exported(paths, f"loaded by timm {library.__version__}: {checked}", use, notes)
