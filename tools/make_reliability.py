@@ -40,6 +40,7 @@ ROWS = {
     28: ("hostile checkpoint, hostile tar", "no code runs, nothing is written outside; exit 2"),
     29: ("two processes in one run folder", "the second exits 2; the lock of a dead process is free"),
     30: ("rerun after completion", "exit 0, nothing rewritten"),
+    31: ("five SIGKILLs at random moments of fine-tuning, for each task", "weights, moments and average bit-identical, and every later record"),
 }  # fmt: skip
 
 
