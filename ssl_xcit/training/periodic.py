@@ -96,7 +96,8 @@ class PeriodicEvaluation(lightning.Callback):
             cost = {"online_seconds": self.last, "online_share": share}
             for logger in trainer.loggers:
                 logger.log_metrics({**values, **cost}, step)
-            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
+            shown = {k: v for k, v in values.items() if k == self.best} or values
+            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in shown.items()})
         if self.best is not None and not module.guard.in_a_row:
             self.keep_best(trainer, values)
 

@@ -20,6 +20,7 @@ from ssl_xcit.data.formats import readable_formats
 from ssl_xcit.data.labels import normalised
 from ssl_xcit.data.sources import Files, some_rows
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.utils.terminal import printable
 
 log = logging.getLogger(__name__)
 EXAMPLES = 3  # in a sentence
@@ -140,7 +141,7 @@ def warn_left_out(where: str, left_out: Sequence[str]) -> None:
         more = ", ..." if len(left_out) > EXAMPLES else ""
         log.warning(
             "%s: left out %s: %s%s",
-            where, f"{len(left_out):,}", "; ".join(left_out[:EXAMPLES]), more,
+            where, f"{len(left_out):,}", printable("; ".join(left_out[:EXAMPLES])), more,
         )  # fmt: skip
 
 
