@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ssl_xcit import cli
 
-IMAGES = {"classification": 1494, "segmentation": 800, "detection": 800}
+IMAGES = {"classification": 1494, "segmentation": 1200, "detection": 1200}
 STEPS = {"classification": 150, "segmentation": 150, "detection": 200}
 BATCH = {"classification": 32, "segmentation": 8, "detection": 8}
 NUMBERS = {

@@ -172,7 +172,7 @@ def test_tab_completion():
         point = str(len(line))
         return installed("-sc", "query=bash", COMP_LINE=line, COMP_POINT=point).split()
 
-    assert complete("ssl-xcit pre") == ["pretrain"]
+    assert complete("ssl-xcit pre") == ["predict", "pretrain"]
     assert "model=xcit_nano_12_p8" in complete("ssl-xcit pretrain model=xcit_nano")
     assert "optim.lr=" in complete("ssl-xcit pretrain optim.l")
     assert "which=" in complete("ssl-xcit eval whi")

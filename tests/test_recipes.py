@@ -87,6 +87,7 @@ def test_the_recipe_of_imagenet_has_a_row_for_each_published_architecture():
         assert re.search(rf"\| {name} \| \d+ \| \d+ \|", documented), name
 
 
+@pytest.mark.slow
 def test_the_table_is_what_the_script_counts():
     import recipes
 

@@ -182,6 +182,7 @@ class FinetuneSettings(RunSettings):
     """`conf/finetune.yaml`."""
 
     transfer: str
+    main_metric: Annotated[str, FREE]
     task: Node
     augment: Node
     optim: FinetuneOptimSettings

@@ -27,7 +27,7 @@ from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import track
 
 SIZE = BLOCK  # a background is a block
-COUNTS = {"train": 800, "test": 200}
+COUNTS = {"train": 1200, "test": 200}
 SHAPES = ("disc", "square", "triangle", "star", "ring", "cross")  # classes 1 to 6; 0: background
 TEXTURES = {  # photographs, by shape
     "disc": ("brick", "gravel"),
@@ -76,7 +76,7 @@ def outlines_of(shape: str) -> list[Outline]:
         "disc": [corners([0.9], 40)],
         "square": [corners([1.0], 4)],
         "triangle": [corners([1.0], 3)],
-        "star": [corners([1.0, 0.42], 10)],
+        "star": [corners([1.0, 0.5], 10)],
         "ring": [corners([0.95], 40), corners([0.5], 40)],
         "cross": [np.array([*cross, *((-x, -y) for x, y in cross)], np.float64)],
     }[shape]
@@ -245,7 +245,7 @@ def write_part(part: str, number: int, photos: Mapping[str, Sequence[Pixels]], o
 
 
 def composites(cache: CacheFolder = None) -> Path:
-    """Write `CACHE/composites-128-1/` once, and return it: 800 training and 200 test images.
+    """Write `CACHE/composites-128-2/` once, and return it: 1,200 training and 200 test images.
 
     It holds `images/PART/*.png`, class ids by pixel in `masks/PART/*.png` with `classes.txt`, and
     COCO's `annotations/instances_PART.json`. The folder appears whole or not at all.

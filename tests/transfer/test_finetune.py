@@ -29,6 +29,7 @@ def state(folder, step):
     return content["state_dict"] | flat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_goes_on_equals_one_that_did_not_stop(kind, roots, tmp_path, capsys):
     """Also with an average of the weights, accumulation and loader processes."""

@@ -10,7 +10,9 @@ MODEL = [
 ]  # fmt: skip
 OF_KIND = {
     "classification": ["augment.size=32"],
-    "segmentation": ["augment.size=64", "augment.crop=64", "task.channels=16"],
+    "segmentation": [
+        "augment.size=64", "augment.crop=64", "task.channels=16", "task.class_weights=null",
+    ],
     "detection": [
         "augment.sides=[64,72]", "augment.crop_sides=[72]", "augment.crop_range=[48,64]",
         "augment.longest=128", "task.side=64", "task.channels=16", "task.box_channels=16",

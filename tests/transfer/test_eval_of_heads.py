@@ -82,7 +82,7 @@ def test_segmentation_of_other_images_is_that_of_scikit_learn(runs, tmp_path, ca
     assert found["test_images"] == 3
     task = load_task(runs["segmentation"])
     with hydra_ready():
-        annotated, _ = named_test_data("segmentation", {"root": "own"})
+        annotated, _ = named_test_data("segmentation", {"root": "own"}, {})
     true, predicted = [], []
     for each in predictions(task, annotated.images, annotated, num_workers=0):
         true.append(each.target.ravel())
