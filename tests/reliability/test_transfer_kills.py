@@ -46,3 +46,16 @@ def test_row_31_sigkills_at_random_moments_of_fine_tuning(transfer_whole, zygote
     one, two = last_checkpoint(place), last_checkpoint(transfer_whole)
     assert one == two
     assert any(isinstance(value, bytes | torch.Tensor) for value in one[1].values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_row_31_two_ranks_train_measure_and_end(kind, zygote, tmp_path):
+    """The measure runs on the first rank alone, while training and at the end."""
+    given = words(
+        kind, data(kind, tmp_path / "data"), "trainer.devices=2", "trainer.strategy=ddp",
+        "batch_size=4", "callbacks.online.every_steps=1", "callbacks.online.eval_budget=null",
+    )  # fmt: skip
+    place = Place(zygote, tmp_path / "place", [w for w in given if w != "callbacks.online=null"])
+    place()
+    assert (place.run_dir / "summary.json").is_file()
+    assert (place.run_dir / "checkpoints" / "best.ckpt").is_file()

@@ -146,6 +146,7 @@ class DetectionMeasure:
         if masks:
             self.kinds["mask"] = "segm"
         self.precision = MeanAveragePrecision(
+            sync_on_compute=False,  # one rank measures all images
             iou_type=tuple(self.kinds.values()),
             iou_thresholds=THRESHOLDS.tolist(),  # its own are rounded to float32, so that a recall
             rec_thresholds=RECALLS.tolist(),  # of 6 / 10 does not reach 0.6: up to 1 point of AP
