@@ -194,7 +194,8 @@ def measure_tasks(
     else:
         data = transfer_data_of_run(checkpoints_in(settings.ckpt)[0])
         annotated, name = data.test, data.name
-    check_part(f"{name}: test images", annotated, of_weights(backbones[0].preprocess))
+    preprocess = of_weights(backbones[0].preprocess, settings.max_pixels)
+    check_part(f"{name}: test images", annotated, preprocess)
     place = "of_run"
     if given:
         place = re.sub(r"[^\w.-]+", "_", Path(next(iter(given.values()))).resolve().name)

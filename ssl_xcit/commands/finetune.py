@@ -133,10 +133,11 @@ def read_start(
     """
     if is_begun(run_dir) and (run_dir / "config.yaml").is_file() and checkpoints_of(run_dir):
         before: Any = OmegaConf.load(run_dir / "config.yaml")
-        newest = checkpoints_of(run_dir)[-1]
-        with suppress(UserError):  # damaged; the one before it is taken later
-            settings = replace(settings, sha256=OmegaConf.select(before, "sha256"))
-            return settings, load_backbone(newest), transfer_record(read_weights(newest))
+        for path in reversed(checkpoints_of(run_dir)):
+            with suppress(UserError):  # damaged: the one before it is gone on from
+                backbone, recorded = load_backbone(path), transfer_record(read_weights(path))
+                settings = replace(settings, sha256=OmegaConf.select(before, "sha256"))
+                return settings, backbone, recorded
     if settings.ckpt is None:
         return settings, None, None
     path = checkpoint_path(str(settings.ckpt))
@@ -188,6 +189,7 @@ def conclude(
         data.test,
         num_workers=settings.num_workers,
         device=trainer.strategy.root_device,
+        max_pixels=settings.preprocess.get("max_pixels"),
         show="testing" if shown_in_terminal() else None,
     )
     summary = {

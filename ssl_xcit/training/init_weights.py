@@ -100,13 +100,18 @@ def start_backbone(
     state = start.backbone.state_dict()
     state = {k: v for k, v in state.items() if not k.startswith(TASK_LAYERS)}
     load_strictly(backbone, state, ckpt)
-    made_with = of_weights(start.backbone.preprocess).of_weights()
+    warn_read_otherwise(f"init.ckpt={ckpt}", start.backbone, preprocess)
+
+
+def warn_read_otherwise(named: str, backbone: XCiT, preprocess: Preprocess) -> None:
+    """Warn where weights, as a setting names them, were trained on images read otherwise."""
+    made_with = of_weights(backbone.preprocess).of_weights()
     differs = [k for k, v in preprocess.of_weights().items() if made_with[k] != v]
     if differs:
         log.warning(
-            "init.ckpt=%s was trained on images read otherwise (%s): its features fit best to "
+            "%s was trained on images read otherwise (%s): its features fit best to "
             "images read in the same way, preprocess...",
-            ckpt, ", ".join(f"{k} {made_with[k]}" for k in differs),
+            named, ", ".join(f"{k} {made_with[k]}" for k in differs),
         )  # fmt: skip
 
 

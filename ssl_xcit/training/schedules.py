@@ -10,7 +10,7 @@ from typing import Annotated
 
 from annotated_types import Gt, Le
 
-from ssl_xcit.utils.validation import NonNegative, Positive
+from ssl_xcit.utils.validation import NonNegative, Positive, Share
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Steps:
     """Linear from `warmup_start` to `start` over the warm-up; times `factor` at each of `at`."""
 
     start: float  # value after the warm-up
-    at: Sequence[float]  # shares of the run, such as 0.75 and 0.92
+    at: Sequence[Share]  # shares of the run, such as 0.75 and 0.92
     total_steps: int  # steps of the whole run
     warmup_steps: int = 0  # steps of the linear part
     warmup_start: float = 0.0  # value at step 0 when there is a warm-up

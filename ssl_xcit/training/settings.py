@@ -190,7 +190,7 @@ class FinetuneSettings(RunSettings):
     which: Network
     sha256: str | None
     drop_path: DropRate
-    freeze: Literal["none", "head"] | Count
+    freeze: Literal["none", "head"] | Annotated[int, Ge(0)]
     ema: Annotated[float, Gt(0), Lt(1)] | None
     repeats: Count
     label_fraction: Annotated[float, Gt(0), Le(1)]

@@ -11,6 +11,7 @@ from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.weights import model_name
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.training.init_weights import warn_read_otherwise
 from ssl_xcit.training.plan import RunPlan, check_batch
 from ssl_xcit.training.settings import FinetuneSettings
 from ssl_xcit.transfer.backbone import with_layers
@@ -89,6 +90,8 @@ def make_task(
         for unused in (backbone.cls_attn_blocks, backbone.norm):
             unused.requires_grad_(False)
         backbone.cls_token.requires_grad_(False)
+    if settings.ckpt is not None and recorded is None:
+        warn_read_otherwise(f"ckpt={settings.ckpt}", start, preprocess)
     backbone.preprocess = preprocess.of_weights()
     backbone.checkpoint_blocks = settings.checkpoint_blocks
     task: Any = instantiate(settings.task)(backbone, tuple(train.class_names))
@@ -119,6 +122,11 @@ def check_architecture(start: XCiT, model: XCiT, ckpt: str) -> None:
         )
 
 
+def lowest(schedule: Mapping[str, Any], peak: float) -> dict[str, float]:
+    """The end of a schedule that has one, at most the peak."""
+    return {"end": min(float(schedule["end"]), peak)} if "end" in schedule else {}
+
+
 def make_transfer(settings: FinetuneSettings, plan: RunPlan, task: Task) -> Transfer:
     """The task in training.
 
@@ -132,7 +140,7 @@ def make_transfer(settings: FinetuneSettings, plan: RunPlan, task: Task) -> Tran
     module = Transfer(
         task,
         transfer_groups(task, decay, optim.layer_decay, optim.no_decay),
-        instantiate(optim.schedule)(
+        instantiate(optim.schedule, **lowest(optim.schedule, plan.lr))(
             start=plan.lr,
             total_steps=plan.total_steps,
             warmup_steps=plan.warmup_steps,

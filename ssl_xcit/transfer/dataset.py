@@ -149,7 +149,8 @@ def with_fraction(annotated: AnnotatedSource, fraction: float, seed: int) -> Ann
         return annotated
     labels = annotated.images.labels
     if labels is not None and labels.ndim == 1:
-        chosen = stratified(labels, fraction, seed)
+        alone = np.bincount(labels)[labels] == 1  # a class keeps its only image
+        chosen = stratified(labels, fraction, seed) | alone
     else:
         chosen = some_rows(len(annotated.images), fraction, seed)
     return AnnotatedSubset(annotated, np.flatnonzero(chosen))

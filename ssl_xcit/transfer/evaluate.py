@@ -12,6 +12,7 @@ from ssl_xcit.data.decode import BadImage, decode
 from ssl_xcit.data.loader import default_workers, parallel_map
 from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.data.sources import Source
+from ssl_xcit.errors import UserError
 from ssl_xcit.transfer.task import AnnotatedSource, Measured, Prepare, Target, Task
 from ssl_xcit.utils.terminal import track
 
@@ -128,7 +129,7 @@ def evaluate(
     training = network.training
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    measure = task.measure()
+    measure, measured = task.measure(), False
     try:
         made = predictions(
             task, annotated.images, annotated, batch_size, num_workers, device, max_pixels, show
@@ -137,8 +138,11 @@ def evaluate(
             assert each.target is not None
             measure.update(each.name, each.prediction, each.target)
             keep(each)
+            measured = True
     finally:
         if training:
             for module, mode in modes.items():
                 module.training = mode
+    if not measured:
+        raise UserError("none of the test images can be read: are these image files?")
     return measure.compute()

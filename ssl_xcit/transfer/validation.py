@@ -1,17 +1,21 @@
 """Measure a task on test images while it is trained."""
 
+import logging
 from typing import Annotated, Any
 
 import lightning
 import numpy as np
 from annotated_types import Ge, Gt, Le
 
+from ssl_xcit.errors import UserError
 from ssl_xcit.training.datamodule import data_of
 from ssl_xcit.training.periodic import PeriodicEvaluation
 from ssl_xcit.transfer.dataset import AnnotatedSubset
 from ssl_xcit.transfer.evaluate import evaluate
 from ssl_xcit.transfer.task import AnnotatedSource
 from ssl_xcit.utils.validation import Count
+
+log = logging.getLogger(__name__)
 
 
 class Validation(PeriodicEvaluation):
@@ -51,11 +55,16 @@ class Validation(PeriodicEvaluation):
             return {}
         assert self.images is not None
         data = data_of(trainer)
-        return evaluate(
-            module.evaluated(),
-            self.images,
-            self.batch_size,
-            data.num_workers,
-            module.device,
-            data.dataset.preprocess.max_pixels,
-        ).results
+        try:
+            measured = evaluate(
+                module.evaluated(),
+                self.images,
+                self.batch_size,
+                data.num_workers,
+                module.device,
+                data.dataset.preprocess.max_pixels,
+            )
+        except UserError as error:  # of few images, perhaps none has an object
+            log.warning("not measured while training: %s", error)
+            return {}
+        return measured.results

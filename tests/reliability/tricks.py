@@ -15,7 +15,7 @@ import torch
 from ssl_xcit.commands import pretrain
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.objectives.dino import Center
-from ssl_xcit.training import checkpoint, preemption
+from ssl_xcit.training import checkpoint, preemption, session
 from ssl_xcit.utils import files
 
 
@@ -241,4 +241,4 @@ def signal_after_training():
 
 def no_room():
     """The settings cannot be written."""
-    pretrain.write_settings = no_space
+    session.write_settings = no_space

@@ -207,6 +207,7 @@ def test_loss_is_the_papers_and_timms(kind, count, monkeypatch):
     _, pixels = images(count)
     targets = torch.arange(count) * 2 % 5
     x = (pixels / 255 - MEAN) / STD
+    monkeypatch.setattr(torch, "randperm", torch.arange)
     lam, others = 1.0, [i - 1 for i in range(count)]  # torchvision mixes with the one before
     if kind == "mixup":
         lam = 0.3
@@ -258,7 +259,18 @@ def test_which_mixing_is_drawn():
     assert abs(np.var(lams) - 1 / (4 * (2 * 0.8 + 1))) < 0.02  # of Beta(a, a)
 
 
+def test_repeated_images_are_mixed_with_others():
+    """Three copies of an image stand side by side in a batch of repeated augmentation."""
+    task = make_task(mixup=0.8, cutmix=0.0)
+    y = torch.eye(5).repeat_interleave(3, dim=0)
+    x = torch.zeros(15, 1, 8, 8)
+    seed_torch(0)
+    alone = [float((task.mixed(x, y)[1].amax(1) > 1 - 1e-6).float().mean()) for _ in range(200)]
+    assert np.mean(alone) == pytest.approx(2 / 14, abs=0.03)  # of 14 others two are copies
+
+
 def test_several_labels_are_compared_class_by_class(monkeypatch):
+    monkeypatch.setattr(torch, "randperm", torch.arange)
     task = make_task(3, **{**PLAIN, "mixup": 0.5, "label_smoothing": 0.1}, multi_label=True)
     _, pixels = images(2)
     rows = torch.tensor([[1, 0, 1], [0, 0, 1]])

@@ -1,8 +1,8 @@
 """Classification with a linear head on the class token: the recipe of XCiT on ImageNet
 (arXiv:2106.09681, appendix B) from normalisation to loss.
 
-Differs: MixUp and CutMix are torchvision's, which mixes each image with the one before it in the
-batch where timm's takes the batch in reverse order.
+Differs: MixUp and CutMix are torchvision's, which mixes each image with a random other one of
+the batch where timm's takes the batch in reverse order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -254,7 +254,11 @@ class Classification(nn.Module):
             return x, y
         first, second = self.mixup or self.cutmix, self.cutmix or self.mixup
         mix = second if torch.rand(()) < self.switch_prob else first
-        return (x, y) if mix is None else mix(x, y)
+        if mix is None:
+            return x, y
+        # it mixes neighbours, which with repeated augmentation are the same image
+        order = torch.randperm(len(x)).to(x.device)
+        return mix(x[order], y[order])
 
     def compared(self, logits: Float[Tensor, "B K"], y: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
         """Mean over the images of - sum_k w_k y_k log softmax(logits)_k; of several labels, mean
