@@ -171,7 +171,7 @@ class DetectionMeasure:
         if "mask" in self.kinds and target.masks is None:
             raise UserError(
                 f"{name}: the test images have boxes without masks; give a data set with masks or "
-                "masks=false"
+                "task.masks=false"
             )
         image = len(self.names)
         self.names.append(name)
