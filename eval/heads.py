@@ -68,7 +68,7 @@ def evaluate_tasks(
         network: Any = task
         first, *_ = placed(network, device)
         measure = task.measure()
-        at_once = batch_size if task.kind == "classification" else None
+        at_once = batch_size if task.images_at_once > 1 else None
         for each in predictions(
             task, annotated.images, annotated, at_once, num_workers, first,
             max_pixels, f"testing {row}" if shown_in_terminal() else None,

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from ssl_xcit.errors import RunFailed, UserError
-from ssl_xcit.training.run_name import key_of
+from ssl_xcit.training.run_name import SMALL_MODEL, key_of
 from ssl_xcit.utils.terminal import OneLine, printable, say
 from ssl_xcit.utils.validation import missing_keys, parse
 
@@ -47,7 +47,6 @@ FORMATS = {".npy": "arrays", ".npz": "arrays", ".txt": "list", ".csv": "list", "
 # what Hydra shows instead of running anything
 SHOWN = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-v", "--version"}
 KNOWN = {*FLAGS, *SWEEP, *TAKES, *OTHERS}
-SMALL_MODEL = "xcit_micro_4_p8"
 OWN_DATA = {"data.root", "data.file"}  # one's own images
 
 

@@ -57,6 +57,8 @@ class HeadData:
 
     root: Text | None
     file: Text | None
+    labels: Text | None
+    images: Text | None
     layout: Text | None
 
 

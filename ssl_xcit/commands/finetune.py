@@ -1,6 +1,5 @@
 """The command `finetune`: labelled images and a backbone to a classifier, segmenter or detector."""
 
-import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -35,11 +34,11 @@ from ssl_xcit.training.run_dir import (
     run_id_of,
     versions,
 )
-from ssl_xcit.training.run_name import run_name
+from ssl_xcit.training.run_name import SMALL_MODEL, run_name
 from ssl_xcit.training.session import is_finished, leave_report, run_to_the_end, train
 from ssl_xcit.training.settings import FinetuneSettings
 from ssl_xcit.training.trainer import make_trainer, runs_on_cpu
-from ssl_xcit.transfer.build import SMALL_MODEL, make_task, make_transfer, make_transfer_plan
+from ssl_xcit.transfer.build import make_task, make_transfer, make_transfer_plan
 from ssl_xcit.transfer.checks import check_transfer
 from ssl_xcit.transfer.classification.augment import ClassificationAugment
 from ssl_xcit.transfer.dataset import TransferDataset, collate, transfer_indices, with_fraction
@@ -53,7 +52,6 @@ from ssl_xcit.utils.tables import print_table, shown_in_terminal
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import as_plain
 
-log = logging.getLogger(__name__)
 DETAILS = "evaluation.json"
 
 

@@ -1,7 +1,9 @@
-"""Arrays in cache files: listings of folders and shards, indices of images."""
+"""Cache files and folders: listings of folders and shards, indices of images, built-in images."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,3 +32,22 @@ def save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
             raise
     except OSError:
         return
+
+
+def folder_made_once(target: Path, make: Callable[[Path], None]) -> Path:
+    """Make a folder's content in another one, which takes its name when it is whole; return it."""
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        make(work)
+        work.chmod(0o755)  # mkdtemp's are for one user
+        try:
+            work.rename(target)
+        except OSError:  # another process was first
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target

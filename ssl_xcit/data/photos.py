@@ -6,8 +6,6 @@ along the diagonals is for testing, and windows stay inside their block, so trai
 are disjoint.
 """
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Annotated
 import numpy as np
 from PIL import Image
 
+from ssl_xcit.data.cache import folder_made_once
 from ssl_xcit.data.decode import read_image
 from ssl_xcit.data.folders import class_folders, folder
 from ssl_xcit.data.preprocess import Pixels
@@ -81,26 +80,15 @@ def cut_photos(cache: str | Path | None = None) -> Path:
     The folder appears whole or not at all.
     """
     cache = default_cache() if cache is None else Path(cache).expanduser()
-    target = cache / FOLDER
-    if target.is_dir():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".photos-", dir=cache))
-    try:
+
+    def make(work: Path) -> None:
         for name, file in photographs():
             for test, top, left, pixels in windows(read_image(file)):
                 out = work / ("test" if test else "train") / name / f"{top:04d}_{left:04d}.png"
                 out.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(out)
-        work.chmod(0o755)  # mkdtemp's are for one user
-        try:
-            work.rename(target)
-        except OSError:  # another process was first
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
+
+    return folder_made_once(cache / FOLDER, make)
 
 
 def photos(cache: CacheFolder = None) -> Files:

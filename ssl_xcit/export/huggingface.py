@@ -35,8 +35,7 @@ tags:
 - {pipeline}
 - timm
 - xcit
-- self-supervised-learning
-- ssl-xcit
+{tag}- ssl-xcit
 ---
 
 # {name}
@@ -132,13 +131,15 @@ def config(weights: Weights, name: str, arguments: Mapping[str, Any]) -> dict[st
     mean, std = weights.preprocess.statistics()
     chans = weights.architecture["in_chans"]
     more = {k: v for k, v in arguments.items() if k != "num_classes"}
-    K, names = weights.num_classes, weights.about_task().get("class_names")
+    K, task = weights.num_classes, weights.about_task()
+    names, several = task.get("class_names"), task.get("multi_label", False)
     return {
         "model_type": "timm_wrapper",
         "architectures": ["TimmWrapperForImageClassification" if K else "TimmWrapperModel"],
         "architecture": name,
         "num_classes": K,
         **({"label_names": names} if names else {}),
+        **({"problem_type": "multi_label_classification"} if several else {}),
         "num_features": weights.backbone.embed_dim,
         "global_pool": "token",
         **({"model_args": more} if more else {}),
@@ -200,12 +201,15 @@ def card(weights: Weights, name: str, pushed: str | None) -> str:
     width = weights.backbone.embed_dim
     of_run = weights.about.get("overrides") is not None
     trained = "" if K else ", pretrained without labels by DINO (arXiv:2104.14294) with ssl_xcit"
+    several = weights.about_task().get("multi_label", False)
+    classes = f"{'any' if several else 'one'} of {K:,} classes for each image"
     buffers = dict(weights.backbone.named_buffers())
     return CARD.format(
         name=literal(name.rsplit("/", 1)[-1]),
         model=weights.model,
         pipeline="image-classification" if K else "image-feature-extraction",
-        purpose=f"one of {K:,} classes for each image" if K else "features of images",
+        tag="" if K else "- self-supervised-learning\n",
+        purpose=classes if K else "features of images",
         output="logits of the classes" if K else f"the class token, {width} numbers an image",
         auto=auto,
         result=result,

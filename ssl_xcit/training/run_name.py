@@ -6,6 +6,8 @@ from hashlib import sha256
 
 from ssl_xcit.training.settings import FREE_KEYS
 
+SMALL_MODEL = "xcit_micro_4_p8"  # of `finetune` on the built-in images, which needs no word
+
 
 def key_of(word: str) -> str:
     """`a.b` of `++a.b=1`, `~a.b` and `a@b=c`'s a."""

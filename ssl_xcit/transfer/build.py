@@ -19,8 +19,6 @@ from ssl_xcit.transfer.module import Transfer
 from ssl_xcit.transfer.param_groups import freeze, transfer_groups
 from ssl_xcit.transfer.task import AnnotatedSource, Task
 
-SMALL_MODEL = "xcit_micro_4_p8"
-
 
 def make_transfer_plan(settings: FinetuneSettings, num_images: int, world_size: int) -> RunPlan:
     """Steps and learning rate of a run on so many images.
@@ -68,7 +66,7 @@ def make_task(
         if settings.model is None:
             raise UserError(
                 "ckpt=null trains from scratch, and then model=NAME is needed, such as "
-                f"model={SMALL_MODEL}"
+                "model=xcit_tiny_12_p16"
             )
         start = instantiate(settings.model)
     elif settings.model is not None:

@@ -8,8 +8,6 @@ Training and test pixels come from the disjoint blocks of `photos.py`.
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
+from ssl_xcit.data.cache import folder_made_once
 from ssl_xcit.data.decode import read_image
 from ssl_xcit.data.photos import BLOCK, CacheFolder, blocks, photographs
 from ssl_xcit.data.preprocess import Pixels
@@ -251,12 +250,8 @@ def composites(cache: CacheFolder = None) -> Path:
     COCO's `annotations/instances_PART.json`. The folder appears whole or not at all.
     """
     cache = default_cache() if cache is None else Path(cache).expanduser()
-    target = cache / FOLDER
-    if target.is_dir():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".composites-", dir=cache))
-    try:
+
+    def make(work: Path) -> None:
         photos: dict[str, dict[str, list[Pixels]]] = {part: {} for part in COUNTS}
         for name, file in photographs():
             for test, _, _, block in blocks(read_image(file)):
@@ -264,12 +259,5 @@ def composites(cache: CacheFolder = None) -> Path:
         for number, part in enumerate(COUNTS):
             write_part(part, number, photos[part], work)
         (work / "classes.txt").write_text("\n".join(("background", *SHAPES)) + "\n")
-        work.chmod(0o755)  # mkdtemp's are for one user
-        try:
-            work.rename(target)
-        except OSError:  # another process was first
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
+
+    return folder_made_once(cache / FOLDER, make)

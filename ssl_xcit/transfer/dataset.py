@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ class AnnotatedSubset:
     annotated: AnnotatedSource
     indices: Int64[np.ndarray, " N"]
 
-    @property
+    @cached_property
     def images(self) -> Source:
         """Those images."""
         return Subset(self.annotated.images, self.indices)

@@ -17,7 +17,6 @@ from ssl_xcit.transfer.task import AnnotatedSource, Measured, Prepare, Target, T
 from ssl_xcit.utils.terminal import track
 
 log = logging.getLogger(__name__)
-BATCH = {"classification": 64}  # images at once; of other tasks one
 
 
 class PreparedImage(NamedTuple):
@@ -84,8 +83,8 @@ def predictions(
         task: in eval mode, on `device`.
         source: the images.
         annotated: the same images with targets, which are read too.
-        batch_size: images at once; None: 64 of a classifier, else 1, for images that are padded to
-            one size share their padding in cross-covariance attention.
+        batch_size: images at once; None: as the task says, for images that are padded to one size
+            share their padding in cross-covariance attention.
         num_workers: loader processes; None: one a core, less one.
         device: of the task.
         max_pixels: images with more by their header are refused; None: the usual limit.
@@ -96,7 +95,7 @@ def predictions(
     preprocess = of_weights(task.backbone.preprocess, **limit)
     prepared = Preparation(source, task.prepare, preprocess, annotated)
     workers = default_workers() if num_workers is None else num_workers
-    chunk = batch_size or BATCH.get(task.kind, 1)
+    chunk = batch_size or task.images_at_once
     batches = parallel_map(prepared, len(source), workers, chunk=chunk)
     for batch in track(batches, show or "", show=show is not None):
         read = [image for image in batch if image.input is not None]

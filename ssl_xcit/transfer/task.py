@@ -125,6 +125,7 @@ class Task(Protocol):
         class_names: in the order of the labels.
         settings: plain data that, with the class names, build the head again: `make_task`.
         prepare: test images to inputs.
+        images_at_once: in evaluation; 1 where images of several sizes would be padded to one.
     """
 
     kind: str
@@ -132,6 +133,7 @@ class Task(Protocol):
     class_names: tuple[str, ...]
     settings: dict[str, Any]
     prepare: Prepare
+    images_at_once: int
 
     def losses(
         self, images: Sequence[UInt8[Tensor, "C h w"]] | UInt8[Tensor, "B C h w"], targets: Any

@@ -24,9 +24,10 @@ from torchvision.ops import batched_nms
 from ssl_xcit import load_backbone
 from ssl_xcit.data.preprocess import normalise, of_weights, resize_center_crop
 from ssl_xcit.errors import RunFailed
-from ssl_xcit.export import networks
+from ssl_xcit.export import huggingface, networks
 from ssl_xcit.export.comparison import compare_objects
 from ssl_xcit.export.description import Weights
+from ssl_xcit.export.safetensors_files import timm_arguments
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.transfer.classification.task import Classification
 from ssl_xcit.transfer.detection.task import Detection
@@ -48,7 +49,7 @@ def network(kind, **more):
     backbone = XCiT(32, 1, 2, patch_size=8, pyramid=kind != "classification")
     backbone.preprocess = dict(PREPROCESS)
     if kind == "classification":
-        task = Classification(backbone, NAMES[kind], size=32, crop_ratio=0.8)
+        task = Classification(backbone, NAMES[kind], size=32, crop_ratio=0.8, **more)
         task.backbone.head.weight.data.normal_()
     elif kind == "segmentation":
         task = Segmentation(backbone, NAMES[kind], channels=8, size=64, **more)
@@ -190,12 +191,26 @@ def test_a_classifier_keeps_its_head_in_all_formats(classifier, monkeypatch):
     assert of_hub.config.id2label == {0: "a", 1: "b"}
     text = (card / "README.md").read_text()
     assert "pipeline_tag: image-classification" in text
+    assert "one of 2 classes" in text
+    assert "self-supervised" not in text
     assert "Test images of pets, in %" in text
     assert "75.0 | 70.0–80.0" in text
     for file in ("classes-timm.json", "classes.json"):
         about = json.loads((folder / file).read_text())
         assert (about["task"], about["class_names"]) == ("classification", ["a", "b"])
         assert about["architecture"]["num_classes"] == 2
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_transformers_is_told_of_several_labels(several):
+    """Its pipeline takes the softmax of one label, the sigmoid of several."""
+    task = network("classification", multi_label=several)
+    weights = Weights(task.backbone, "x", {}, 32, 32, task=task)
+    name, arguments = timm_arguments(weights)
+    kind = huggingface.config(weights, name, arguments).get("problem_type")
+    assert kind == ("multi_label_classification" if several else None)
+    words = "any of 2 classes" if several else "one of 2 classes"
+    assert words in huggingface.card(weights, "x", None)
 
 
 def test_a_classifier_loads_again_as_the_task(classifier):

@@ -236,7 +236,9 @@ def test_boxes_without_masks(tmp_path, caplog):
     file = coco_json(tmp_path / "a.json", [(1, "a.jpg")], objects)
     data = detection_data(str(file), test_fraction=0)
     assert data.train.read_target(0, HEIGHT, WIDTH).masks is None
-    assert "without masks, which 2 of 4 objects do not have" in logged(caplog)
+    assert "without masks, which 1 of 2 training objects and 1 of 2 testing objects lack" in logged(
+        caplog
+    )
 
 
 def test_files_that_are_not_annotations(tmp_path):
@@ -411,3 +413,15 @@ def test_the_digest_tells_annotations_apart(tmp_path):
     file = tmp_path / "annotations" / "instances_train2017.json"
     file.write_text(file.read_text().replace('"bbox": [4,', '"bbox": [3,', 1))
     assert detection_data(str(tmp_path)).train.digest != first.train.digest
+
+
+def test_a_few_objects_without_a_mask_are_left_out(tmp_path, caplog):
+    picture(tmp_path / "images" / "a.jpg")
+    objects = [square(i, 1, 1, (i, 1, 3, 3)) for i in range(1, 4)]
+    objects.append(square(9, 1, 2, (1, 1, 5, 5), segmentation=[]))
+    file = coco_json(tmp_path / "a.json", [(1, "a.jpg")], objects)
+    data = detection_data(str(file), test_fraction=0)
+    target = data.train.read_target(0, HEIGHT, WIDTH)
+    assert target.masks.shape == (3, HEIGHT, WIDTH)
+    assert "left out 1 objects without a mask" in caplog.text
+    assert "1 objects without a mask" in data.train.left_out

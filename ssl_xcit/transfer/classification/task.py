@@ -91,6 +91,7 @@ class Classification(nn.Module):
     """
 
     kind = "classification"
+    images_at_once = 64
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 from ssl_xcit.data.preprocess import Pixels
+from ssl_xcit.transfer.resize import resized_pixels
 from ssl_xcit.transfer.task import Instances
 from ssl_xcit.utils.validation import Count, Share, Words
 
@@ -33,14 +34,6 @@ def rescaled_size(pixels: Pixels, short: int, longest: int) -> tuple[int, int]:
     height, width, _ = pixels.shape
     scale = min(short / min(height, width), longest / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
-
-def resized_pixels(pixels: Pixels, size: tuple[int, int]) -> UInt8[np.ndarray, "_ _ channels"]:
-    """Pixels at (height, width)."""
-    if size == pixels.shape[:2]:
-        return pixels
-    made = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_LINEAR)
-    return made.reshape(*size, pixels.shape[2])  # one channel is left out by OpenCV
 
 
 def resized_masks(

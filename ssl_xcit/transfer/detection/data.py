@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -608,6 +608,9 @@ LAYOUTS = {
 }
 
 
+IMAGES_OF = {"data.root": "data.images", "data.test_root": "data.test_images"}
+
+
 def found_in(root: Place, images: Place, layout: str, key: str) -> Found:
     """Return what a folder, or a json file, has.
 
@@ -621,12 +624,12 @@ def found_in(root: Place, images: Place, layout: str, key: str) -> Found:
         UserError: no such layout, or nothing in it.
     """
     path = Path(str(root)).expanduser()
-    folder = None if images is None else existing_folder(images, "data.images")
+    folder = None if images is None else existing_folder(images, IMAGES_OF[key])
     if path.suffix.lower() == ".json":
         part, names = read_coco(path, folder)
         return Found({"train": part}, names)
     if folder is not None:
-        raise UserError(f"data.images={images} is for a json file: {key}=FILE.json")
+        raise UserError(f"{IMAGES_OF[key]}={images} is for a json file: {key}=FILE.json")
     readers = list(LAYOUTS.values()) if layout == "auto" else [LAYOUTS[layout]]
 
     def first(home: Path) -> Found | None:
@@ -700,7 +703,7 @@ def detection_data(
         empty = sum(not record.objects for record in part.records)
         log.info("%s: %s: %d images, %d without objects", name, key, len(part.records), empty)
     warn_unlearnt(name, classes, present["train"], present["test"])
-    masks = have_masks(parts.values(), name)
+    masks = have_masks(parts, name)
     made = {key: DetectionImages(part, classes, masks, shares[key]) for key, part in parts.items()}
     return TransferData(made["train"], made["test"], name)
 
@@ -737,18 +740,25 @@ def chosen_classes(
     return chosen
 
 
-def have_masks(parts: Iterable[Part], where: str) -> bool:
-    """Whether all objects have a mask; log where only some have. Crowd regions need none."""
-    with_mask = [
-        obj.segmentation is not None
-        for part in parts
-        for record in part.records
-        for obj in record.objects
-        if not obj.crowd
-    ]
-    if any(with_mask) and not all(with_mask):
-        log.warning(
-            "%s: boxes are used without masks, which %s of %s objects do not have",
-            where, f"{len(with_mask) - sum(with_mask):,}", f"{len(with_mask):,}",
-        )  # fmt: skip
-    return bool(with_mask) and all(with_mask)
+def have_masks(parts: Mapping[str, Part], where: str) -> bool:
+    """Whether objects have masks: more than half of each part's, crowd regions aside. Then those
+    without one are left out, in place; where there are some, but too few, it is logged.
+    """
+    lacking = {
+        key: [o.segmentation is None for r in part.records for o in r.objects if not o.crowd]
+        for key, part in parts.items()
+    }
+    if not all(2 * sum(without) < max(1, len(without)) for without in lacking.values()):
+        if not all(all(without) for without in lacking.values()):
+            words = (f"{sum(w):,} of {len(w):,} {key}ing objects" for key, w in lacking.items())
+            log.warning(
+                "%s: boxes are used without masks, which %s lack", where, " and ".join(words)
+            )
+        return False
+    for key, part in parts.items():
+        if dropped := sum(lacking[key]):
+            part.left_out.append(f"{dropped:,} objects without a mask")
+            log.warning("%s: %s: left out %s objects without a mask", where, key, f"{dropped:,}")
+        for record in part.records:
+            record.objects = [o for o in record.objects if o.crowd or o.segmentation is not None]
+    return True

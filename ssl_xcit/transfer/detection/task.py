@@ -19,7 +19,7 @@ from ssl_xcit.transfer.task import AnnotatedSource
 from ssl_xcit.utils.validation import Count, Positive, Share
 
 NO_MASKS = (
-    "the training images have boxes without masks; give a data set with masks, or "
+    "the images have boxes without masks; give a data set with masks, or "
     "task.masks=false for a detector of boxes"
 )
 PADDING = 32  # the sides of a batch are multiples of it
@@ -48,6 +48,7 @@ class Detection(nn.Module):
     """
 
     kind = "detection"
+    images_at_once = 1
 
     def __init__(
         self,

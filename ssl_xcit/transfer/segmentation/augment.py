@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import adjust_hue
 
 from ssl_xcit.data.preprocess import Pixels
+from ssl_xcit.transfer.resize import resized_pixels
 from ssl_xcit.transfer.task import IGNORED
 from ssl_xcit.utils.validation import Count, Share, Words
 
@@ -42,14 +43,6 @@ def resized_size(pixels: Pixels, short: int) -> tuple[int, int]:
     scale = min(short / min(height, width), LONGEST * short / max(height, width))
     rows, columns = (max(SMALLEST, int(side * scale + 0.5)) for side in (height, width))
     return rows, columns
-
-
-def resized_pixels(
-    pixels: UInt8[np.ndarray, "_ _ channels"], size: tuple[int, int]
-) -> UInt8[np.ndarray, "_ _ channels"]:
-    """Pixels at (height, width)."""
-    made = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_LINEAR)
-    return made.reshape(*size, pixels.shape[2])  # one channel is left out by OpenCV
 
 
 def resized_mask(mask: UInt8[np.ndarray, "_ _"], size: tuple[int, int]) -> UInt8[np.ndarray, "_ _"]:

@@ -46,6 +46,7 @@ class Segmentation(nn.Module):
     """
 
     kind = "segmentation"
+    images_at_once = 1
 
     def __init__(
         self,
