@@ -16,7 +16,7 @@ import torch
 from measure import compared, extra_memory, interleaved, line, save
 from torch import Tensor
 
-from ssl_xcit.objectives.dino import dino_loss, prototype_loss
+from ssl_xcit.objectives.prototype_loss import dino_loss, prototype_loss
 
 DIM, TEMPERATURE = 256, 0.1
 

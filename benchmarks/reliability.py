@@ -18,20 +18,26 @@ from measure import save
 
 from ssl_xcit import create_model
 from ssl_xcit.models.head import DINOHead
+from ssl_xcit.objectives.dino import DINO
+from ssl_xcit.objectives.objective import RunLength, Signs
 from ssl_xcit.training.checkpoint import write_checkpoint
 from ssl_xcit.training.health import Health
-from ssl_xcit.training.module import DINO, Schedules, StepOutput, make_networks
+from ssl_xcit.training.module import Pretraining, Schedules, StepOutput, make_networks
 from ssl_xcit.utils.files import sha256_of
 
 REPORT_EVERY = 10  # steps, as conf/callbacks/default.yaml has it
 
 
-def make() -> DINO:
+def make() -> Pretraining:
     backbone = create_model(f"xcit_{step.ARGS.model}")
-    head = DINOHead(backbone.embed_dim, step.ARGS.prototypes)
+    objective = DINO(
+        RunLength(1000, 10, 100.0, 1000, 10.0), DINOHead, num_prototypes=step.ARGS.prototypes,
+        ema=0.99, teacher_temp_start=0.04, teacher_temp=0.04,
+    )  # fmt: skip
+    head = objective.make_head(backbone.embed_dim)
     student, teacher = make_networks(backbone, head, create_model(f"xcit_{step.ARGS.model}"))
-    constant = Schedules(*[lambda number: 0.5] * 4)
-    return DINO(student, teacher, step.ARGS.prototypes, constant, torch.optim.AdamW)
+    constant = Schedules(*[lambda number: 0.5] * 3)
+    return Pretraining(student, teacher, objective, constant, torch.optim.AdamW)
 
 
 def seconds_of(work: Callable[[], object], rounds: int = 30) -> float:
@@ -59,7 +65,8 @@ def main() -> None:
         loss=torch.tensor(1.0),
         grad_norm=torch.tensor(1.0),
         grad_norms=torch.rand(len(named)),
-        targets=torch.randn(2, B, K).softmax(-1),
+        losses={},
+        signs=Signs(rows=torch.randn(2, B, K).softmax(-1)),
         features=torch.randn(2, B, C),
     )
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ssl_xcit import create_model
 from ssl_xcit.models.head import DINOHead
-from ssl_xcit.objectives.dino import Center, prototype_loss
+from ssl_xcit.objectives.dino import Center
+from ssl_xcit.objectives.prototype_loss import prototype_loss
 from ssl_xcit.training.module import make_networks
 from ssl_xcit.training.optim import clip_each_, ema_update_, parameter_groups
 

@@ -12,7 +12,7 @@ from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.sources import LabelledPair, Source, Subset
 from ssl_xcit.errors import UserError
 from ssl_xcit.training.datamodule import data_of
-from ssl_xcit.training.module import DINO
+from ssl_xcit.training.module import Pretraining
 from ssl_xcit.training.periodic import PeriodicEvaluation
 from ssl_xcit.utils.validation import Count, Network, Words
 
@@ -71,7 +71,7 @@ class OnlineEvaluation(PeriodicEvaluation):
         return values
 
     def measured_network(
-        self, trainer: lightning.Trainer, module: DINO, network: str
+        self, trainer: lightning.Trainer, module: Pretraining, network: str
     ) -> dict[str, float]:
         """A network's numbers, on rank 0."""
         data = data_of(trainer)

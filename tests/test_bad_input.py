@@ -90,7 +90,7 @@ BAD = [
     (["shard", "data.root=few", "out=tars"], "holds other tars"),
     (["shard", "data.root=few", "out=o", "data.labels=true"], "outside class folders"),
     (["pretrain", "+trainer.gradient_clip_val=1"], "objective.clip_norm"),
-    (["pretrain", "objective.by_images=[]"], "from: 0"),
+    (["pretrain", "objective.by_steps_and_images=[]"], "a row without"),
     (["pretrain", "augment.blur_prob=[1.0]"], "augment.blur_prob=[1.0] must be 3"),
     (["pretrain", "~callbacks.metrics"], "callbacks.metrics"),
     (["pretrain", "eval_data=folder", "eval_data.root=broken_labels"], "can be read"),

@@ -104,6 +104,9 @@ PUBLISHED = {
 }
 
 
+BY_LENGTH = ("num_prototypes", "ema", "teacher_temp_start", "teacher_temp")
+
+
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_the_imagenet_recipe_is_the_published_one(size):
     batch, lr, floor, drop_path, split, num_local = PUBLISHED[size]
@@ -117,24 +120,42 @@ def test_the_imagenet_recipe_is_the_published_one(size):
     assert given.augment["local_scale"] == [0.05, split]
     assert given.augment["num_local"] == num_local
     assert plan.warmup_steps / plan.total_steps == pytest.approx(0.0333, abs=1e-3)
-    temperatures = (plan.teacher_temp_start, plan.teacher_temp, plan.teacher_temp_epochs)
-    assert temperatures == (0.04, 0.07, 30)
-    assert plan.freeze_steps == round(plan.steps_per_epoch)
-    assert plan.num_prototypes == 65536
+    derived = plan.record()
+    temperatures = ("teacher_temp_start", "teacher_temp", "teacher_temp_epochs")
+    assert [derived[name] for name in temperatures] == [0.04, 0.07, 30]
+    assert derived["freeze_steps"] == round(plan.steps_per_epoch)
+    assert derived["num_prototypes"] == 65536
 
 
 def test_defaults_on_imagenet_are_the_references():
     plan = make_plan(settings("data=imagenet", "experiment=none"), 1_281_167, 1)
     assert plan.lr == pytest.approx(5e-4)
     assert plan.warmup_steps == pytest.approx(10 * plan.steps_per_epoch, abs=1)
-    assert (plan.ema, plan.teacher_temp_start, plan.teacher_temp) == (0.996, 0.04, 0.04)
-    assert plan.num_prototypes == 65536
+    derived = plan.record()
+    assert [derived[k] for k in BY_LENGTH] == [65536, 0.996, 0.04, 0.04]
 
 
 def test_small_data_is_scaled_and_a_number_overrides():
     words = ["data=folder", "data.root=.", "experiment=none"]
     plan = make_plan(settings(*words), 5000, 1)
-    assert (plan.num_prototypes, plan.ema, plan.teacher_temp_start) == (1024, 0.99, 0.02)
+    assert [plan.record()[k] for k in BY_LENGTH] == [1024, 0.99, 0.02, 0.04]
     assert plan.warmup_steps <= 0.1 * plan.total_steps
     plan = make_plan(settings(*words, "objective.num_prototypes=77"), 5000, 1)
-    assert plan.num_prototypes == 77
+    assert plan.record()["num_prototypes"] == 77
+
+
+def test_short_runs_have_a_faster_teacher():
+    words = ["data=folder", "data.root=.", "experiment=none", "epochs=10"]
+    for images, expected in (
+        (5000, [1024, 0.98, 0.04, 0.04]),
+        (50_000, [8192, 0.99, 0.02, 0.04]),
+        (500_000, [32768, 0.996, 0.04, 0.04]),
+    ):
+        derived = make_plan(settings(*words), images, 1).record()
+        assert [derived[k] for k in BY_LENGTH] == expected
+
+
+@pytest.mark.parametrize(("batch", "scaling", "factor"), [(512, "linear", 2), (4096, "sqrt", 2)])
+def test_the_rate_follows_the_batch(batch, scaling, factor):
+    words = ["data=folder", "data.root=.", f"batch_size={batch}", f"optim.lr_scaling={scaling}"]
+    assert make_plan(settings(*words), 5000, 1).lr == pytest.approx(factor * 5e-4)

@@ -71,7 +71,7 @@ def test_a_step_at_reduced_size(recipe, tmp_path):
     )  # fmt: skip
     trainer.fit(module, data)
     assert trainer.global_step == 1
-    assert 0.0 < module.output.loss.item() < 1.2 * math.log(plan.num_prototypes)
+    assert 0.0 < module.output.loss.item() < 1.2 * math.log(plan.objective.num_prototypes)
     moved = [
         not torch.equal(a, b) for a, b in zip(before, module.student.parameters(), strict=True)
     ]
@@ -173,7 +173,7 @@ def test_a_head_is_kept_with_its_center():
     head = {k.replace("teacher", "student"): v for k, v in before.items() if "teacher.head" in k}
     for key, value in head.items():
         assert torch.allclose(after[key], value, atol=1e-6), key
-    assert after["center.center"].shape == before["center.center"].shape
+    assert after["objective.center.center"].shape == before["objective.center.center"].shape
     assert OmegaConf.load("runs/a/config.yaml").objective.num_prototypes == 24
 
 

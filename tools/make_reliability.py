@@ -41,6 +41,7 @@ ROWS = {
     29: ("two processes in one run folder", "the second exits 2; the lock of a dead process is free"),
     30: ("rerun after completion", "exit 0, nothing rewritten"),
     31: ("five SIGKILLs at random moments of fine-tuning, for each task", "weights, moments and average bit-identical, and every later record"),
+    32: ("SIGKILLs, two ranks and collapse, for each objective", "weights, moments and state bit-identical; ranks hold the same; collapse named within 200 steps"),
 }  # fmt: skip
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.head import DINOHead
-from ssl_xcit.models.weights import load_strictly, read_checkpoint
+from ssl_xcit.models.weights import center_of, load_strictly, read_checkpoint
 from ssl_xcit.objectives.dino import Center
-from ssl_xcit.training.schedules import LinearByEpoch
+from ssl_xcit.objectives.temperature import LinearByEpoch
 
 from ..checkpoints import folder_of
 from .dataset import ImageFeatures
@@ -71,7 +71,7 @@ def load_teacher(path: Path, which: str, temperature: float | None) -> Teacher:
     content = read_checkpoint(path)
     state = content.get("state_dict", {})
     weights = {k.removeprefix(HEAD): v for k, v in state.items() if k.startswith(HEAD)}
-    if "last_layer.weight_v" not in weights or "center.center" not in state:
+    if "last_layer.weight_v" not in weights or (center := center_of(state)) is None:
         raise UserError(
             f"prototypes: {path} has no projection head; attention, pca, channels and neighbours "
             "need none"
@@ -80,11 +80,11 @@ def load_teacher(path: Path, which: str, temperature: float | None) -> Teacher:
     number, bottleneck = weights["last_layer.weight_v"].shape
     head = DINOHead(width, number, hidden, bottleneck)
     load_strictly(head, weights, path)
-    center = Center(number)
-    center.center.copy_(state["center.center"])
+    running = Center(number)
+    running.center.copy_(center)
     if temperature is None:
         temperature = temperature_of(path, int(content.get("global_step", 0)))
-    return Teacher(head.eval(), center, temperature)
+    return Teacher(head.eval(), running, temperature)
 
 
 def temperature_of(path: Path, step: int) -> float:

@@ -32,7 +32,7 @@ from ssl_xcit.data.sources import Source
 from ssl_xcit.training.datamodule import data_of
 from ssl_xcit.training.loggers import give_images, takes_images
 from ssl_xcit.training.memory import is_out_of_memory, release
-from ssl_xcit.training.module import DINO
+from ssl_xcit.training.module import Pretraining
 from ssl_xcit.utils.files import write_json
 
 from ..features.extractor import FeatureExtractor
@@ -96,7 +96,7 @@ class Snapshots(lightning.Callback):
         """Choose the images; forget moments after the step that the run resumes from."""
         if not trainer.is_global_zero:
             return
-        assert isinstance(module, DINO)
+        assert isinstance(module, Pretraining)
         self.folder = Path(trainer.default_root_dir) / FOLDER
         self.steps = set(moments_of(self.num_moments, trainer.max_steps))
         try:
@@ -173,7 +173,7 @@ class Snapshots(lightning.Callback):
             return
         if any(moment["step"] == step for moment in self.done):
             return
-        assert isinstance(module, DINO)
+        assert isinstance(module, Pretraining)
         try:
             data = data_of(trainer)
             backbone = module.teacher.backbone

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ssl_xcit.training.build import make_module
 from ssl_xcit.training.datamodule import TrainingData, multi_crop_data
 from ssl_xcit.training.health import HEALTHY
 from ssl_xcit.training.init_weights import described_start, read_start
-from ssl_xcit.training.module import DINO
+from ssl_xcit.training.module import Pretraining
 from ssl_xcit.training.plan import Plan, make_plan
 from ssl_xcit.training.run_dir import (
     about_run,
@@ -95,7 +95,7 @@ def main(settings: PretrainSettings) -> None:
     module = make_module(settings, plan, preprocess, start)
     if settings.compile:  # SyncBatchNorm, which several GPUs have, breaks a program in two
         for network in (module.student, module.teacher):
-            network.compile_backbone(fullgraph=trainer.world_size == 1)
+            network.compile_backbone(plan.objective.takes_patches, trainer.world_size == 1)
     evaluate = instantiate(settings.evaluation)
     if note is not None and trainer.is_global_zero:
         log.warning("%s", note)
@@ -133,7 +133,7 @@ def main(settings: PretrainSettings) -> None:
 def conclude(
     settings: PretrainSettings,
     trainer: lightning.Trainer,
-    module: DINO,
+    module: Pretraining,
     data: TrainingData[Crops],
     plan: Plan,
     evaluate: Callable[..., Any],
@@ -162,7 +162,7 @@ def conclude(
         "last": last_row(run_dir),
         "health": module.health.verdict if module.health is not None else None,
         "seconds": round(seconds, 1),
-        "plan": asdict(plan),
+        "plan": plan.record(),
         "versions": versions(),
     }
     with disk_trouble(run_dir):
@@ -196,7 +196,11 @@ def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
 
 
 def announce(
-    settings: PretrainSettings, plan: Plan, module: DINO, pair: LabelledPair | None, run_dir: Path
+    settings: PretrainSettings,
+    plan: Plan,
+    module: Pretraining,
+    pair: LabelledPair | None,
+    run_dir: Path,
 ) -> None:
     """What is about to happen, with the numbers that were derived."""
     backbone = module.student.backbone
@@ -208,14 +212,11 @@ def announce(
     )
     say(
         f"  {model_name(backbone.architecture)}, {millions:.1f} M parameters, "
-        f"{plan.num_prototypes:,} prototypes, {settings.trainer.precision}"
+        f"{settings.trainer.precision}"
     )
     if settings.init.ckpt is not None:
         say(f"  {described_start(settings.init, plan.backbone_freeze_steps)}")
     if settings.compile:
         say("  the first step compiles both backbones, which takes minutes")
-    say(
-        f"  lr {plan.lr:.2e} after {plan.warmup_steps} steps, teacher temperature "
-        f"{plan.teacher_temp_start:g} to {plan.teacher_temp:g}, EMA from {plan.ema:g}"
-    )
+    say(f"  lr {plan.lr:.2e} after {plan.warmup_steps} steps, {plan.objective.described()}")
     say(f"  evaluated on {pair.name}" if pair else f"  {NO_LABELS}")

@@ -1,5 +1,8 @@
-"""DINO's projection head (arXiv:2104.14294, section 3.1 and appendix C)."""
+"""Projection heads: DINO's (arXiv:2104.14294, section 3.1 and appendix C), and one for embeddings
+that are compared with each other (as in MoCo v3, arXiv:2104.02057, section 4).
+"""
 
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -69,3 +72,59 @@ class DINOHead(nn.Module):
     def forward(self, x: Float[Tensor, "*any C"]) -> Float[Tensor, "*any K"]:
         """Logits before centering and temperature."""
         return self.last_layer(self.embed(x))
+
+
+class ProjectionHead(nn.Module):
+    """C -> hidden -> ... -> D with GELU between; not normalised.
+
+    Args:
+        in_dim: width C of the backbone.
+        out_dim: width D of the embeddings.
+        num_layers: linear layers; 1: a linear projection.
+        hidden_dim: width between them.
+        batch_norm: BatchNorm after each linear layer, after the last one without gain and bias:
+            embeddings of a batch cannot become alike in a direction.
+    """
+
+    def __init__(
+        self,
+        in_dim: Count,
+        out_dim: Count = 256,
+        num_layers: Count = 2,
+        hidden_dim: Count = 2048,
+        batch_norm: bool = True,
+    ):
+        super().__init__()
+        widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
+        layers: list[nn.Module] = []
+        for i, (width_in, width_out) in enumerate(pairwise(widths), start=1):
+            layers.append(nn.Linear(width_in, width_out, bias=not batch_norm))
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(width_out, affine=i < num_layers))
+            if i < num_layers:
+                layers.append(nn.GELU())
+        self.mlp = nn.Sequential(*layers)
+        self.apply(init_linear_)
+
+    def forward(self, x: Float[Tensor, "*any C"]) -> Float[Tensor, "*any D"]:
+        """Embeddings."""
+        return self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+class MaskedHead(nn.Module):
+    """A head of patches, with what stands for patches that are masked.
+
+    Args:
+        projection: C to whatever the objective compares.
+        embed_dim: width C.
+    """
+
+    def __init__(self, projection: nn.Module, embed_dim: Count):
+        super().__init__()
+        self.projection = projection
+        self.mask_token = nn.Parameter(torch.zeros(embed_dim))
+
+    def forward(self, x: Float[Tensor, "*any C"]) -> Tensor:
+        """The projection."""
+        output: Tensor = self.projection(x)
+        return output

@@ -156,7 +156,7 @@ def load_training(path: str | Path, which: Which = "teacher") -> TrainingWeights
     if problems:
         raise UserError(f"{path}: its projection head is not DINO's: {first_few(problems)}")
     state, loss = content.get("state_dict"), content.get("dino_loss")
-    center = state.get("center.center") if isinstance(state, Mapping) else None
+    center = center_of(state) if isinstance(state, Mapping) else None
     if center is None and isinstance(loss, Mapping):
         center = loss.get("center")
     if center is not None:
@@ -165,6 +165,13 @@ def load_training(path: str | Path, which: Which = "teacher") -> TrainingWeights
             raise UserError(f"{path}: its center is not one number for each of {prototypes}")
         center = center.detach().float().flatten()
     return TrainingWeights(backbone, head, center)
+
+
+def center_of(state: Mapping[str, Any]) -> Any:
+    """DINO's center in a state dict of ours, which older files have outside the objective; None:
+    there is none.
+    """
+    return state.get("objective.center.center", state.get("center.center"))
 
 
 def head_state(location: "Location") -> StateDict | None:

@@ -14,12 +14,16 @@ instead of 4 N C^2 + 2 N C d, backwards 3 N C^2 instead of about 8, and of all t
 is kept. It wins when N is some times C; `gram_is_faster` decides. Its limit: norms are differences
 of sums over all tokens, so where a bias all but cancels a query (to a thousandth, say) the direct
 form keeps more digits.
+
+Tokens can be left out of these statistics, as masked patches that carry no image (the paper has no
+such option): norms and q k^T are then sums over the other tokens, while v and the output are of
+all. Without any token all cosines are 0 and attention is even.
 """
 
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.linalg import vector_norm
@@ -60,6 +64,15 @@ def gram_is_faster(
 def in_low_precision(x: Tensor) -> bool:
     """Whether products with x are rounded to 16 bits."""
     return autocasting(x.device) or x.dtype in (torch.bfloat16, torch.float16)
+
+
+def without_tokens(
+    qkv: Float[Tensor, "B N qkv"], left_out: Bool[Tensor, "B N"]
+) -> Float[Tensor, "B N qkv"]:
+    """q and k of some tokens set to 0, so that they add nothing to norms and products; v stays."""
+    is_statistic = torch.arange(3, device=qkv.device) < 2  # q and k
+    zeroed = left_out[:, :, None] & is_statistic  # (B, N, 3)
+    return qkv.unflatten(-1, (3, -1)).masked_fill(zeroed[..., None], 0.0).flatten(-2)
 
 
 class ChannelMixing(torch.autograd.Function):
@@ -167,8 +180,10 @@ def from_gram(
     temperature: Float[Tensor, "H 1 1"],
     proj_weight: Float[Tensor, "C C"],
     proj_bias: Float[Tensor, " C"],
+    left_out: Bool[Tensor, "B N"] | None = None,
 ) -> Float[Tensor, "B N C"]:
-    """Cross-covariance attention without q, k and v; see the module docstring.
+    """Cross-covariance attention without q, k and v; see the module docstring. Tokens `left_out`
+    are not in S, nor in the column of ones.
 
     Under autocast x times the C x C matrix is of low precision; S and all that is C x C stay in
     float32.
@@ -180,9 +195,14 @@ def from_gram(
         exact = x if x.dtype == torch.float64 else x.float()
         weight, bias = qkv.weight.to(exact.dtype), qkv.bias.to(exact.dtype)
         wqk, bqk = weight[: 2 * C], bias[: 2 * C]
-        sums = exact.sum(dim=1)  # (B, C)
-        qk_sums = sums @ wqk.mT + N * bqk  # (B, 2C), of q and k over the tokens
-        qk_x = wqk @ Gram.apply(exact) + bqk[:, None] * sums[:, None]  # (B, 2C, C), (q k)^T x
+        counted: Tensor = exact
+        count: int | Tensor = N
+        if left_out is not None:
+            counted = exact.masked_fill(left_out[..., None], 0.0)
+            count = (~left_out).sum(dim=1, keepdim=True)  # (B, 1)
+        sums = counted.sum(dim=1)  # (B, C)
+        qk_sums = sums @ wqk.mT + count * bqk  # (B, 2C), of q and k over the tokens
+        qk_x = wqk @ Gram.apply(counted) + bqk[:, None] * sums[:, None]  # (B, 2C, C), (q k)^T x
         squares = (qk_x * wqk).sum(dim=-1) + qk_sums * bqk  # (B, 2C)
         q_norm, k_norm = squares.clamp_min(EPS**2).sqrt().view(B, 2, H, -1).unbind(1)  # (B, H, d)
         gram = qk_x[:, :C].reshape(B, H, -1, C) @ wqk[C:].view(H, -1, C).mT
@@ -216,23 +236,34 @@ class CrossCovarianceAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Float[Tensor, "B N C"], gain: Float[Tensor, " C"] | None = None
+        self,
+        x: Float[Tensor, "B N C"],
+        gain: Float[Tensor, " C"] | None = None,
+        left_out: Bool[Tensor, "B N"] | None = None,
     ) -> Float[Tensor, "B N C"]:
-        """Mix channels by their d x d statistics over the tokens; multiply the result by `gain`."""
+        """Mix channels by their d x d statistics over the tokens, except those `left_out`; multiply
+        the result by `gain`.
+        """
         _, N, C = x.shape
         weight, bias = scaled(self.proj, gain)
         exporting = torch.compiler.is_exporting()  # one program for any number of tokens
         low = in_low_precision(x)
         if not exporting and gram_is_faster(N, C, torch.is_grad_enabled(), low, x.device):
-            return from_gram(x, self.qkv, self.temperature, weight, bias)
-        return self.direct(x, weight, bias)
+            return from_gram(x, self.qkv, self.temperature, weight, bias, left_out)
+        return self.direct(x, weight, bias, left_out)
 
     def direct(
-        self, x: Float[Tensor, "B N C"], weight: Float[Tensor, "C C"], bias: Float[Tensor, " C"]
+        self,
+        x: Float[Tensor, "B N C"],
+        weight: Float[Tensor, "C C"],
+        bias: Float[Tensor, " C"],
+        left_out: Bool[Tensor, "B N"] | None = None,
     ) -> Float[Tensor, "B N C"]:
         """The direct form; weight and bias are the output projection's."""
         B, N, C = x.shape
         qkv = self.qkv(x)
+        if left_out is not None:
+            qkv = without_tokens(qkv, left_out)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return linear(ChannelMixing.apply(qkv, self.temperature), weight, bias)
         qkv = qkv.view(B, N, 3, self.num_heads, C // self.num_heads)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 from annotated_types import Ge
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
@@ -65,6 +65,27 @@ def as_image(tokens: Float[Tensor, "B N C"], grid: tuple[int, int]) -> Float[Ten
 def as_tokens(image: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N C"]:
     """A (channels-last) image as tokens, row by row; a view where the memory allows it."""
     return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def masked(
+    tokens: Float[Tensor, "B N C"],
+    grid: tuple[int, int],
+    mask: Bool[Tensor, "B h w"],
+    mask_token: Float[Tensor, " C"] | None,
+) -> Float[Tensor, "B N C"]:
+    """Tokens with those of masked patches replaced by the mask token.
+
+    Raises:
+        UserError: there is no mask token, or the mask is not one of this grid.
+    """
+    if mask_token is None:
+        raise UserError("a mask needs mask_token, the vector of C values at masked patches")
+    if mask.shape != (len(tokens), *grid):
+        raise UserError(
+            f"mask of shape {tuple(mask.shape)}: these images have patches of shape "
+            f"{(len(tokens), *grid)} (images, rows, columns)"
+        )
+    return torch.where(mask.flatten(1)[..., None], mask_token.to(tokens.dtype), tokens)
 
 
 class Stem(nn.Module):
@@ -169,9 +190,19 @@ class XCABlock(nn.Module):
         self.gamma2 = nn.Parameter(layer_scale * torch.ones(dim))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "B N C"], grid: tuple[int, int]) -> Float[Tensor, "B N C"]:
-        """Three residual branches in the paper's order."""
-        x = self.drop_path.by_sample(x, lambda kept: self.attn(self.norm1(kept), self.gamma1))
+    def forward(
+        self,
+        x: Float[Tensor, "B N C"],
+        grid: tuple[int, int],
+        left_out: Bool[Tensor, "B N"] | None = None,
+    ) -> Float[Tensor, "B N C"]:
+        """Three residual branches in the paper's order; the statistics of channel attention are
+        those of the tokens that are not `left_out`.
+        """
+        if left_out is None:
+            x = self.drop_path.by_sample(x, lambda kept: self.attn(self.norm1(kept), self.gamma1))
+        else:  # the branch is not told which samples it has
+            x = self.drop_path(x, self.attn(self.norm1(x), self.gamma1, left_out))
         x = self.drop_path(x, self.local_mp(self.norm3(x), grid, self.gamma3))
         return self.drop_path.by_sample(
             x, lambda kept: self.mlp.of_norm(kept, self.norm2, self.gamma2)
@@ -281,31 +312,51 @@ class XCiT(nn.Module):
             self.fpn1, self.fpn2, self.fpn3, self.fpn4 = layers
 
     def embedded_patches(
-        self, x: Float[Tensor, "B in_chans H W"]
+        self,
+        x: Float[Tensor, "B in_chans H W"],
+        mask: Bool[Tensor, "B h w"] | None = None,
+        mask_token: Float[Tensor, " C"] | None = None,
     ) -> tuple[Float[Tensor, "B N C"], tuple[int, int]]:
-        """Patch tokens with their positions, before the XCA blocks, and their grid."""
+        """Patch tokens with their positions, before the XCA blocks, and their grid; masked ones are
+        the mask token and a position.
+        """
         image = self.patch_embed(x)
         grid = (image.shape[-2], image.shape[-1])
-        tokens = as_tokens(image) + self.pos_embeder(grid)
+        tokens = as_tokens(image)
+        if mask is not None:
+            tokens = masked(tokens, grid, mask, mask_token)
+        tokens = tokens + self.pos_embeder(grid)
         if autocasting(x.device):  # or small branches would be rounded away
             tokens = tokens.float()
         return tokens, grid
 
     def run_block(
-        self, block: nn.Module, tokens: Float[Tensor, "B N C"], grid: tuple[int, int]
+        self,
+        block: nn.Module,
+        tokens: Float[Tensor, "B N C"],
+        grid: tuple[int, int],
+        left_out: Bool[Tensor, "B N"] | None = None,
     ) -> Float[Tensor, "B N C"]:
         """One XCA block, with its activations kept or computed again in the backward pass."""
+        inputs = (tokens, grid) if left_out is None else (tokens, grid, left_out)
         again = self.checkpoint_blocks and torch.is_grad_enabled()
-        output: Tensor = recomputed(block, tokens, grid) if again else block(tokens, grid)
+        output: Tensor = recomputed(block, *inputs) if again else block(*inputs)
         return output
 
     def patch_tokens(
-        self, x: Float[Tensor, "B in_chans H W"]
+        self,
+        x: Float[Tensor, "B in_chans H W"],
+        mask: Bool[Tensor, "B h w"] | None = None,
+        mask_token: Float[Tensor, " C"] | None = None,
+        exclude_masked: bool = False,
     ) -> tuple[Float[Tensor, "B N C"], tuple[int, int]]:
-        """Patch tokens after the XCA blocks, and their grid (rows, columns)."""
-        tokens, grid = self.embedded_patches(x)
+        """Patch tokens after the XCA blocks, and their grid (rows, columns); masks as in
+        `forward_features`.
+        """
+        tokens, grid = self.embedded_patches(x, mask, mask_token)
+        left_out = mask.flatten(1) if mask is not None and exclude_masked else None
         for block in self.blocks:
-            tokens = self.run_block(block, tokens, grid)
+            tokens = self.run_block(block, tokens, grid, left_out)
         return tokens, grid
 
     def pyramid(
@@ -361,9 +412,27 @@ class XCiT(nn.Module):
         cls, patches, last = self.before_last(self.patch_tokens(x)[0])
         return self.norm(last.class_token(cls, last.normed(cls, patches))[:, 0])
 
-    def forward_features(self, x: Float[Tensor, "B in_chans H W"]) -> Features:
-        """Class token (B, C) and patches (B, C, ceil(H / p), ceil(W / p)), after the last norm."""
-        tokens, grid = self.patch_tokens(x)
+    def forward_features(
+        self,
+        x: Float[Tensor, "B in_chans H W"],
+        mask: Bool[Tensor, "B h w"] | None = None,
+        mask_token: Float[Tensor, " C"] | None = None,
+        exclude_masked: bool = False,
+    ) -> Features:
+        """Class token (B, C) and patches (B, C, ceil(H / p), ceil(W / p)), after the last norm.
+
+        Args:
+            x: images.
+            mask: patches whose stem output is replaced by `mask_token`, before positions are added
+                (iBOT, arXiv:2111.07832). The stem itself sees the whole image, each of its outputs
+                2 p - 1 pixels a side, so a masked patch's border is seen by its neighbours.
+            mask_token: a vector that whoever masks has learned; it is no weight of this network.
+            exclude_masked: leave masked tokens out of the statistics of q and k in all XCA blocks.
+
+        Raises:
+            UserError: a mask without its token, or of another grid than the image's.
+        """
+        tokens, grid = self.patch_tokens(x, mask, mask_token, exclude_masked)
         cls, patches, last = self.before_last(tokens)
         cls, patches = last(cls, patches)
         return Features(self.norm(cls[:, 0]), as_image(self.norm(patches), grid))

@@ -1,250 +1,37 @@
-"""Self-distillation with no labels: loss, centering, sharpening (DINO, arXiv:2104.14294, section
-3.1, algorithm 1).
-
-Rows of the teacher sum to 1, so a pair of views costs logsumexp(s_v) - q_g . s_v, and a view's cost
-against all others needs only the sum of their q: no log-softmax is built. The gradient is
-softmax(s_v) minus the mean of those q, made in the logits' own memory while they are at hand.
+"""Self-distillation with no labels: centering and sharpening (DINO, arXiv:2104.14294, section 3.1,
+algorithm 1), or a balanced assignment to prototypes instead (SwAV, arXiv:2006.09882; DINOv2,
+arXiv:2304.07193).
 """
 
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from annotated_types import Ge, Lt
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.linalg import vecdot, vector_norm
-from torch.nn.functional import linear
 
 from ssl_xcit.errors import UserError
-
-EPS = 1e-12  # the smallest norm divided by
-CHUNK = 1 << 23  # logits that exist at a time: 32 MB in float32
-
-
-def dino_loss(
-    student: Float[Tensor, "V B K"],
-    teacher: Float[Tensor, "G B K"],
-    student_temp: float,
-    overwrite: bool = False,
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy H(teacher_g, softmax(student_v / student_temp)) over the pairs of
-    different views.
-
-    Args:
-        student: logits of V views; the first G are the teacher's views, in the same order.
-        teacher: probabilities of the G global views; not differentiated.
-        student_temp: temperature, above 0.
-        overwrite: build the gradient in the logits' memory, whose values are then lost. float32
-            logits only; torch raises if another backward pass still needs them.
-
-    Returns:
-        A scalar in nats, float32 at least; ln K when both are uniform. Pairs: G (V - 1). No second
-        derivatives.
-
-    Raises:
-        UserError: one view, which has no other to agree with.
-    """
-    check_views(len(student))
-    with torch.autocast(student.device.type, enabled=False):  # a difference of large sums
-        if student.dtype != torch.float64:
-            student = student.float()
-        teacher, grad_enabled = teacher.detach().to(student.dtype), torch.is_grad_enabled()
-        return LogitsLoss.apply(student, teacher, student_temp, overwrite, grad_enabled)
-
-
-def prototype_loss(
-    x: Float[Tensor, "V B D"],
-    weight: Float[Tensor, "K D"],
-    gain: Float[Tensor, "K 1"],
-    teacher: Float[Tensor, "G B K"],
-    student_temp: float,
-) -> Float[Tensor, ""]:
-    """`dino_loss` of the logits gain_k (x . w_k) / |w_k|, which exist only `CHUNK` at a time.
-
-    Gradients are made on the way forward and kept: D values a view and K x D in all, instead of K a
-    view. Under autocast the products are of low precision, all else is float32.
-
-    Args:
-        x: embeddings of V views before the prototypes; the first G are the teacher's.
-        weight: directions of the prototypes, of any length.
-        gain: their gains.
-        teacher: probabilities of the G global views; not differentiated.
-        student_temp: temperature, above 0.
-
-    Returns:
-        A scalar in nats, float32 at least, for one backward pass.
-
-    Raises:
-        UserError: one view, which has no other to agree with.
-    """
-    check_views(len(x))
-    enabled = torch.is_grad_enabled()
-    return PrototypeLoss.apply(x, weight, gain, teacher.detach(), student_temp, enabled)
-
-
-def check_views(count: int) -> None:
-    """Raise UserError for fewer views than the loss compares."""
-    if count < 2:
-        raise UserError(f"the loss needs at least 2 views, not {count}: augment.num_local from 1")
-
-
-def cross_entropy_(
-    z: Float[Tensor, "*rows K"], target: Float[Tensor, "*views K"]
-) -> Float[Tensor, ""]:
-    """Summed cross-entropy of softmax(z) with broadcast `target`; z becomes softmax(z) - target."""
-    lse = z.amax(dim=-1)
-    dots = vecdot(z, target)
-    torch.softmax(z, dim=-1, out=z)
-    lse -= z.amax(dim=-1).log()  # the largest probability is exp(largest logit - lse)
-    z.sub_(target)
-    return (lse - dots).sum()
-
-
-def targets_by_view(teacher: Float[Tensor, "G n K"]) -> tuple[Tensor, Tensor]:
-    """Targets of each global view, (G, n, K): the mean teacher of all views but its own; and of the
-    local views, (n, K): the mean of all.
-    """
-    G, total = len(teacher), teacher.sum(dim=0)
-    return (total - teacher) / max(G - 1, 1), total / G
-
-
-def chunks(num_images: int, values_an_image: int) -> Iterator[slice]:
-    """Yield equal parts of the images, each with about `CHUNK` logits."""
-    count = min(num_images, -(-num_images * values_an_image // CHUNK))
-    size = -(-num_images // count)
-    for start in range(0, num_images, size):
-        yield slice(start, min(start + size, num_images))
-
-
-def require_unconsumed(gradients: Any) -> Any:
-    """Gradients that a forward pass kept for its only backward pass.
-
-    Raises:
-        RuntimeError: a backward pass has used them up.
-    """
-    if gradients is None:
-        raise RuntimeError("this loss keeps its gradient for one backward pass; compute it again")
-    return gradients
-
-
-class LogitsLoss(torch.autograd.Function):
-    """See `dino_loss`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Float[Tensor, "V B K"],
-        teacher: Float[Tensor, "G B K"],
-        student_temp: float,
-        overwrite: bool,
-        grad_enabled: bool,
-    ) -> Float[Tensor, ""]:
-        """Compute the loss, and beside it the gradient without its factors."""
-        V, B, K = student.shape
-        G = len(teacher)
-        keep = grad_enabled and ctx.needs_input_grad[0]
-        gradient = student if overwrite else torch.empty_like(student) if keep else None
-        total = student.new_zeros(())
-        for images in chunks(B, K):
-            of_global, of_local = targets_by_view(teacher[:, images])
-            for v in range(V):
-                z = student[v, images] / student_temp if gradient is None else gradient[v, images]
-                if gradient is not None:
-                    torch.div(student[v, images], student_temp, out=z)
-                cost = cross_entropy_(z, of_global[v] if v < G else of_local)
-                total += cost * (G - 1 if v < G else G)
-        if keep:
-            ctx.gradient, ctx.overwrite = gradient, overwrite
-            ctx.scale, ctx.num_global = 1.0 / (G * (V - 1) * B * student_temp), G
-        return total / (G * (V - 1) * B)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
-        """Multiply the kept gradient by its factors."""
-        gradient = require_unconsumed(ctx.gradient)
-        if ctx.overwrite:
-            ctx.gradient = None
-        else:
-            gradient = gradient.clone()
-        gradient[: ctx.num_global].mul_(grad * (ctx.scale * (ctx.num_global - 1)))
-        gradient[ctx.num_global :].mul_(grad * (ctx.scale * ctx.num_global))
-        return gradient, None, None, None, None
-
-
-class PrototypeLoss(torch.autograd.Function):
-    """See `prototype_loss`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Float[Tensor, "V B D"],
-        weight: Float[Tensor, "K D"],
-        gain: Float[Tensor, "K 1"],
-        teacher: Float[Tensor, "G B K"],
-        student_temp: float,
-        grad_enabled: bool,
-    ) -> Float[Tensor, ""]:
-        """Compute the loss and, with dz the gradient of a logit of unit gain and norm, sum up
-        dx = dz w and dw = dz^T x beside it.
-        """
-        V, B, _ = x.shape
-        K, G = len(weight), len(teacher)
-        exact = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
-        autocast = torch.is_autocast_enabled(x.device.type)
-        low = torch.get_autocast_dtype(x.device.type) if autocast else exact
-        pairs = torch.full((V, 1, 1), float(G), dtype=exact, device=x.device)
-        pairs[:G] = G - 1
-        pairs /= G * (V - 1) * B
-        norm = vector_norm(weight, dim=-1, dtype=exact).clamp_min(EPS)
-        scale = gain[:, 0].to(exact) / norm / student_temp  # (K,)
-        keep = grad_enabled and any(ctx.needs_input_grad)
-        with torch.autocast(x.device.type, enabled=False):
-            w, total = weight.to(low), torch.zeros((), dtype=exact, device=x.device)
-            dx = torch.empty_like(x, dtype=exact) if keep else None
-            dw = torch.zeros_like(weight, dtype=exact) if keep else None
-            for images in chunks(B, V * K):
-                rows = x[:, images].to(low)
-                z = linear(rows.flatten(0, 1), w).to(exact).mul_(scale).unflatten(0, (V, -1))
-                of_global, of_local = targets_by_view(teacher[:, images].to(exact))
-                total += cross_entropy_(z[:G], of_global) * pairs[0, 0, 0]
-                total += cross_entropy_(z[G:], of_local) * pairs[-1, 0, 0]
-                if dx is not None and dw is not None:
-                    weighted = (rows * pairs).flatten(0, 1).to(low)
-                    low_z = z.flatten(0, 1).to(low)
-                    if low == exact:
-                        dw.addmm_(low_z.T, weighted)
-                    else:
-                        dw += low_z.T @ weighted
-                    # z's buffer is free from here on
-                    low_z = z.mul_(scale).flatten(0, 1).to(low)
-                    torch.mul((low_z @ w).unflatten(0, (V, -1)), pairs, out=dx[:, images])
-        if keep:
-            ctx.save_for_backward(weight, gain, norm)
-            ctx.gradients, ctx.temp, ctx.dtype = (dx, dw), student_temp, x.dtype
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight and, where it is trained, the gain."""
-        weight, gain, norm = ctx.saved_tensors
-        dx, dw = require_unconsumed(ctx.gradients)
-        ctx.gradients = None  # no second owner: no copy is made
-        dgain = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            exact = weight.to(dw.dtype)
-            radial = vecdot(dw, exact)  # (K,)
-            # a norm that was clamped is a constant
-            along = (radial / norm.square()).masked_fill_(norm <= EPS, 0.0)
-            dw.addcmul_(exact, along[:, None], value=-1)
-            dw *= grad * gain / (norm[:, None] * ctx.temp)
-            if ctx.needs_input_grad[2]:
-                dgain = (grad * radial / (norm * ctx.temp))[:, None].to(gain.dtype)
-        return dx.mul_(grad).to(ctx.dtype), dw.to(weight.dtype), dgain, None, None, None
+from ssl_xcit.objectives.koleo import koleo_loss
+from ssl_xcit.objectives.objective import (
+    GLOBAL_VIEWS,
+    ONE_PROTOTYPE,
+    UNIFORM,
+    Clip,
+    Embedded,
+    Inputs,
+    Objective,
+    RunLength,
+    Signs,
+    Table,
+    chosen_by_length,
+    concatenated,
+)
+from ssl_xcit.objectives.prototype_loss import prototype_loss
+from ssl_xcit.objectives.sinkhorn import check_prototypes, sinkhorn_knopp
+from ssl_xcit.objectives.temperature import LinearByEpoch
+from ssl_xcit.utils.validation import NonNegative, Positive, Share
 
 
 class Center(nn.Module):
@@ -278,3 +65,173 @@ class Center(nn.Module):
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
         self.center.lerp_(mean, 1.0 - self.momentum)
+
+
+class Targets(NamedTuple):
+    """What the teacher says of the global views."""
+
+    logits: Float[Tensor, "G B K"]
+    rows: Float[Tensor, "G B K"]  # probabilities
+
+
+class DINO(Objective):
+    """Cross-entropy between the student's and the teacher's distributions over K prototypes, of
+    different views of an image.
+
+    Args:
+        length: of the run.
+        head: makes a `DINOHead` of a width and K.
+        student_temp: the student's softmax temperature.
+        centering: keeps prototypes in use: `mean` subtracts a running mean of the teacher's logits
+            (see `Center`); `sinkhorn` gives each prototype the same share of a batch.
+        center_momentum: see `Center`.
+        koleo: weight of the entropy estimator that spreads the student's class tokens (DINOv2:
+            0.1).
+        teacher_temp_epochs: epochs in which the teacher's temperature rises from
+            `teacher_temp_start` to `teacher_temp` ...
+        freeze_epochs: first epochs in which the prototypes keep their place ...
+        max_warmup: ... both at most this share of the run.
+        num_prototypes: K; it, `ema` and both temperatures are in the table where they are null.
+        ema: see `Objective`.
+        teacher_temp_start: the teacher's softmax temperature at first.
+        teacher_temp: and at last.
+        by_steps_and_images: see `chosen_by_length`.
+        clip_norm: see `Objective`.
+        clip: likewise.
+
+    Raises:
+        UserError: a table without a row for the run, or one with other names; more prototypes than
+            Sinkhorn-Knopp can balance in a batch.
+    """
+
+    advice: Mapping[str, str] = {
+        UNIFORM: "lower objective.teacher_temp first, then optim.lr",
+        ONE_PROTOTYPE: "lower objective.center_momentum first, then raise objective.teacher_temp",
+    }
+
+    def __init__(
+        self,
+        length: RunLength,
+        head: Callable[[int, int], nn.Module],
+        student_temp: Positive = 0.1,
+        centering: Literal["mean", "sinkhorn"] = "mean",
+        center_momentum: Annotated[float, Ge(0), Lt(1)] = 0.9,
+        koleo: NonNegative = 0.0,
+        teacher_temp_epochs: NonNegative = 30.0,
+        freeze_epochs: NonNegative = 1.0,
+        max_warmup: Share = 0.3,
+        num_prototypes: Annotated[int, Ge(2)] | None = None,
+        ema: Share | None = None,
+        teacher_temp_start: Positive | None = None,
+        teacher_temp: Positive | None = None,
+        by_steps_and_images: Table = (),
+        clip_norm: Positive = 3.0,
+        clip: Clip = "tensor",
+    ):
+        chosen = chosen_by_length(
+            {
+                "num_prototypes": num_prototypes,
+                "ema": ema,
+                "teacher_temp_start": teacher_temp_start,
+                "teacher_temp": teacher_temp,
+            },
+            by_steps_and_images,
+            "objective.by_steps_and_images",
+            length,
+        )
+        super().__init__(length, chosen["ema"], clip_norm, clip)
+        if not student_temp > 0.0:
+            raise UserError(f"student_temp={student_temp}: above 0; the paper has 0.1")
+        if centering == "sinkhorn":
+            check_prototypes(chosen["num_prototypes"], GLOBAL_VIEWS * length.batch_size)
+        self.new_head = head
+        self.num_prototypes: int = chosen["num_prototypes"]
+        self.student_temp = student_temp
+        self.centering = centering
+        self.koleo = koleo
+        self.teacher_temp = LinearByEpoch(
+            chosen["teacher_temp_start"],
+            chosen["teacher_temp"],
+            min(teacher_temp_epochs, max_warmup * length.epochs),
+            length.steps_per_epoch,
+        )
+        self.freeze_steps = length.steps(freeze_epochs, max_warmup)
+        self.center = Center(self.num_prototypes, center_momentum)
+
+    def make_head(self, embed_dim: int) -> nn.Module:
+        """A projection with K prototypes."""
+        return self.new_head(embed_dim, self.num_prototypes)
+
+    def targets(
+        self, head: nn.Module, teacher: Embedded | None, inputs: Inputs, step: int
+    ) -> Targets:
+        """Logits and probabilities of the global views."""
+        assert teacher is not None
+        logits = head(teacher.cls)  # (G, B, K)
+        return Targets(logits, self.probabilities(logits, step))
+
+    def probabilities(self, logits: Float[Tensor, "G B K"], step: int) -> Float[Tensor, "G B K"]:
+        """The teacher's rows, centered or balanced."""
+        temperature = self.teacher_temp(step)
+        if self.centering == "mean":
+            return self.center.targets(logits, temperature)
+        rows = sinkhorn_knopp(logits.flatten(0, 1), temperature)
+        return rows.unflatten(0, logits.shape[:2])
+
+    def loss(
+        self, head: Any, student: Embedded, targets: Targets, step: int
+    ) -> tuple[Float[Tensor, ""], Mapping[str, Tensor]]:
+        """Mean cross-entropy over pairs of different views; `koleo` is summed over global views."""
+        prototypes = head.last_layer
+        loss = prototype_loss(
+            head.embed(student.cls),
+            prototypes.weight_v,
+            prototypes.weight_g,
+            targets.rows,
+            self.student_temp,
+        )
+        if not self.koleo:
+            return loss, {}
+        views = student.cls[: len(targets.rows)]
+        spread = torch.stack([koleo_loss(view) for view in views]).sum()
+        return loss + self.koleo * spread, {"dino": loss, "koleo": spread}
+
+    def update_(self, parts: Sequence[Targets]) -> None:
+        """Move the center."""
+        if self.centering == "mean":
+            self.center.update_(concatenated([part.logits for part in parts]))
+
+    def frozen(self, head: Any, step: int) -> Iterable[nn.Module]:
+        """The prototypes, in the first steps."""
+        return (head.last_layer,) if step < self.freeze_steps else ()
+
+    def scheduled(self, step: int) -> Mapping[str, float]:
+        """The teacher's temperature."""
+        return {"teacher_temp": self.teacher_temp(step)}
+
+    def derived(self) -> dict[str, Any]:
+        """What the length of the run decides."""
+        return {
+            "freeze_steps": self.freeze_steps,
+            "teacher_temp_epochs": self.teacher_temp.warmup_epochs,
+            "num_prototypes": self.num_prototypes,
+            "ema": self.ema,
+            "teacher_temp_start": self.teacher_temp.start,
+            "teacher_temp": self.teacher_temp.end,
+        }
+
+    def described(self) -> str:
+        """The numbers to tell before training."""
+        temperature = self.teacher_temp
+        return (
+            f"{self.num_prototypes:,} prototypes, teacher temperature {temperature.start:g} to "
+            f"{temperature.end:g}, {super().described()}"
+        )
+
+    def signs(self, parts: Sequence[Targets]) -> Signs:
+        """The teacher's probabilities."""
+        return Signs(rows=concatenated([part.rows for part in parts]))
+
+    def watched(self) -> Mapping[str, float]:
+        """The length of the center."""
+        return {"center_norm": self.center.center.norm().item()}

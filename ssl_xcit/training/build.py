@@ -1,4 +1,4 @@
-"""Build student, teacher and schedules of a run (lr, weight decay, EMA, teacher temperature)."""
+"""Build student, teacher and schedules of a run (learning rate, weight decay, EMA)."""
 
 import torch
 from hydra.utils import instantiate
@@ -6,10 +6,10 @@ from hydra.utils import instantiate
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.weights import TrainingWeights
-from ssl_xcit.training.init_weights import start_backbone, start_head
-from ssl_xcit.training.module import DINO, Schedules, make_networks
+from ssl_xcit.training.init_weights import start_backbone, start_head, start_state
+from ssl_xcit.training.module import Pretraining, Schedules, make_networks
 from ssl_xcit.training.plan import Plan
-from ssl_xcit.training.schedules import BackboneUnfreezeSchedule, Cosine, LinearByEpoch
+from ssl_xcit.training.schedules import BackboneUnfreezeSchedule, Cosine
 from ssl_xcit.training.settings import PretrainSettings
 
 
@@ -18,11 +18,11 @@ def make_module(
     plan: Plan,
     preprocess: Preprocess,
     start: TrainingWeights | None = None,
-) -> DINO:
+) -> Pretraining:
     """Student, teacher, schedules; fresh weights by `seed`, but for those to start from."""
     torch.manual_seed(settings.seed)
     backbone = instantiate(settings.model)
-    head = instantiate(settings.objective.head)(backbone.embed_dim, plan.num_prototypes)
+    head = plan.objective.make_head(backbone.embed_dim)
     in_chans = backbone.architecture["in_chans"]
     if in_chans != preprocess.channels:
         raise UserError(
@@ -38,37 +38,27 @@ def make_module(
         network.backbone.preprocess = preprocess.of_weights()
         network.backbone.checkpoint_blocks = settings.checkpoint_blocks
     optim = settings.optim
-    module = DINO(
+    module = Pretraining(
         student,
         teacher,
-        plan.num_prototypes,
+        plan.objective,
         Schedules(
             lr=Cosine(
                 plan.lr, optim.min_lr, plan.total_steps, plan.warmup_steps, optim.warmup_start
             ),
             weight_decay=Cosine(optim.weight_decay, optim.weight_decay_end, plan.total_steps),
-            ema=Cosine(plan.ema, 1.0, plan.total_steps),
-            teacher_temp=LinearByEpoch(
-                plan.teacher_temp_start,
-                plan.teacher_temp,
-                plan.teacher_temp_epochs,
-                plan.steps_per_epoch,
-            ),
+            ema=Cosine(plan.objective.ema, 1.0, plan.total_steps),
             backbone=BackboneUnfreezeSchedule(plan.backbone_freeze_steps, plan.warmup_steps)
             if plan.backbone_freeze_steps
             else None,
         ),
         instantiate(optim.optimizer),
-        student_temp=settings.objective.student_temp,
-        center_momentum=settings.objective.center_momentum,
-        clip_norm=settings.objective.clip_norm,
-        freeze_steps=plan.freeze_steps,
         seed=settings.seed,
         accumulate=settings.trainer.accumulate,
         max_skipped=settings.max_skipped,
     )
-    if start is not None and settings.init.head == "kept" and start.center is not None:
-        module.center.center.copy_(start.center)
+    if start is not None and settings.init.head == "kept":
+        start_state(plan.objective, start)
     try:
         module.configure_optimizers()
     except (TypeError, ValueError) as error:  # torch's own words on its arguments

@@ -21,19 +21,13 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from ssl_xcit.errors import RunFailed
+from ssl_xcit.objectives.objective import ALIKE, EMBEDDINGS_ALIKE, ONE_PROTOTYPE, UNIFORM
 from ssl_xcit.utils.files import write_json
 from ssl_xcit.utils.validation import Count
 
 log = logging.getLogger(__name__)
 HEALTHY = "healthy"
-UNIFORM = "the teacher has collapsed to a uniform distribution"
-ONE_PROTOTYPE = "one prototype takes all images"
-ALIKE = "the features of all images are nearly the same"
-ADVICE = {
-    UNIFORM: "lower objective.teacher_temp first, then optim.lr",
-    ONE_PROTOTYPE: "lower objective.center_momentum first, then raise objective.teacher_temp",
-    ALIKE: "lower optim.lr first, then raise objective.ema",
-}
+ADVICE = "lower optim.lr first, then raise objective.ema"
 
 
 class BufferSnapshot:
@@ -164,6 +158,7 @@ class Health(lightning.Callback):
     ):
         self.features = Queue(queue)
         self.favourites = Queue(queue)
+        self.embeddings = Queue(queue)
         self.patience = patience
         self.stop_on_collapse = stop_on_collapse
         self.verdict = HEALTHY
@@ -179,32 +174,34 @@ class Health(lightning.Callback):
         """Keep the first global view of each image, but not of steps that were skipped."""
         if not module.guard.in_a_row:
             self.features.add(module.output.features[0].float())
-            self.favourites.add(module.output.targets[0].argmax(-1, keepdim=True))
+            signs = module.output.signs
+            if signs.rows is not None:
+                self.favourites.add(signs.rows[0].argmax(-1, keepdim=True))
+            if signs.embeddings is not None:
+                self.embeddings.add(signs.embeddings.float())
 
     def report(self, module: Any, step: int) -> dict[str, float]:
         """Values for the log; sets `verdict`. None before the first step that was not skipped."""
         if self.features.rows is None:
             return {}
-        targets = module.output.targets
-        features, favourites = self.features.filled(), self.favourites.filled()
+        rows = module.output.signs.rows
         names = [n for n, p in module.student.named_parameters() if p.requires_grad]
         groups, of_each = grad_norm_groups(names)
         norms = module.output.grad_norms
         index = torch.tensor(of_each, device=norms.device)
         by_group = norms.new_zeros(len(groups)).index_add_(0, index, norms.square()).sqrt()
-        counts = favourites.unique(return_counts=True)[1]
         values = {
-            **teacher_entropy(targets),
-            "center_norm": module.center.center.norm().item(),
-            "feature_std": feature_std(features).item(),
-            "rankme": rankme(features).item(),
-            "prototypes_used": len(counts) / min(targets.shape[-1], len(favourites)),
-            "prototypes_effective": effective_number(counts),
+            **({} if rows is None else self.of_prototypes(rows)),
+            **module.objective.watched(),
+            **spread("feature_std", "rankme", self.features),
+            **spread("embedding_std", "embedding_rankme", self.embeddings),
             **{f"grad_norm_{g}": n for g, n in zip(groups, by_group.tolist(), strict=True)},
         }
         loss = module.output.loss.item()
         warm = step > getattr(module.schedules.lr, "warmup_steps", 0)
-        trouble = judge(loss, values, targets.shape[-1]) if warm else HEALTHY
+        K = None if rows is None else rows.shape[-1]
+        of_rows = math.nan if module.output.losses else loss  # a sum is no cross-entropy
+        trouble = judge(of_rows, values, K) if warm else HEALTHY
         if not math.isfinite(loss):
             trouble = self.trouble  # a step that was skipped tells nothing
         self.times = self.times + 1 if trouble == self.trouble else 1
@@ -213,10 +210,20 @@ class Health(lightning.Callback):
             self.verdict, self.said = trouble, False
         if not self.said:
             self.said = True
-            self.say(step)
+            self.say(step, module.objective.advice.get(self.verdict, ADVICE))
         return {**values, "healthy": float(self.verdict == HEALTHY)}
 
-    def say(self, step: int) -> None:
+    def of_prototypes(self, rows: Float[Tensor, "G B K"]) -> dict[str, float]:
+        """How the teacher's probabilities and the last images spread over the prototypes."""
+        favourites = self.favourites.filled()
+        counts = favourites.unique(return_counts=True)[1]
+        return {
+            **teacher_entropy(rows),
+            "prototypes_used": len(counts) / min(rows.shape[-1], len(favourites)),
+            "prototypes_effective": effective_number(counts),
+        }
+
+    def say(self, step: int, advice: str) -> None:
         """The verdict has changed.
 
         Raises:
@@ -225,7 +232,7 @@ class Health(lightning.Callback):
         if self.verdict == HEALTHY:
             log.warning("step %d: the run is healthy again", step)
             return
-        text = f"step {step}: {self.verdict}: {ADVICE[self.verdict]}"
+        text = f"step {step}: {self.verdict}: {advice}"
         if self.stop_on_collapse:
             raise RunFailed(f"{text}; stopped, as callbacks.health.stop_on_collapse asks")
         log.warning("%s; callbacks.health.stop_on_collapse=true would stop here", text)
@@ -238,7 +245,7 @@ class Health(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on."""
         for name, queue in self.queues().items():
-            rows, count = state_dict[name]
+            rows, count = state_dict.get(name, (None, 0))
             if rows is not None and len(rows) == queue.size:
                 queue.rows, queue.count = rows.clone(), count
         self.verdict, self.trouble = state_dict["verdict"], state_dict["trouble"]
@@ -247,7 +254,19 @@ class Health(lightning.Callback):
 
     def queues(self) -> dict[str, Queue]:
         """By name."""
-        return {"features": self.features, "favourites": self.favourites}
+        return {
+            "features": self.features,
+            "favourites": self.favourites,
+            "embeddings": self.embeddings,
+        }
+
+
+def spread(deviation: str, rank: str, queue: Queue) -> dict[str, float]:
+    """`feature_std` and `rankme` of the rows of a queue, by these names; none of an empty one."""
+    if queue.rows is None:
+        return {}
+    rows = queue.filled()
+    return {deviation: feature_std(rows).item(), rank: rankme(rows).item()}
 
 
 def effective_number(counts: Int64[Tensor, " U"]) -> float:
@@ -256,16 +275,21 @@ def effective_number(counts: Int64[Tensor, " U"]) -> float:
     return torch.special.entr(share).sum().exp().item()
 
 
-def judge(loss: float, values: Mapping[str, float], num_prototypes: int) -> str:
+def judge(loss: float, values: Mapping[str, float], num_prototypes: int | None) -> str:
     """What is wrong, causes before effects.
 
-    Alike: normalised features deviate by less than a fiftieth of what independent directions do, or
-    span fewer than two dimensions. One prototype: the images' favourites tell less than two equally
-    frequent ones. Uniform: the loss within 0.1 % of ln K, or the teacher's entropy within 0.5 %.
+    Alike: normalised features, or embeddings, deviate by less than a fiftieth of what independent
+    directions do, or span fewer than two dimensions. One prototype: the images' favourites tell
+    less than two equally frequent ones. Uniform: the loss within 0.1 % of ln K, or the teacher's
+    entropy within 0.5 %.
     """
-    uniform = math.log(num_prototypes)
     if values["feature_std"] < 0.02 or values["rankme"] < 2.0:
         return ALIKE
+    if values.get("embedding_std", 1.0) < 0.02 or values.get("embedding_rankme", 2.0) < 2.0:
+        return EMBEDDINGS_ALIKE
+    if num_prototypes is None:
+        return HEALTHY
+    uniform = math.log(num_prototypes)
     if values["prototypes_effective"] < min(2.0, num_prototypes / 4):
         return ONE_PROTOTYPE
     if abs(loss - uniform) < 1e-3 * uniform or values["teacher_entropy_share"] > 0.995:

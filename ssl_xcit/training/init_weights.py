@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from torch import nn
 
 from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.errors import UserError
@@ -25,6 +26,8 @@ from ssl_xcit.models.weights import (
     model_name,
 )
 from ssl_xcit.models.xcit import TASK_LAYERS, XCiT
+from ssl_xcit.objectives.dino import DINO
+from ssl_xcit.objectives.objective import Objective
 from ssl_xcit.training.settings import InitSettings, PretrainSettings
 from ssl_xcit.utils.files import sha256_of
 
@@ -72,9 +75,9 @@ def noted(
 ) -> PretrainSettings:
     """The settings with what the file to start from decides; a number that is set stays."""
     settings = replace(settings, init=replace(settings.init, sha256=digest))
-    if settings.init.head == "kept" and settings.objective.num_prototypes is None:
-        objective = replace(settings.objective, num_prototypes=num_prototypes)
-        settings = replace(settings, objective=objective)
+    objective = settings.objective
+    if settings.init.head == "kept" and objective.get("num_prototypes", 0) is None:
+        settings = replace(settings, objective={**objective, "num_prototypes": num_prototypes})
     return settings
 
 
@@ -115,13 +118,18 @@ def warn_read_otherwise(named: str, backbone: XCiT, preprocess: Preprocess) -> N
         )  # fmt: skip
 
 
-def start_head(head: DINOHead, start: TrainingWeights, ckpt: str) -> None:
+def start_head(head: nn.Module, start: TrainingWeights, ckpt: str) -> None:
     """Load the file's projection head.
 
     Raises:
-        UserError: it has other sizes; says what to add.
+        UserError: the objective has another kind of head, or it has other sizes; says what to add.
     """
     assert start.head is not None
+    if not isinstance(head, DINOHead):
+        raise UserError(
+            f"init.head=kept: {ckpt} has a head of DINO, and the objective has another one: "
+            "init.head=fresh"
+        )
     hidden = len(start.head["mlp.0.bias"])
     prototypes, bottleneck = start.head["last_layer.weight_v"].shape
     wanted = {
@@ -137,6 +145,12 @@ def start_head(head: DINOHead, start: TrainingWeights, ckpt: str) -> None:
     state = {**start.head}
     state.setdefault("last_layer.weight_g", head.last_layer.weight_g.detach())  # frozen at 1
     load_strictly(head, state, ckpt)
+
+
+def start_state(objective: Objective, start: TrainingWeights) -> None:
+    """Take over the center of the file's objective."""
+    if start.center is not None and isinstance(objective, DINO):
+        objective.center.center.copy_(start.center)
 
 
 def described_start(init: InitSettings, freeze_steps: int) -> str:

@@ -1,6 +1,6 @@
-"""One DINO training step, top to bottom (arXiv:2104.14294, algorithm 1)."""
+"""One step of pretraining, top to bottom: a student, its momentum teacher and an objective."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssl_xcit.data.order import step_seed
-from ssl_xcit.errors import RunFailed, UserError
-from ssl_xcit.models.head import DINOHead
+from ssl_xcit.errors import RunFailed
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.objectives.dino import Center, prototype_loss
+from ssl_xcit.objectives.objective import Embedded, Objective, PatchMask, Signs, concatenated
 from ssl_xcit.training.memory import advice, is_out_of_memory
-from ssl_xcit.training.optim import clip_each_, ema_update_, parameter_groups
+from ssl_xcit.training.optim import clip_all_, clip_each_, ema_update_, parameter_groups
 from ssl_xcit.training.step_guard import Diagnosis, StepGuard, seed_step
 
 Schedule = Callable[[int], float]
@@ -30,51 +29,70 @@ class Schedules:
     lr: Schedule
     weight_decay: Schedule
     ema: Schedule
-    teacher_temp: Schedule
     backbone: Schedule | None = None  # share of the learning rate that it gets; at 0 it stays
 
 
 class Network(nn.Module):
-    """Backbone (B, in_chans, H, W) -> (B, C) and head (..., C) -> (..., D); prototypes: D to K."""
+    """Backbone (B, in_chans, H, W) -> (B, C), and the head that the objective made for it."""
 
-    def __init__(self, backbone: XCiT, head: DINOHead):
+    def __init__(self, backbone: XCiT, head: nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.compiled: Callable[[Tensor], Tensor] | None = None
+        self.compiled: Callable[[Tensor], Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy runs its own backbone, not compiled."""
         return {**self.__dict__, "compiled": None}
 
-    def compile_backbone(self, fullgraph: bool = True) -> None:
-        """Run the backbone's training passes as compiled programs, one a resolution; evaluation,
-        with its many batch sizes, takes the backbone as it is.
+    def compile_backbone(self, patches: bool = False, fullgraph: bool = True) -> None:
+        """Run the backbone's training passes, with or without patch tokens, as compiled programs,
+        one a resolution; evaluation, with its many batch sizes, takes the backbone as it is.
         """
-        self.compiled = torch.compile(self.backbone.forward, dynamic=False, fullgraph=fullgraph)
+        run = self.backbone.forward_features if patches else self.backbone.forward
+        self.compiled = torch.compile(run, dynamic=False, fullgraph=fullgraph)
 
-    def features(self, views: list[Float[Tensor, "_ B ..."]]) -> Float[Tensor, "V B C"]:
-        """Of the backbone, for all views: one pass a resolution."""
-        run = self.compiled or self.backbone
-        return concatenated([run(v.flatten(0, 1)).unflatten(0, v.shape[:2]) for v in views], dim=0)
-
-    def forward(self, views: list[Float[Tensor, "_ B ..."]]) -> Float[Tensor, "V B D"]:
-        """What the prototypes are compared with, for all views: one pass of the head over all."""
-        return self.head.embed(self.features(views))
+    def embedded(
+        self,
+        views: list[Float[Tensor, "_ B ..."]],
+        patches: bool = False,
+        mask: PatchMask | None = None,
+        mask_token: Float[Tensor, " C"] | None = None,
+    ) -> Embedded:
+        """What the backbone makes of all views: one pass a resolution. Of the global views, which
+        are the first, patches may be masked.
+        """
+        counts = [v.shape[:2] for v in views]
+        if not patches:
+            run = self.compiled or self.backbone
+            made = [
+                run(v.flatten(0, 1)).unflatten(0, n) for v, n in zip(views, counts, strict=True)
+            ]
+            return Embedded(concatenated(made, dim=0))
+        run = self.compiled or self.backbone.forward_features
+        masks: list[tuple[Any, ...]] = [() for _ in views]
+        if mask is not None:
+            masks[0] = (mask.masked.flatten(0, 1), mask_token, mask.exclude)
+        features = [run(v.flatten(0, 1), *m) for v, m in zip(views, masks, strict=True)]
+        return Embedded(
+            concatenated([f.cls.unflatten(0, n) for f, n in zip(features, counts, strict=True)], 0),
+            tuple(f.patches.unflatten(0, n) for f, n in zip(features, counts, strict=True)),
+        )
 
 
 class StepOutput(NamedTuple):
-    """What a training step leaves for callbacks, in `DINO.output`."""
+    """What a training step leaves for callbacks, in `Pretraining.output`."""
 
     loss: Float[Tensor, ""]
     grad_norm: Float[Tensor, ""]  # over all trainable tensors, before clipping
     grad_norms: Float[Tensor, " P"]  # of each
-    targets: Float[Tensor, "G B K"]
-    features: Float[Tensor, "G B C"]  # of the teacher's backbone
+    losses: Mapping[str, Float[Tensor, ""]]  # parts of the loss, where it has some
+    signs: Signs
+    features: Float[Tensor, "G B C"]  # of the teacher's backbone, or else the student's
 
 
 class HealthMonitor(Protocol):
-    """What judges a run; `training.health.Health` puts itself into `DINO.health`."""
+    """What judges a run; `training.health.Health` puts itself into `Pretraining.health`."""
 
     verdict: str
 
@@ -87,32 +105,23 @@ class MicrobatchOutput(NamedTuple):
     """What forward and backward of a part of the batch leave."""
 
     loss: Float[Tensor, ""]  # times the part's share
-    teacher_logits: Float[Tensor, "G B K"]
-    targets: Float[Tensor, "G B K"]
-    features: Float[Tensor, "G B C"]  # of the teacher's backbone
+    losses: Mapping[str, Float[Tensor, ""]]  # its parts, likewise
+    targets: Any  # of the objective
+    features: Float[Tensor, "G B C"]  # of the teacher's backbone, or else the student's
 
 
-def concatenated(parts: list[Tensor], dim: int = 1) -> Tensor:
-    """Concatenated; a single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-class DINO(lightning.LightningModule):
+class Pretraining(lightning.LightningModule):
     """A student and its momentum teacher.
 
     Args:
         student: the network that is trained; its backbone may drop paths.
         teacher: the same shape without drop path; takes the student's weights at the start.
-        num_prototypes: K.
-        schedules: learning rate, weight decay, EMA momentum and teacher temperature by step.
+        objective: what is learnt.
+        schedules: learning rate, weight decay and EMA momentum by step.
         optimizer: makes the optimizer of parameter groups.
-        student_temp: the student's softmax temperature.
-        center_momentum: see `Center`.
-        clip_norm: largest L2 norm of each parameter's gradient.
-        freeze_steps: first steps in which the prototypes keep their place.
         seed: of stochastic depth.
         accumulate: parts of the batch that are computed one after another: less memory, the same
-            gradient but for BatchNorm, which sees a part at a time.
+            gradient but for what compares images: BatchNorm, and losses between images.
         max_skipped: steps in a row with a loss or gradient that is not finite that end the run.
     """
 
@@ -120,31 +129,22 @@ class DINO(lightning.LightningModule):
         self,
         student: Network,
         teacher: Network,
-        num_prototypes: int,
+        objective: Objective,
         schedules: Schedules,
         optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
-        student_temp: float = 0.1,
-        center_momentum: float = 0.9,
-        clip_norm: float = 3.0,
-        freeze_steps: int = 0,
         seed: int = 0,
         accumulate: int = 1,
         max_skipped: int = 5,
     ):
         super().__init__()
-        if not student_temp > 0.0:
-            raise UserError(f"student_temp={student_temp}: above 0; the paper has 0.1")
         self.automatic_optimization = False  # the step is written out below
         self.student = student
         self.teacher = teacher
         self.teacher.load_state_dict(student.state_dict())
         self.teacher.requires_grad_(False)
-        self.center = Center(num_prototypes, center_momentum)
+        self.objective = objective
         self.schedules = schedules
         self.make_optimizer = optimizer
-        self.student_temp = student_temp
-        self.clip_norm = clip_norm
-        self.freeze_steps = freeze_steps
         self.seed = seed
         self.accumulate = accumulate
         self.guard = StepGuard(self, (student, teacher), max_skipped)
@@ -187,31 +187,29 @@ class DINO(lightning.LightningModule):
 
         optimizer.zero_grad()
         parts = list(zip(*(v.chunk(self.accumulate, dim=1) for v in views), strict=True))
-        outputs = []
+        made = []
         for n, part in enumerate(parts, start=1):
             share = part[0].shape[1] / views[0].shape[1]
             with self.guard.no_sync_if(n < len(parts)):
-                outputs.append(self.forward_backward(list(part), step, share, released == 0.0))
-        loss = torch.stack([part.loss for part in outputs]).sum()
-        teacher_logits = concatenated([part.teacher_logits for part in outputs])
-        targets = concatenated([part.targets for part in outputs])
-        features = concatenated([part.features for part in outputs])
+                made.append(self.forward_backward(list(part), step, share, released == 0.0))
+        loss = torch.stack([part.loss for part in made]).sum()
+        losses = {k: torch.stack([p.losses[k] for p in made]).sum() for k in made[0].losses}
+        targets = [part.targets for part in made]
+        features = concatenated([part.features for part in made])
         if released == 0.0:  # no gradient, so no moments and no decay either
             self.student.backbone.zero_grad(set_to_none=True)
-        grad_norms = clip_each_(self.student.parameters(), self.clip_norm)
-        output = StepOutput(loss, grad_norms.norm(), grad_norms, targets, features)
+        grad_norms = self.clip_()
+        signs = self.objective.signs(targets)
+        output = StepOutput(loss, grad_norms.norm(), grad_norms, losses, signs, features)
         if not self.guard.is_finite(output):
-            values = {
-                "weight_decay": weight_decay,
-                "teacher_temp": self.schedules.teacher_temp(step),
-            }
+            values = {"weight_decay": weight_decay, **self.objective.scheduled(step)}
             self.guard.skip(step, optimizer, output, Diagnosis(self.student, lr, values))
             return output
 
-        if step < self.freeze_steps:
-            self.student.head.last_layer.zero_grad(set_to_none=True)
+        for module in self.objective.frozen(self.student.head, step):
+            module.zero_grad(set_to_none=True)
         optimizer.step()
-        self.center.update_(teacher_logits)
+        self.objective.update_(targets)
         ema_update_(self.teacher, self.student, self.schedules.ema(step))
         return output
 
@@ -221,22 +219,28 @@ class DINO(lightning.LightningModule):
         """Forward and backward of a part of the batch, `share` of it; not through a frozen
         backbone, unless ranks exchange all gradients.
         """
+        objective, patches = self.objective, self.objective.takes_patches
         with torch.no_grad():
-            features = self.teacher.features(views[:1])  # (2, B, C)
-            teacher_logits = self.teacher.head(features)  # (2, B, K)
-        targets = self.center.targets(teacher_logits, self.schedules.teacher_temp(step))
-        prototypes = self.student.head.last_layer
+            inputs = objective.inputs(views, self.student.backbone.patch_size, step)
+            of_all, of_global = inputs.views, inputs.views[:1]
+            seen = self.teacher.embedded(of_global, patches) if objective.takes_teacher else None
+            targets = objective.targets(self.teacher.head, seen, inputs, step)
         with torch.set_grad_enabled(not frozen or self.trainer.world_size > 1):
-            seen = self.student.features(views)
-        loss = share * prototype_loss(
-            self.student.head.embed(seen),
-            prototypes.weight_v,
-            prototypes.weight_g,
-            targets,
-            self.student_temp,
-        )
-        self.manual_backward(loss)
-        return MicrobatchOutput(loss.detach(), teacher_logits, targets, features)
+            token = objective.mask_token(self.student.head)
+            embedded = self.student.embedded(of_all, patches, inputs.mask, token)
+        loss, losses = objective.loss(self.student.head, embedded, targets, step)
+        self.manual_backward(share * loss)
+        parts = {name: share * part.detach() for name, part in losses.items()}
+        features = seen.cls if seen is not None else embedded.cls[: len(views[0])].detach()
+        return MicrobatchOutput(share * loss.detach(), parts, targets, features)
+
+    def clip_(self) -> Float[Tensor, " P"]:
+        """Limit the gradients as the objective says; their norms before."""
+        limit = self.objective.clip_norm
+        if self.objective.clip == "tensor":
+            return clip_each_(self.student.parameters(), limit)
+        parts = (self.student.backbone, self.student.head)
+        return torch.cat([clip_all_(part.parameters(), limit) for part in parts])
 
     def report(self, step: int) -> dict[str, float]:
         """Values for the log after so many steps."""
@@ -245,8 +249,18 @@ class DINO(lightning.LightningModule):
             "lr": self.schedules.lr(step - 1),
             "weight_decay": self.schedules.weight_decay(step - 1),
             "ema": self.schedules.ema(step - 1),
-            "teacher_temp": self.schedules.teacher_temp(step - 1),
+            **self.objective.scheduled(step - 1),
+            **(
+                {f"loss_{k}": v.item() for k, v in self.output.losses.items()}
+                if self.output
+                else {}
+            ),
         }
+
+    def loss_parts(self) -> dict[str, float]:
+        """Parts of the last step's loss, where it has some."""
+        losses = self.output.losses if self.output is not None else {}
+        return {f"loss_{name}": value.item() for name, value in losses.items()}
 
     def configure_optimizers(self) -> Optimizer:
         """Biases and one-dimensional parameters are not decayed; lr and decay are set each step. A
@@ -269,7 +283,7 @@ class DINO(lightning.LightningModule):
 
 
 def make_networks(
-    backbone: XCiT, head: DINOHead, teacher_backbone: XCiT
+    backbone: XCiT, head: nn.Module, teacher_backbone: XCiT
 ) -> tuple[Network, Network]:
     """(student, teacher); the teacher's head is a copy."""
     return Network(backbone, head), Network(teacher_backbone, deepcopy(head))

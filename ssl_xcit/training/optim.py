@@ -44,6 +44,22 @@ def clip_each_(parameters: Iterable[nn.Parameter], max_norm: float) -> Float[Ten
 
 
 @torch.no_grad()
+def clip_all_(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Float[Tensor, " P"]:
+    """Scale all gradients by one factor to an L2 norm of at most `max_norm` over all of them.
+
+    Returns:
+        The L2 norms before clipping, one a trainable tensor, for the log; 0 without a gradient.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    zero = torch.zeros((), device=trained[0].device)
+    norms = torch.stack([zero if p.grad is None else p.grad.norm() for p in trained])
+    if max_norm is not None:
+        scale = (max_norm / (norms.norm() + 1e-6)).clamp_max(1.0)
+        torch._foreach_mul_([p.grad for p in trained if p.grad is not None], scale)
+    return norms
+
+
+@torch.no_grad()
 def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, parameters only.
 

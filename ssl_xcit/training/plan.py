@@ -1,13 +1,16 @@
-"""Derive the numbers of a run from its settings: steps, and what the number of images decides
-(prototypes, EMA, the teacher's temperatures).
+"""Derive the numbers of a run from its settings: steps, learning rate, and what these and the
+number of images decide for its objective.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from hydra.utils import instantiate
+
 from ssl_xcit.errors import UserError
+from ssl_xcit.objectives.objective import Objective, RunLength
 from ssl_xcit.training.settings import PretrainSettings, RunSettings
 
 
@@ -22,18 +25,22 @@ class RunPlan:
     lr: float  # peak, for this batch
     warmup_steps: int
 
+    def record(self) -> dict[str, Any]:
+        """All numbers by name, as plain data."""
+        return asdict(self)
+
 
 @dataclass(frozen=True)
 class Plan(RunPlan):
-    """Likewise, of DINO."""
+    """Likewise, of pretraining."""
 
-    freeze_steps: int
-    teacher_temp_epochs: float
-    num_prototypes: int
-    ema: float
-    teacher_temp_start: float
-    teacher_temp: float
+    objective: Objective  # for a run of this length
     backbone_freeze_steps: int = 0  # of a run that starts from weights with a fresh head
+
+    def record(self) -> dict[str, Any]:
+        """All numbers by name, those of the objective among them, as plain data."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objective"}
+        return own | self.objective.derived()
 
 
 def check_batch(settings: RunSettings, num_images: int, world_size: int) -> None:
@@ -77,45 +84,36 @@ def make_plan(
     world_size: int,
     begun: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Steps, and what the number of images decides; head and teacher stay as in the plan of a run
-    that was `begun`, also with other images.
+    """Steps, and the objective for a run of this length, which stays as in the plan of a run that
+    was `begun`, also with other images.
 
     Raises:
-        UserError: a batch larger than the data, or that the devices do not divide; no epochs.
+        UserError: a batch larger than the data, or that the devices do not divide; an objective
+            that its settings or the batch do not fit.
     """
     check_batch(settings, num_images, world_size)
     batch_size, epochs = settings.batch_size, settings.epochs
-    objective, optim, init = settings.objective, settings.optim, settings.init
-    fresh = init.ckpt is not None and init.head == "fresh"
-    by_size = ("num_prototypes", "ema", "teacher_temp_start", "teacher_temp")
-    if any(row.keys() != {"from", *by_size} for row in objective.by_images):
-        raise UserError(f"objective.by_images: each row has from, {', '.join(by_size)}")
-    rows = [row for row in objective.by_images if row["from"] <= num_images]
-    if not rows:
-        raise UserError("objective.by_images: a row with `from: 0` is needed")
-    row = rows[-1]
-    chosen: dict[str, Any] = {
-        key: row[key] if getattr(objective, key) is None else getattr(objective, key)
-        for key in by_size
-    }
-    if begun is not None:
-        kept = {key: begun[key] for key in chosen if type(begun.get(key)) in (int, float)}
-        chosen |= {key: value for key, value in kept.items() if math.isfinite(value)}
+    optim, init = settings.optim, settings.init
     steps_per_epoch = num_images / batch_size
     total_steps = max(1, math.floor(epochs * steps_per_epoch))
-
-    def steps(wanted_epochs: float, max_share: float) -> int:
-        return round(min(wanted_epochs * steps_per_epoch, max_share * total_steps))
-
+    length = RunLength(
+        num_images, batch_size, steps_per_epoch, total_steps, epochs, dict(begun or {})
+    )
+    fresh = init.ckpt is not None and init.head == "fresh"
     return Plan(
         num_images=num_images,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         per_device_batch=batch_size // world_size,
-        lr=optim.lr * batch_size / 256,
-        warmup_steps=steps(optim.warmup_epochs, optim.max_warmup),
-        freeze_steps=steps(objective.freeze_epochs, objective.max_warmup),
-        backbone_freeze_steps=steps(init.freeze_epochs, init.max_freeze) if fresh else 0,
-        teacher_temp_epochs=min(objective.teacher_temp_epochs, objective.max_warmup * epochs),
-        **chosen,
+        lr=optim.lr * scaled_rate(batch_size, optim.lr_scaling),
+        warmup_steps=length.steps(optim.warmup_epochs, optim.max_warmup),
+        objective=instantiate(settings.objective)(length),
+        backbone_freeze_steps=length.steps(init.freeze_epochs, init.max_freeze) if fresh else 0,
     )
+
+
+def scaled_rate(batch_size: int, scaling: str) -> float:
+    """The factor of a learning rate for a batch: batch / 256 (`linear`, as DINO), or the square
+    root of batch / 1024 (`sqrt`, as DINOv2).
+    """
+    return batch_size / 256 if scaling == "linear" else math.sqrt(batch_size / 1024)

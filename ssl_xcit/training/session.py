@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def train(
     if trainer.is_global_zero:
         with disk_trouble(run_dir):
             resumed_at = None if resume is None else int(resume.stem.removeprefix("step-"))
-            write_settings(as_plain(settings), asdict(plan), run_dir, resumed_at, record)
+            write_settings(as_plain(settings), plan.record(), run_dir, resumed_at, record)
         announce()
         if resume is not None:
             taken = int(resume.stem.removeprefix("step-"))

@@ -35,30 +35,13 @@ class OptimSettings:
 
     optimizer: Node
     lr: Positive
+    lr_scaling: Literal["linear", "sqrt"]
     min_lr: NonNegative
     warmup_start: NonNegative
     warmup_epochs: NonNegative
     max_warmup: Share
     weight_decay: NonNegative
     weight_decay_end: NonNegative
-
-
-@dataclass(frozen=True)
-class ObjectiveSettings:
-    """`conf/objective/`; what is null comes from `by_images`."""
-
-    student_temp: Positive
-    center_momentum: Annotated[float, Ge(0), Lt(1)]
-    clip_norm: Positive
-    freeze_epochs: NonNegative
-    teacher_temp_epochs: NonNegative
-    max_warmup: Share
-    head: Node
-    num_prototypes: Annotated[int, Ge(2)] | None
-    ema: Share | None
-    teacher_temp_start: Positive | None
-    teacher_temp: Positive | None
-    by_images: Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -145,12 +128,14 @@ class PretrainSettings(RunSettings):
 
     model: Node
     augment: Node
-    objective: ObjectiveSettings
+    objective: Node
     optim: OptimSettings
     evaluation: Node
     init: InitSettings
     compile: Annotated[bool, FREE]
     eval_data: Node | None = None  # may be left out by ~
+    # a recipe's numbers for whichever objective is chosen, whose yaml reads those that it has
+    objective_defaults: Annotated[Mapping[str, float], FREE] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Settings that exclude each other."""
@@ -195,6 +180,7 @@ class FinetuneSettings(RunSettings):
     repeats: Count
     label_fraction: Annotated[float, Gt(0), Le(1)]
     model: Node | None = None
+    metric_of_labels: Annotated[Mapping[str, str], FREE] = field(default_factory=dict)
 
 
 COMMANDS = (PretrainSettings, FinetuneSettings)

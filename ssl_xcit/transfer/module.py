@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from ssl_xcit.data.order import step_seed
 from ssl_xcit.errors import RunFailed
 from ssl_xcit.training.memory import advice, is_out_of_memory
+from ssl_xcit.training.optim import clip_all_
 from ssl_xcit.training.step_guard import Diagnosis, StepGuard, seed_step
 from ssl_xcit.transfer.dataset import TransferBatch
 from ssl_xcit.transfer.task import Task
@@ -170,19 +171,3 @@ class Transfer(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counts go on; what makes sums come out otherwise is said."""
         self.guard.load(checkpoint)
-
-
-@torch.no_grad()
-def clip_all_(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Float[Tensor, " P"]:
-    """Scale all gradients by one factor to an L2 norm of at most `max_norm` over all of them.
-
-    Returns:
-        The L2 norms before clipping, one a trainable tensor, for the log; 0 without a gradient.
-    """
-    trained = [p for p in parameters if p.requires_grad]
-    zero = torch.zeros((), device=trained[0].device)
-    norms = torch.stack([zero if p.grad is None else p.grad.norm() for p in trained])
-    if max_norm is not None:
-        scale = (max_norm / (norms.norm() + 1e-6)).clamp_max(1.0)
-        torch._foreach_mul_([p.grad for p in trained if p.grad is not None], scale)
-    return norms

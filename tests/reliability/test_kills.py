@@ -21,9 +21,9 @@ from ssl_xcit.models.checkpoint_manifest import read_manifest
 from ssl_xcit.models.weights import read_checkpoint
 
 
-def last_checkpoint(place):
+def last_checkpoint(place, step=STEPS):
     """Every number and tensor by its path, bit by bit, and the structure that they stand in."""
-    content = read_checkpoint(place.run_dir / f"checkpoints/step-{STEPS:06d}.ckpt")
+    content = read_checkpoint(place.run_dir / f"checkpoints/step-{step:06d}.ckpt")
     content.pop("loops")  # Lightning counts batches of this process there
     leaves, structure = tree_flatten_with_path(content)
     return structure, {

@@ -47,6 +47,19 @@ def test_collapse_is_seen_and_said(place, more, call, said):
     assert {"grad_norm_stem", "grad_norm_head", "grad_norm_prototypes"} <= rows[0].keys()
 
 
+@pytest.mark.parametrize("objective", ["infonce", "simdino", "swav"])
+def test_row_32_collapse_is_seen_with_other_objectives(objective, place):
+    plain = [word for word in PHOTOS if not word.startswith(("objective", "epochs"))]
+    more = ["objective.num_prototypes=16"] if objective == "swav" else []
+    err = place(
+        "epochs=2", f"objective={objective}", "objective_defaults.hidden_dim=64", "optim.lr=1.0",
+        *more, words=plain, timeout=120,
+    )  # fmt: skip
+    found = re.findall(r"step (\d+): the (?:features|embeddings) of all images are nearly", err)
+    assert found, err
+    assert int(found[0]) < 200
+
+
 def test_a_collapse_can_end_the_run(place):
     stop = "callbacks.health.stop_on_collapse=true"
     assert UNIFORM in place(stop, "epochs=0.7", *temperature(1.0), words=PHOTOS, status=1)

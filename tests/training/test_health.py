@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from ssl_xcit.objectives.objective import ALIKE, EMBEDDINGS_ALIKE, ONE_PROTOTYPE, UNIFORM
 from ssl_xcit.training.health import (
-    ALIKE,
     HEALTHY,
-    ONE_PROTOTYPE,
-    UNIFORM,
     BufferSnapshot,
     Queue,
     effective_number,
@@ -70,10 +68,14 @@ def values(**other):
         (0.1, values(prototypes_effective=1.4), ONE_PROTOTYPE),
         (3.0, values(feature_std=0.01), ALIKE),
         (3.0, values(rankme=1.2), ALIKE),
+        (3.0, values(embedding_std=0.5, embedding_rankme=1.1), EMBEDDINGS_ALIKE),
+        (3.0, values(embedding_std=0.01, embedding_rankme=9.0), EMBEDDINGS_ALIKE),
     ],
 )
 def test_verdicts(loss, measured, verdict):
     assert judge(loss, measured, 128) == verdict
+    if verdict in (ALIKE, EMBEDDINGS_ALIKE):  # without prototypes too
+        assert judge(loss, {k: v for k, v in measured.items() if "_e" not in k}, None) == verdict
 
 
 def test_groups_of_gradients():

@@ -3,6 +3,7 @@
 import json
 import math
 from copy import deepcopy
+from functools import partial
 
 import lightning
 import numpy as np
@@ -14,8 +15,10 @@ from ssl_xcit.data.multicrop import TorchvisionMultiCrop
 from ssl_xcit.data.sources import Subset
 from ssl_xcit.models.head import DINOHead
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.objectives.dino import DINO
+from ssl_xcit.objectives.objective import RunLength
 from ssl_xcit.training.datamodule import multi_crop_data
-from ssl_xcit.training.module import DINO, Schedules, make_networks
+from ssl_xcit.training.module import Pretraining, Schedules, make_networks
 from ssl_xcit.training.optim import parameter_groups
 from ssl_xcit.training.schedules import Cosine
 
@@ -25,15 +28,24 @@ K = 64
 def make(drop_path=0.0, lr=2e-3, freeze_steps=0, steps=40, teacher_temp=0.04, ema=0.9):
     torch.manual_seed(0)
     size = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 4}
-    head = DINOHead(32, K, hidden_dim=64, bottleneck_dim=32)
-    student, teacher = make_networks(XCiT(**size, drop_path=drop_path), head, XCiT(**size))
+    objective = dino(freeze_steps, teacher_temp)
+    backbone = XCiT(**size, drop_path=drop_path)
+    student, teacher = make_networks(backbone, objective.make_head(32), XCiT(**size))
     schedules = Schedules(
         lr=Cosine(lr, 1e-6, steps, 5),
         weight_decay=Cosine(0.04, 0.4, steps),
         ema=lambda step: ema,
-        teacher_temp=lambda step: teacher_temp,
     )
-    return DINO(student, teacher, K, schedules, torch.optim.AdamW, freeze_steps=freeze_steps)
+    return Pretraining(student, teacher, objective, schedules, torch.optim.AdamW)
+
+
+def dino(freeze_steps=0, teacher_temp=0.04, **settings):
+    """For a run of an epoch a step."""
+    return DINO(
+        RunLength(12, 12, 1.0, 1000, 1000.0), partial(DINOHead, hidden_dim=64, bottleneck_dim=32),
+        freeze_epochs=freeze_steps, num_prototypes=K, ema=0.9, teacher_temp_start=teacher_temp,
+        teacher_temp=teacher_temp, **settings,
+    )  # fmt: skip
 
 
 def fit(module, source, steps, folder, callbacks=(), **trainer):
@@ -60,7 +72,7 @@ class Watch(lightning.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses.append(module.output.loss.item())
-        self.targets = module.output.targets
+        self.targets = module.output.signs.rows
         with torch.no_grad():
             for mine, student in zip(
                 self.expected.parameters(), module.student.parameters(), strict=True
@@ -135,7 +147,7 @@ def test_one_step_equals_the_papers_loop(handful, tmp_path):
             for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
                 t.copy_(0.9 * t + 0.1 * s)
 
-    assert torch.allclose(module.center.center, center, atol=1e-5)
+    assert torch.allclose(module.objective.center.center, center, atol=1e-5)
     for ours, theirs in ((module.student, student), (module.teacher, teacher)):
         for (name, a), b in zip(
             ours.state_dict().items(), theirs.state_dict().values(), strict=True
@@ -203,10 +215,8 @@ def test_bfloat16(handful, tmp_path):
 
 
 def test_student_temperature_out_of_range():
-    student, teacher = make_networks(XCiT(32, 1, 2, 4), DINOHead(32, 4), XCiT(32, 1, 2, 4))
-    schedules = make().schedules
     with pytest.raises(ValueError, match="student_temp=0"):
-        DINO(student, teacher, 4, schedules, torch.optim.AdamW, student_temp=0.0)
+        dino(student_temp=0.0)
 
 
 def test_a_copy_of_a_compiled_network_runs_its_own_backbone():

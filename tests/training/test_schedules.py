@@ -5,7 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ssl_xcit.training.schedules import Cosine, LinearByEpoch
+from ssl_xcit.objectives.temperature import LinearByEpoch
+from ssl_xcit.training.schedules import Cosine
 
 
 def cosine_table(start, end, total, warmup, warmup_start):

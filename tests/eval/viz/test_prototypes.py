@@ -36,7 +36,7 @@ def textbook(file, features, temperature):
     directions = state["teacher.head.last_layer.weight_v"]
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     logits = x @ (directions * state["teacher.head.last_layer.weight_g"]).T
-    return np.exp(log_softmax((logits - state["center.center"]) / temperature, axis=1))
+    return np.exp(log_softmax((logits - state["objective.center.center"]) / temperature, axis=1))
 
 
 @pytest.mark.parametrize("chunk", [1 << 24, 7 * K])

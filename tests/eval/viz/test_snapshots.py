@@ -25,7 +25,7 @@ from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.eval.viz import attention, snapshots
 from ssl_xcit.eval.viz.snapshots import FixedImage, Snapshots, aligned, moments_of
 from ssl_xcit.models.weights import load_backbone
-from ssl_xcit.training.module import DINO
+from ssl_xcit.training.module import Pretraining
 
 TIMES = ("images_per_second", "data_wait", "seconds")
 
@@ -150,7 +150,7 @@ def draw(tmp_path, monkeypatch):
     pixels = rng.integers(0, 255, (3, 32, 48, 3), np.uint8)
     callback.images = [FixedImage(*one) for one in zip("xyz", [None] * 3, pixels, strict=True)]
     callback.steps, callback.folder = {3, 6}, tmp_path
-    module = Mock(spec=DINO, device="cpu", teacher=Mock(backbone=sharp_backbone()))
+    module = Mock(spec=Pretraining, device="cpu", teacher=Mock(backbone=sharp_backbone()))
     data = Mock(dataset=Mock(preprocess=RGB))
     monkeypatch.setattr(snapshots, "data_of", lambda _: data)
 

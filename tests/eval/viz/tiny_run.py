@@ -55,8 +55,10 @@ def make_run(folder, seed=0, overrides=(), data="photos", patch_size=8):
                 part.weight.mul_(40)
         other = sharp_backbone(seed + step + 100, patch_size=patch_size)
         student, teacher = make_networks(backbone, head, other)
-        module = torch.nn.ModuleDict({"student": student, "teacher": teacher, "center": Center(K)})
-        module["center"].center.normal_(std=0.05)
+        objective = torch.nn.ModuleDict({"center": Center(K)})
+        objective["center"].center.normal_(std=0.05)
+        parts = {"student": student, "teacher": teacher, "objective": objective}
+        module = torch.nn.ModuleDict(parts)
         content = {
             "state_dict": module.state_dict(),
             "architecture": backbone.architecture,

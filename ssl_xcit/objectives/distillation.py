@@ -1,0 +1,153 @@
+"""Distillation from a frozen teacher: its similarities to other images, and of patches to each
+other, are what the student is to have too (similarity distillation with a queue, SEED,
+arXiv:2101.04731, section 3.2; dense, as lightly-train's third version describes it).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, Protocol
+
+import torch
+from annotated_types import Ge
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ssl_xcit.errors import UserError
+from ssl_xcit.objectives.objective import Clip, Embedded, Inputs, Objective, RunLength
+from ssl_xcit.objectives.queue import EmbeddingQueue
+from ssl_xcit.objectives.ranks import gathered
+from ssl_xcit.objectives.similarity import patch_similarity_loss, queue_similarity_loss
+from ssl_xcit.utils.validation import NonNegative, Positive, Share, Text
+
+
+class FrozenTeacher(Protocol):
+    """A network that is not trained, and is in no checkpoint of the run."""
+
+    width: int  # of its embeddings
+
+    def __call__(
+        self, images: Float[Tensor, "B channels H W"], patches: bool
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B h w D"] | None]:
+        """Embeddings of images as the student sees them, and those of their patches if asked."""
+        ...
+
+
+class TeacherTargets(NamedTuple):
+    """What the teacher makes of the global views."""
+
+    embeddings: Float[Tensor, "G B D"]
+    patches: Float[Tensor, "G B h w D"] | None
+
+
+class Distillation(Objective):
+    """Give the student the teacher's similarities.
+
+    Args:
+        length: of the run.
+        head: makes a projection of a width to the teacher's.
+        load_teacher: makes the teacher of its name and weights.
+        teacher: its name: `timm/NAME`, a run, a checkpoint or a released file.
+        teacher_ckpt: weights of a teacher of timm; None: timm's own.
+        temperature: of both softmaxes.
+        queue: embeddings of earlier images that similarities are to; at least a batch.
+        local_weight: weight of the similarities of patches (0: none).
+        mixup: mix images of a batch in pairs, with shares from 0 to 1.
+        ema: of the student, see `Objective`; the average is what is evaluated.
+        clip_norm: see `Objective`.
+        clip: likewise.
+
+    Raises:
+        UserError: no teacher, or a queue smaller than the batch.
+    """
+
+    takes_teacher = False
+
+    def __init__(
+        self,
+        length: RunLength,
+        head: Callable[..., nn.Module],
+        load_teacher: Callable[..., FrozenTeacher],
+        teacher: Text | None = None,
+        teacher_ckpt: Text | None = None,
+        temperature: Positive = 0.07,
+        queue: Annotated[int, Ge(1)] = 4096,
+        local_weight: NonNegative = 1.0,
+        mixup: bool = True,
+        ema: Share = 0.99,
+        clip_norm: Positive = 3.0,
+        clip: Clip = "module",
+    ):
+        super().__init__(length, ema, clip_norm, clip)
+        if teacher is None:
+            raise UserError(
+                "objective.teacher is needed: timm/NAME, a run folder or a checkpoint, such as "
+                "objective.teacher=timm/vit_small_patch14_dinov2.lvd142m"
+            )
+        if queue < length.batch_size:
+            raise UserError(
+                f"objective.queue={queue} does not hold a batch of {length.batch_size}: set "
+                f"objective.queue={16 * length.batch_size}"
+            )
+        self.frozen_teacher = load_teacher(str(teacher), teacher_ckpt)
+        self.new_head = head
+        self.temperature = temperature
+        self.local_weight = local_weight
+        self.takes_patches = local_weight > 0
+        self.mixup = mixup
+        self.queue = EmbeddingQueue(queue, self.frozen_teacher.width)
+
+    def make_head(self, embed_dim: int) -> nn.Module:
+        """A projection to the teacher's width."""
+        return self.new_head(embed_dim, self.frozen_teacher.width)
+
+    def inputs(self, views: list[Tensor], patch_size: int, step: int) -> Inputs:
+        """Views mixed with those of other images, in all resolutions alike (mixup,
+        arXiv:1710.09412).
+        """
+        if not self.mixup:
+            return Inputs(views)
+        others = torch.randperm(views[0].shape[1])
+        share = float(torch.rand(()))
+        return Inputs([view.lerp(view[:, others.to(view.device)], share) for view in views])
+
+    def targets(
+        self, head: nn.Module, teacher: Embedded | None, inputs: Inputs, step: int
+    ) -> TeacherTargets:
+        """The frozen teacher's embeddings of the global views."""
+        images = inputs.views[0]
+        embeddings, patches = self.frozen_teacher(images.flatten(0, 1), self.takes_patches)
+        counts = images.shape[:2]
+        return TeacherTargets(
+            embeddings.unflatten(0, counts),
+            None if patches is None else patches.unflatten(0, counts),
+        )
+
+    def loss(
+        self, head: nn.Module, student: Embedded, targets: TeacherTargets, step: int
+    ) -> tuple[Float[Tensor, ""], Mapping[str, Tensor]]:
+        """Of each global view with its own target; local views have those of all global ones."""
+        G = len(targets.embeddings)
+        bank = torch.cat((self.queue.filled(), gathered(targets.embeddings[0])))
+        ours = head(student.cls)
+        pairs = [(v, v) for v in range(G)]
+        pairs += [(v, g) for v in range(G, len(ours)) for g in range(G)]
+        of_pairs = [
+            queue_similarity_loss(ours[v], targets.embeddings[g], bank, self.temperature)
+            for v, g in pairs
+        ]
+        losses = {"global": torch.stack(of_pairs).mean()}
+        if targets.patches is not None:
+            patches = head(student.patches[0].movedim(2, -1))
+            losses["local"] = patch_similarity_loss(
+                patches.flatten(0, 1), targets.patches.flatten(0, 1), self.temperature
+            )
+        local = losses.get("local", losses["global"].new_zeros(()))
+        return losses["global"] + self.local_weight * local, losses
+
+    def update_(self, parts: Sequence[Any]) -> None:
+        """Put the first view of each image into the queue."""
+        for part in parts:
+            self.queue.push_(part.embeddings[0])
+
+    def described(self) -> str:
+        """The teacher's width and the queue."""
+        return f"a frozen teacher of width {self.frozen_teacher.width}, {super().described()}"

@@ -1,0 +1,143 @@
+"""Masked patches learn what the teacher, who sees them, says of them (iBOT, arXiv:2111.07832,
+section 3.2; a separate head as in DINOv2, arXiv:2304.07193).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ssl_xcit.objectives.dino import DINO
+from ssl_xcit.objectives.esvit import tokens
+from ssl_xcit.objectives.ibot_loss import ibot_loss
+from ssl_xcit.objectives.masking import check_ratio, patch_weights, sample_masks
+from ssl_xcit.objectives.objective import Embedded, Inputs, Objective, PatchMask, RunLength
+from ssl_xcit.objectives.ranks import summed_
+from ssl_xcit.utils.validation import Share
+
+
+class MaskedTargets(NamedTuple):
+    """What the teacher says of the M masked patches."""
+
+    logits: Float[Tensor, "1 M K"]
+    rows: Float[Tensor, "1 M K"]  # probabilities
+    mask: PatchMask
+
+
+class IBOT(Objective):
+    """DINO's loss at masked patches of the global views, of the same view. To be used beside the
+    loss of class tokens (`WeightedSum`).
+
+    XCiT's patches see each other through convolutions, in which a masked patch shows at its border,
+    and through channel statistics common to all; so ratios are lower than published, masks may
+    begin late, and masked patches are left out of those statistics.
+
+    Args:
+        length: of the run.
+        new_head: makes a `MaskedHead` of a projection and a width.
+        prototypes: makes the `DINO` whose head, center and temperatures are for patches.
+        ratio: lowest and highest share of an image's patches that are masked (paper: 0.1 to 0.5).
+        probability: of a view to have a mask.
+        blocks: mask rectangles; otherwise single patches at random.
+        start: share of the run after which masks begin.
+        exclude_masked: leave masked patches out of the statistics of channel attention.
+
+    Raises:
+        UserError: a ratio that is not within 0 to 1.
+    """
+
+    takes_patches = True
+
+    def __init__(
+        self,
+        length: RunLength,
+        new_head: Callable[[nn.Module, int], nn.Module],
+        prototypes: Callable[[RunLength], DINO],
+        ratio: Sequence[float] = (0.1, 0.3),
+        probability: Share = 0.5,
+        blocks: bool = True,
+        start: Share = 0.1,
+        exclude_masked: bool = True,
+    ):
+        made = prototypes(length)
+        super().__init__(length, made.ema, made.clip_norm, made.clip)
+        low, high = ratio
+        check_ratio((low, high), probability)
+        self.prototypes = made
+        self.new_head = new_head
+        self.ratio = (float(low), float(high))
+        self.probability = probability
+        self.blocks = blocks
+        self.start_step = round(start * length.total_steps)
+        self.exclude_masked = exclude_masked
+
+    def make_head(self, embed_dim: int) -> nn.Module:
+        """A projection with K prototypes, and the mask token."""
+        return self.new_head(self.prototypes.make_head(embed_dim), embed_dim)
+
+    def inputs(self, views: list[Tensor], patch_size: int, step: int) -> Inputs:
+        """Masks for the student's global views, drawn from torch's generator."""
+        G, B, _, height, width = views[0].shape
+        grid = math.ceil(height / patch_size), math.ceil(width / patch_size)
+        probability = self.probability if step >= self.start_step else 0.0
+        masks = sample_masks(G * B, grid, self.ratio, probability, None, self.blocks)
+        return Inputs(
+            views, PatchMask(masks.unflatten(0, (G, B)).to(views[0].device), self.exclude_masked)
+        )
+
+    def mask_token(self, head: Any) -> Float[Tensor, " C"] | None:
+        """It is learnt."""
+        token: Tensor = head.mask_token
+        return token
+
+    def targets(
+        self, head: nn.Module, teacher: Embedded | None, inputs: Inputs, step: int
+    ) -> MaskedTargets:
+        """Probabilities at the masked patches."""
+        assert teacher is not None and inputs.mask is not None  # noqa: PT018
+        logits = head(at_masked(teacher, inputs.mask))[None]
+        return MaskedTargets(logits, self.prototypes.probabilities(logits, step), inputs.mask)
+
+    def loss(
+        self, head: nn.Module, student: Embedded, targets: MaskedTargets, step: int
+    ) -> tuple[Float[Tensor, ""], Mapping[str, Tensor]]:
+        """Mean over the masked patches of a view, then over all views; 0 where none is masked."""
+        masked = targets.mask.masked.flatten(0, 1)
+        weights = patch_weights(masked)
+        logits = head(at_masked(student, targets.mask))
+        temperature = self.prototypes.student_temp
+        return ibot_loss(logits, targets.rows[0], weights, len(masked), temperature), {}
+
+    def update_(self, parts: Sequence[MaskedTargets]) -> None:
+        """Move the center by the masked patches of all ranks, of which there may be none."""
+        if self.prototypes.centering != "mean":
+            return
+        logits = torch.cat([part.logits[0] for part in parts]).float()
+        total = summed_(torch.cat((logits.sum(dim=0), logits.new_tensor([len(logits)]))))
+        if total[-1] > 0:
+            center = self.prototypes.center
+            center.center.lerp_(total[:-1] / total[-1], 1.0 - center.momentum)
+
+    def frozen(self, head: Any, step: int) -> Iterable[nn.Module]:
+        """The prototypes, in the first steps."""
+        return self.prototypes.frozen(head.projection, step)
+
+    def scheduled(self, step: int) -> Mapping[str, float]:
+        """The teacher's temperature for patches."""
+        return {"teacher_temp": self.prototypes.teacher_temp(step)}
+
+    def derived(self) -> dict[str, Any]:
+        """What the length of the run decides."""
+        return self.prototypes.derived() | {"start_step": self.start_step}
+
+    def described(self) -> str:
+        """When masks begin."""
+        return f"masks from step {self.start_step}, {super().described()}"
+
+
+def at_masked(embedded: Embedded, mask: PatchMask) -> Float[Tensor, "M C"]:
+    """Features of masked patches, view by view and image by image."""
+    return tokens(embedded.patches[0])[mask.masked.flatten(2)]

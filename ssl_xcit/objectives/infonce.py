@@ -1,0 +1,98 @@
+"""Contrast with a momentum teacher (MoCo v3, arXiv:2104.02057, algorithm 1; a queue as in MoCo,
+arXiv:1911.05722), for all views of multi-crop.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
+
+from annotated_types import Ge
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ssl_xcit.errors import UserError
+from ssl_xcit.objectives.contrast import info_nce
+from ssl_xcit.objectives.embeddings import EmbeddingObjective
+from ssl_xcit.objectives.objective import (
+    ALIKE,
+    EMBEDDINGS_ALIKE,
+    Clip,
+    Embedded,
+    RunLength,
+    Table,
+)
+from ssl_xcit.objectives.queue import EmbeddingQueue
+from ssl_xcit.utils.validation import Positive, Share
+
+
+class InfoNCE(EmbeddingObjective):
+    """Tell an image's other views, as the teacher sees them, from those of all other images.
+
+    Args:
+        length: of the run.
+        head: makes a projection of a width; with BatchNorm, or the embeddings may become alike.
+        temperature: of the softmax over images.
+        queue: embeddings of earlier images to tell it from as well (0: none); at least a batch.
+        ema: see `Objective`; null: from the table.
+        by_steps_and_images: see `chosen_by_length`.
+        clip_norm: see `Objective`.
+        clip: likewise.
+
+    Raises:
+        UserError: a batch of one image, or a queue smaller than the batch.
+    """
+
+    advice: Mapping[str, str] = dict.fromkeys(
+        (ALIKE, EMBEDDINGS_ALIKE), "lower optim.lr first, then raise objective.temperature"
+    )
+
+    def __init__(
+        self,
+        length: RunLength,
+        head: Callable[[int], nn.Module],
+        temperature: Positive = 0.2,
+        queue: Annotated[int, Ge(0)] = 0,
+        ema: Share | None = None,
+        by_steps_and_images: Table = (),
+        clip_norm: Positive = 3.0,
+        clip: Clip = "tensor",
+    ):
+        super().__init__(length, head, ema, by_steps_and_images, clip_norm, clip)
+        if length.batch_size < 2:
+            raise UserError(
+                "batch_size=1: an image is told from the others of its batch, and there are none: "
+                "set batch_size=64 or so"
+            )
+        if 0 < queue < length.batch_size:
+            raise UserError(
+                f"objective.queue={queue} does not hold a batch of {length.batch_size}: set "
+                f"objective.queue={16 * length.batch_size}, or 0 for none"
+            )
+        self.temperature = temperature
+        self.queue_size = queue
+        self.queue: EmbeddingQueue | None = None
+
+    def make_head(self, embed_dim: int) -> nn.Module:
+        """A projection; the queue is of its width."""
+        head = super().make_head(embed_dim)
+        if self.queue_size:
+            self.queue = EmbeddingQueue(self.queue_size, width_of(head))
+        return head
+
+    def loss(
+        self, head: nn.Module, student: Embedded, targets: Float[Tensor, "G B D"], step: int
+    ) -> tuple[Float[Tensor, ""], Mapping[str, Tensor]]:
+        """Mean over pairs of different views."""
+        earlier = None if self.queue is None else self.queue.filled()
+        return info_nce(head(student.cls), targets, self.temperature, earlier), {}
+
+    def update_(self, parts: Sequence[Float[Tensor, "G _ D"]]) -> None:
+        """Put the batch into the queue."""
+        if self.queue is not None:
+            for part in parts:
+                self.queue.push_(part[0])
+
+
+def width_of(head: nn.Module) -> int:
+    """Width of what a head makes: that of its last linear layer."""
+    widths = [module.out_features for module in head.modules() if isinstance(module, nn.Linear)]
+    return int(widths[-1])

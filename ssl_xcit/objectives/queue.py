@@ -1,0 +1,47 @@
+"""Embeddings of earlier images (a queue as in MoCo, arXiv:1911.05722, section 3.2)."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ssl_xcit.errors import UserError
+from ssl_xcit.objectives.ranks import gathered
+
+
+class EmbeddingQueue(nn.Module):
+    """The last rows that were pushed, the same on all ranks. Buffers: a checkpoint carries them.
+
+    Args:
+        size: Q, rows that it holds.
+        width: D.
+    """
+
+    rows: Float[Tensor, "Q D"]
+    count: Int[Tensor, ""]  # rows that were ever pushed
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(size, width))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def push_(self, rows: Float[Tensor, "B D"]) -> None:
+        """Write the rows of all ranks, in the order of ranks, over the oldest ones.
+
+        Raises:
+            UserError: more rows than it holds.
+        """
+        rows = gathered(rows)
+        size = len(self.rows)
+        if len(rows) > size:
+            raise UserError(
+                f"objective.queue={size} does not hold a batch of {len(rows)}: set "
+                f"objective.queue={16 * len(rows)} or so"
+            )
+        places = (self.count + torch.arange(len(rows), device=self.rows.device)) % size
+        self.rows[places] = rows.to(self.rows)
+        self.count += len(rows)
+
+    def filled(self) -> Float[Tensor, "q D"]:
+        """Rows that were pushed, in no order; a view that the next push changes."""
+        return self.rows[: min(int(self.count), len(self.rows))]

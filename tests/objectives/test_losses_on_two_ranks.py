@@ -1,0 +1,84 @@
+"""Two processes with half the batch each, against one with all of it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from ssl_xcit.objectives.coding_rate import simdino_loss
+from ssl_xcit.objectives.contrast import info_nce
+from ssl_xcit.objectives.koleo import koleo_loss
+from ssl_xcit.objectives.queue import EmbeddingQueue
+from ssl_xcit.objectives.ranks import gathered, summed_, world_size
+from ssl_xcit.objectives.sinkhorn import sinkhorn_knopp
+
+V, G, B, D = 4, 2, 8, 6
+
+
+def drawn():
+    """A network, views (V, B, 5) and teacher (G, B, D) of the whole batch, and earlier images."""
+    torch.manual_seed(0)
+    return [nn.Linear(5, D), *(torch.randn(size) for size in ((V, B, 5), (G, B, D), (7, D)))]
+
+
+def results(images):
+    """By name: losses with the network's gradient, rows of the images' assignment, a queue."""
+    network, views, teacher, earlier = (x.double() for x in drawn())
+    views, teacher = views[:, images], teacher[:, images]
+    queue = EmbeddingQueue(11, D).double()
+    for view in (*teacher, teacher[0] * 2):
+        queue.push_(view)
+    losses = {
+        "koleo": lambda s: koleo_loss(s[0]),
+        "info_nce": lambda s: info_nce(s, teacher, 0.2),
+        "info_nce_queue": lambda s: info_nce(s, teacher, 0.2, earlier),
+        "simdino": lambda s: simdino_loss(s, teacher)[0],
+        "simdino_few_rows": lambda s: simdino_loss(s.repeat(1, 1, 3), teacher.repeat(1, 1, 3))[0],
+    }
+    values = {}
+    for name, loss_of in losses.items():
+        network.zero_grad()
+        loss = loss_of(network(views))
+        loss.backward()
+        values[name] = loss.item()
+        for i, parameter in enumerate(network.parameters()):
+            values[f"{name}_{i}"] = summed_(parameter.grad.clone()) / world_size()  # as DDP does
+    rows = sinkhorn_knopp(teacher.flatten(0, 1), 0.3).unflatten(0, (G, -1))
+    sums = summed_(teacher.sum(dim=1))
+    return values, {
+        "queue": queue.state_dict(),
+        "rows": rows,
+        "sums": sums,
+        "all": gathered(rows[0]),
+    }
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    assert world_size() == 2
+    half = B // 2
+    torch.save(results(slice(rank * half, (rank + 1) * half)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_half_the_batch_on_each_of_two_ranks(tmp_path):
+    """Mean losses, averaged gradients, assignments and queues, to 1e-10."""
+    mp.get_context("forkserver").set_forkserver_preload(["torch", "jaxtyping"])
+    mp.start_processes(work, (str(tmp_path),), nprocs=2, start_method="forkserver")
+    (ours, our_state), (theirs, their_state) = (torch.load(tmp_path / f"{i}.pt") for i in (0, 1))
+    expected, state = results(slice(None))
+    for name, value in expected.items():
+        if isinstance(value, float):
+            assert (ours[name] + theirs[name]) / 2 == pytest.approx(value, rel=1e-10), name
+        else:
+            assert torch.equal(ours[name], theirs[name])
+            assert (ours[name] - value).abs().max() < 1e-10 * value.abs().max(), name
+    rows = torch.cat((our_state["rows"], their_state["rows"]), dim=1)
+    assert torch.allclose(rows, state["rows"], rtol=1e-10, atol=1e-14)
+    for each in (our_state, their_state):
+        assert torch.equal(each["queue"]["rows"], state["queue"]["rows"])
+        assert each["queue"]["count"] == state["queue"]["count"] == 3 * B
+        assert torch.allclose(each["sums"], state["sums"], rtol=1e-12)
+        assert torch.equal(each["all"], rows[0])
