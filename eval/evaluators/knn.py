@@ -11,12 +11,15 @@ from annotated_types import Gt, Le
 from jaxtyping import Bool, Float, Float64, Int64
 
 from ssl_xcit.data.labels import Labels
+from ssl_xcit.data.order import evenly_spaced
 from ssl_xcit.utils.validation import Count, Positive
 
 from ..features.extract import FeatureSet
 from ..features.neighbors import Approximate, Bank, Indices, Queries, Similarity, nearest
 from ..statistics import Estimate
-from .protocol import Evaluator, OneOrMore, Seed, as_list
+from .protocol import Evaluator, Kinds, OneOrMore, Seed, as_list
+
+VAL_IMAGES, VAL_NEIGHBOURS = 5000, 20  # by which kinds of features are compared
 
 
 def votes(
@@ -66,7 +69,9 @@ class KNN(Evaluator):
     """Top-1 accuracy for several k and temperatures from one search: `knn_k10`, `knn_k20`, ..., and
     `knn_k20_t0.02` for temperatures after the first.
 
-    Where there is one set only, each image is classified by all others.
+    Where there is one set only, each image is classified by all others. Of several kinds of
+    features the one is taken with which training images are classified best by all others (20
+    neighbours, the first temperature; `VAL_IMAGES` of them at most).
 
     Args:
         k: how many neighbours vote; values above the number of training images are taken down to
@@ -74,6 +79,7 @@ class KNN(Evaluator):
         temperature: of the votes, one or several; the paper has 0.07.
         index: `ivf` or `hnsw`, for banks of more than `exact_up_to` rows; None: always exact.
         recall: share of the exact neighbours that an index must find.
+        kinds: of features to choose from.
     """
 
     def __init__(
@@ -83,7 +89,9 @@ class KNN(Evaluator):
         index: Literal["ivf", "hnsw"] | None = "ivf",
         exact_up_to: Count = 2_000_000,
         recall: Annotated[float, Gt(0), Le(1)] = 0.95,
+        kinds: Kinds = ("cls",),
     ):
+        self.kinds = as_list(kinds)
         self.k = sorted(as_list(k))
         self.temperatures = as_list(temperature)
         self.index = None if index is None else Approximate(index, recall)
@@ -91,8 +99,9 @@ class KNN(Evaluator):
 
     def __call__(self, features: FeatureSet) -> Iterator[tuple[str, float]]:
         """(name, percent) for each k and temperature."""
-        bank, queries = features.train, features.test
         names, classes = np.unique(features.train_labels, return_inverse=True)
+        kind = self.best_kind(features, classes, len(names))
+        bank, queries = features.of(kind).train, features.of(kind).test
         itself = np.arange(len(bank)) if features.one_set else None
         if self.index is not None and len(bank) > self.exact_up_to:
             similarity, indices, recall = self.index.nearest(bank, queries, self.k[-1], itself)
@@ -105,6 +114,22 @@ class KNN(Evaluator):
                 winner = elected(classes, few, len(names), temperature)
                 suffix = f"_t{temperature:g}" if place else ""
                 yield f"knn_k{k}{suffix}", Estimate(names[winner] == features.test_labels)
+
+    def best_kind(self, features: FeatureSet, classes: Labels, num_classes: int) -> str:
+        """The kind that classifies training images best, of one the only one; kept in `chosen`."""
+        kinds = features.usable(self.kinds)
+        if len(kinds) == 1:
+            return kinds[0]
+        rows = np.array(evenly_spaced(len(classes), VAL_IMAGES))
+        accuracy = {}
+        for kind in kinds:
+            bank = features.of(kind).train
+            near = nearest(bank, bank[rows], VAL_NEIGHBOURS, rows)
+            predicted = elected(classes, near, num_classes, self.temperatures[0])
+            accuracy[kind] = float((predicted == classes[rows]).mean())
+        best = max(kinds, key=lambda kind: accuracy[kind])
+        self.chosen = {"kind": best}
+        return best
 
 
 class FewShot(Evaluator):

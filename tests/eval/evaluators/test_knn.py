@@ -157,3 +157,19 @@ def test_tiny_temperature_does_not_overflow():
     bank, labels, queries, _ = clusters()
     nearest = knn_predict(bank, labels, queries, 1)
     assert np.array_equal(knn_predict(bank, labels, queries, 50, 1e-4), nearest)
+
+
+def test_the_kind_is_taken_that_classifies_training_images_best():
+    """By all other training images; the test images are then measured with it alone."""
+    train, labels, test, truth = clusters()
+    noise = np.random.default_rng(1)
+    weak, weak_test = (noise.normal(size=x.shape).astype(np.float32) for x in (train, test))
+    features = FeatureSet(weak, labels, weak_test, truth, more={"patch": (train, test)})
+    knn = KNN(k=20, kinds=["cls", "patch"])
+    measured = dict(knn(features))["knn_k20"]
+    assert knn.chosen == {"kind": "patch"}
+    expected = knn_predict(train, labels, test, 20) == truth
+    assert float(measured) == pytest.approx(100 * expected.mean())
+    alone = KNN(k=20, kinds="cls")
+    assert float(dict(alone(features))["knn_k20"]) < float(measured)
+    assert alone.chosen == {}

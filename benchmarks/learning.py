@@ -1,0 +1,160 @@
+"""What each objective learns in the same time: k-NN and logistic regression on held-out labelled
+images, by class token, mean patch and both.
+
+python benchmarks/learning.py [--objectives dino,infonce,...] [--seconds 150] [--seeds 0]
+    [--data photos | DIR] [--model xcit_micro_4_p8] [--words "augment.num_local=2 ..."]
+    [--out runs/learning]
+
+A few steps tell how many fit into the time; then each is `ssl-xcit pretrain` with the recipe of the
+built-in photographs, of so many steps. DIR has one folder a class, a fifth of which is held out.
+Random weights, a colour histogram and raw pixels stand beside them. What is finished is not run
+again. The time is that of training steps: loading a batch that is waited for counts, starting and
+evaluating do not.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from measure import save
+
+from ssl_xcit import cli
+from ssl_xcit.data.decode import decode
+from ssl_xcit.data.preprocess import of_weights, resize_center_crop
+from ssl_xcit.data.sources import LabelledPair, Source
+from ssl_xcit.eval.evaluators.baselines import colour_histogram, random_weights
+from ssl_xcit.eval.evaluators.knn import knn_predict
+from ssl_xcit.eval.evaluators.logistic import Logistic
+from ssl_xcit.eval.features.cache import extract_pair
+from ssl_xcit.eval.features.extract import FeatureSet
+from ssl_xcit.eval.features.extractor import FeatureExtractor
+from ssl_xcit.models.weights import load_backbone
+
+OBJECTIVES = ["dino", "infonce", "simdino", "swav", "region", "dinov2"]
+KINDS = ["cls", "patch", "cls_patch"]
+PROBE_STEPS = 20  # to measure how many fit into the time
+PIXELS = 16  # side of the image of raw pixels
+
+
+def words(args: argparse.Namespace, objective: str, seed: int, steps: int, name: str) -> list[str]:
+    images = len(labelled(args).train)
+    data = [] if args.data == "photos" else [f"data.root={args.data}", "experiment=photos"]
+    return [
+        "pretrain", *data, f"objective={objective}", f"model={args.model}", f"seed={seed}",
+        f"batch_size={args.batch}", f"epochs={steps * args.batch / images + 1e-3}",
+        f"out={args.out}", f"name={name}", "report=null", "callbacks.online=null",
+        "callbacks.snapshots=null", "eval_data=none", "callbacks.metrics.every_steps=5",
+        "callbacks.checkpoints.every_steps=100000", "trainer.precision=32-true",
+        *args.words.split(),
+    ]  # fmt: skip
+
+
+def labelled(args: argparse.Namespace) -> LabelledPair:
+    """The images with their classes."""
+    group = "photos" if args.data == "photos" else "folder"
+    root = [] if args.data == "photos" else [f"eval_data.root={args.data}"]
+    with initialize_config_module("ssl_xcit.conf", version_base="1.3"):
+        cfg = compose("pretrain", [f"eval_data={group}", *root])
+    pair: LabelledPair = instantiate(cfg.eval_data)
+    return pair
+
+
+def steps_in(args: argparse.Namespace, objective: str) -> int:
+    """Training steps that fit into the time, by the speed of a few."""
+    name = f"speed-{objective}"
+    with_rows = args.out / name / "metrics.csv"
+    if not with_rows.is_file():
+        cli.main(words(args, objective, 0, PROBE_STEPS, name))
+    with with_rows.open(newline="") as file:
+        speeds = [float(row["images_per_second"]) for row in csv.DictReader(file)]
+    return max(1, round(args.seconds * statistics.median(speeds[1:]) / args.batch))
+
+
+def measured(features: FeatureSet) -> dict[str, float]:
+    """k-NN 20 and logistic regression by kind of features, in percent."""
+    numbers = {}
+    for kind in features.usable(KINDS):
+        of = features.of(kind)
+        right = knn_predict(of.train, of.train_labels, of.test, 20) == of.test_labels
+        numbers[f"knn {kind}"] = 100 * float(right.mean())
+        logistic = dict(Logistic(kinds=[kind])(features))["logistic"]
+        numbers[f"logistic {kind}"] = float(logistic)
+    return numbers
+
+
+def raw_pixels(extractor: FeatureExtractor, pair: LabelledPair) -> FeatureSet:
+    """The middle of each image at a few pixels."""
+
+    def of(source: Source) -> np.ndarray:
+        crops = (
+            resize_center_crop(decode(source.read(i), extractor.preprocess), PIXELS, PIXELS)
+            for i in range(len(source))
+        )
+        return np.stack([crop.reshape(-1) / 255 for crop in crops]).astype(np.float32)
+
+    assert pair.train.labels is not None
+    assert pair.test.labels is not None
+    return FeatureSet(of(pair.train), pair.train.labels, of(pair.test), pair.test.labels)
+
+
+def extractor_of(run: Path, pair: LabelledPair) -> FeatureExtractor:
+    """Of the teacher of a run."""
+    backbone = load_backbone(run)
+    return FeatureExtractor(backbone, of_weights(backbone.preprocess), pair=pair, num_workers=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--objectives", type=lambda text: text.split(","), default=OBJECTIVES)
+    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--seeds", type=lambda t: [int(w) for w in t.split(",")], default=[0])
+    parser.add_argument("--data", default="photos")
+    parser.add_argument("--model", default="xcit_micro_4_p8")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--words", default="")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    args = parser.parse_args()
+    pair, rows = labelled(args), dict[str, list[dict[str, float]]]()
+    steps = {}
+    for seed in args.seeds:
+        for objective in args.objectives:
+            steps[objective] = steps_in(args, objective)
+            name = f"{objective}-{args.seconds:g}s-{seed}"
+            cli.main(words(args, objective, seed, steps[objective], name))
+            extractor = extractor_of(args.out / name, pair)
+            numbers = measured(extract_pair(extractor, KINDS))
+            rows.setdefault(objective, []).append(numbers)
+            print(objective, seed, json.dumps(numbers), flush=True)
+    rows["random weights"] = [measured(random_weights(extractor, KINDS))]
+    rows["colour histogram"] = [measured(colour_histogram(extractor))]
+    rows["raw pixels"] = [measured(raw_pixels(extractor, pair))]
+    print_table(rows, steps)
+    about = {"seconds": args.seconds, "model": args.model, "words": args.words, "seeds": args.seeds}
+    results = {
+        name: {**about, "steps": steps.get(name), "numbers": numbers}
+        for name, numbers in rows.items()
+    }
+    save(f"learning_{Path(args.data).name}_{args.seconds:g}s", results)
+
+
+def print_table(rows: dict[str, list[dict[str, float]]], steps: dict[str, int]) -> None:
+    """Means over the seeds, and the lowest and highest."""
+    columns = list(next(iter(rows.values()))[0])
+    print("| | steps | " + " | ".join(columns) + " |")
+    print("|---|---:|" + "---:|" * len(columns))
+    for name, seeds in rows.items():
+        cells = []
+        for column in columns:
+            values = [numbers[column] for numbers in seeds if column in numbers]
+            spread = f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
+        print(f"| {name} | {steps.get(name, '')} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
