@@ -5,14 +5,12 @@ their own logits.
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from hydra import compose
-from hydra.utils import instantiate
 from jaxtyping import Float
-from omegaconf import OmegaConf
 
 from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.preprocess import MAX_PIXELS
@@ -23,12 +21,13 @@ from ssl_xcit.transfer.classification.data import of_pair
 from ssl_xcit.transfer.classification.measure import AccuracyMeasure, MultiLabelMeasure
 from ssl_xcit.transfer.classification.task import Classification, CropRatio
 from ssl_xcit.transfer.detection.measure import DetectionMeasure
-from ssl_xcit.transfer.evaluate import predictions
+from ssl_xcit.transfer.evaluate import evaluate
+from ssl_xcit.transfer.kinds import KINDS
 from ssl_xcit.transfer.segmentation.measure import SegmentationMeasure, summaries
 from ssl_xcit.transfer.task import AnnotatedSource, Measure, Measured, Task
 from ssl_xcit.utils.devices import placed
 from ssl_xcit.utils.tables import shown_in_terminal
-from ssl_xcit.utils.validation import Count, Workers
+from ssl_xcit.utils.validation import Checker, Count, Workers
 
 from .results import ByClass, Evaluation
 from .statistics import Estimate
@@ -69,13 +68,11 @@ def evaluate_tasks(
         first, *_ = placed(network, device)
         measure = task.measure()
         at_once = batch_size if task.images_at_once > 1 else None
-        for each in predictions(
-            task, annotated.images, annotated, at_once, num_workers, first,
-            max_pixels, f"testing {row}" if shown_in_terminal() else None,
-        ):  # fmt: skip
-            assert each.target is not None
-            measure.update(each.name, each.prediction, each.target)
-        measured = measure.compute()
+        measured = evaluate(
+            task, annotated, at_once, num_workers, first, max_pixels,
+            f"testing {row}" if shown_in_terminal() else None, measure,
+        )  # fmt: skip
+        evaluation.bad_images[row] = measured.details["left_out"]
         evaluation.results[row] = {**measured.results, **estimates(measure)}
         evaluation.bounds[row] = {m: list(bounds) for m, bounds in measured.intervals.items()}
         evaluation.by_class[row] = classes_of(measure, measured)
@@ -141,29 +138,31 @@ OF_CLASSES = ("class_names", "ignore", "label_kind")  # settings of data that ot
 
 
 def named_test_data(
-    kind: str, given: Mapping[str, Any], of_run: Mapping[str, Any]
+    task: Task, given: Mapping[str, Any], of_run: Mapping[str, Any]
 ) -> tuple[AnnotatedSource, str]:
-    """Test images that a person names for a task, and their name: the test part of a folder where
-    it has one, else all of its images.
+    """Test images that a person names for a task, with its classes, and their name: the test part
+    of a folder where it has one, else all of its images.
 
     Args:
-        kind: `classification`, `segmentation` or `detection`.
+        task: has the classes.
         given: settings of `data` in `conf/transfer/`.
         of_run: those of the run, of which the ones that say what the classes are hold here too.
 
     Raises:
         UserError: the task's data has no such setting, or the images cannot be used.
     """
-    cfg = compose("finetune", overrides=[f"transfer={kind}"])
-    shared = {k: of_run[k] for k in OF_CLASSES if k in of_run and k in cfg.data}
-    for key, value in {**shared, **given}.items():
-        if key not in cfg.data:
-            there = ", ".join(k for k in ("root", "file", "layout") if k in cfg.data)
-            raise UserError(f"data.{key}: {kind} has no such setting; there are {there}")
-        OmegaConf.update(cfg, f"data.{key}", value)
-    OmegaConf.update(cfg, "data.test_fraction", 0.0)  # all images, where there is no test part
-    data = instantiate(cfg.data.source)
-    return data.test, data.name
+    read = KINDS[task.kind].read_test
+    known = [name for name in signature(read).parameters if name != "task"]
+    if unknown := [key for key in given if key not in known]:
+        there = ", ".join(known)
+        raise UserError(f"data.{unknown[0]}: {task.kind} has no such setting; there are {there}")
+    named = given.get("file", given.get("root"))
+    if named is None:
+        raise UserError(f"data.{next(iter(given))}: name the images as well, data.root=DIR")
+    shared = {k: v for k in OF_CLASSES if k in known and (v := of_run.get(k)) is not None}
+    settings = {"_target_": f"{read.__module__}.{read.__name__}", **shared, **given}
+    checked: Any = Checker({}).target(settings, "data")
+    return read(task, **{k: v for k, v in checked.items() if k != "_target_"}), str(named)
 
 
 def check_same_classes(row: str, own: Sequence[str], there: Sequence[str], name: str) -> None:

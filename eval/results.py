@@ -40,7 +40,8 @@ class Evaluation:
 
     `results` has an `Estimate` where there is an interval, `chosen` the settings that evaluators
     chose, `left_out` why there are no numbers, `overlap` the numbers of test images that are
-    training images as well, by kind, `bounds` intervals that were measured with their numbers.
+    training images as well, by kind, `bounds` intervals that were measured with their numbers,
+    `bad_images` which test images of a head could not be read.
     """
 
     results: Results = field(default_factory=dict)
@@ -52,6 +53,7 @@ class Evaluation:
     compared: dict[tuple[str, str], dict[str, Difference]] = field(default_factory=dict)  # two rows
     overlap: dict[str, int] = field(default_factory=dict)
     bounds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    bad_images: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def intervals(self) -> dict[str, dict[str, list[float]]]:
@@ -207,6 +209,7 @@ def write_results(
         "chosen": evaluation.chosen,
         "by_class": evaluation.by_class,
         "seconds": evaluation.seconds,
+        "bad_images": {k: v for k, v in evaluation.bad_images.items() if v["count"]},
         "left_out": {
             row: {name: str(error) for name, error in missing.items()}
             for row, missing in evaluation.left_out.items()

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from ssl_xcit.data.crop_dataset import check_labelled
 from ssl_xcit.data.preprocess import of_weights
@@ -26,6 +27,7 @@ from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.training.run_dir import versions
 from ssl_xcit.training.run_name import key_of
 from ssl_xcit.transfer.checks import check_part
+from ssl_xcit.transfer.evaluate import bad_images_words
 from ssl_xcit.transfer.load import task_in, transfer_record
 from ssl_xcit.transfer.task import Task
 from ssl_xcit.utils.files import sha256_of, writable_folder, writable_or_here
@@ -58,8 +60,13 @@ class HeadData:
     root: Text | None
     file: Text | None
     labels: Text | None
+    image_column: Text | None
+    label_column: Text | None
+    label_kind: Text | None
     images: Text | None
     layout: Text | None
+    class_names: Sequence[str] | Mapping[int, str] | None
+    ignore: int | Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def main(settings: EvalSettings) -> None:
     architecture = expected_architecture(settings.model)
     loaded = [load(path, settings.which, architecture) for path in paths]
     backbones = [backbone for backbone, _ in loaded]
-    given = {k: str(v) for k, v in asdict(settings.data).items() if v is not None}
+    given = {k: v for k, v in asdict(settings.data).items() if v is not None}
     typed = {key_of(word).split(".")[0] for word in HydraConfig.get().overrides.task}
     if not typed & TYPED and (tasks := tasks_in(loaded, paths)):
         measure_tasks(settings, paths, tasks, given)
@@ -180,7 +187,7 @@ def measure_tasks(
     settings: EvalSettings,
     paths: Sequence[Path],
     tasks: Mapping[str, Task],
-    given: Mapping[str, str],
+    given: Mapping[str, Any],
 ) -> None:
     """Measure tasks with their own heads, on images that are given or those of the first's run."""
     if int(os.environ.get("RANK", "0")):
@@ -191,8 +198,9 @@ def measure_tasks(
     if given:
         ckpt = checkpoints_in(settings.ckpt)[0]
         in_run = (folder_of(checkpoint_path(ckpt)) / "run.json").is_file()
-        of_run = data_settings_of_run(ckpt).data if in_run else {}
-        annotated, name = named_test_data(kind, given, of_run)
+        of_run: Any = data_settings_of_run(ckpt).data if in_run else {}
+        of_run = OmegaConf.to_container(of_run, resolve=True) if in_run else {}
+        annotated, name = named_test_data(next(iter(tasks.values())), given, of_run)
     else:
         data = transfer_data_of_run(checkpoints_in(settings.ckpt)[0])
         annotated, name = data.test, data.name
@@ -200,7 +208,8 @@ def measure_tasks(
     check_part(f"{name}: test images", annotated, preprocess)
     place = "of_run"
     if given:
-        place = re.sub(r"[^\w.-]+", "_", Path(next(iter(given.values()))).resolve().name)
+        named = str(given.get("file", given.get("root")))
+        place = re.sub(r"[^\w.-]+", "_", Path(named).resolve().name)
     out = out_file(settings.out, paths, place)
     models = [model_name(b.architecture) for b in backbones]
     for path, model in zip(paths, models, strict=True):
@@ -213,6 +222,9 @@ def measure_tasks(
     )  # fmt: skip
     title = f"{' and '.join(dict.fromkeys(models))} on {name}"
     print_all(evaluation, title, list(tasks), settings.per_class)
+    for words in dict.fromkeys(map(bad_images_words, evaluation.bad_images.values())):
+        if words is not None:
+            say(words)
     protocol = {row: task.settings for row, task in tasks.items()}
     content = {
         **describe_weights(settings, paths, backbones),

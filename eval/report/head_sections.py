@@ -13,8 +13,8 @@ from ssl_xcit.data.order import evenly_spaced
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.errors import UserError
 from ssl_xcit.transfer.dataset import AnnotatedSubset
-from ssl_xcit.transfer.drawing import draw_prediction, draw_target
 from ssl_xcit.transfer.evaluate import Prediction, predictions
+from ssl_xcit.transfer.kinds import KINDS
 from ssl_xcit.transfer.task import AnnotatedSource, Task
 
 from ..viz.markup import jpeg_uri
@@ -27,6 +27,7 @@ from .run_reader import Run, is_number
 Content = dict[str, Any]  # of a section, by the arguments of its macro
 NUM_IMAGES = 8  # of evenly spaced ones, and of the worst
 SIDE = 320  # long side of a picture
+CONFIDENT = 0.5  # score from which objects are drawn
 TOP = 3  # classes below an image
 MAX_LEFT_OUT = 200
 DETAILS = "evaluation.json"
@@ -130,8 +131,9 @@ def picture(
     if task.kind == "classification":
         shown = jpeg_uri(thumbnail(visible(pixels), SIDE))
         return content | {"uris": [shown], **class_words(made, names)}
-    truth = draw_target(pixels, made.target, names, task.kind, largest=SIDE)
-    drawn = draw_prediction(pixels, made.prediction, names, task.kind, largest=SIDE)
+    presentation = KINDS[task.kind].presentation
+    truth = presentation.draw_target(pixels, made.target, names, SIDE)
+    drawn = presentation.draw_prediction(pixels, made.prediction, names, CONFIDENT, SIDE)
     return content | {"uris": [jpeg_uri(np.asarray(p)) for p in (truth, drawn)], "wrong": False}
 
 
@@ -175,19 +177,47 @@ def worst_words(each: Mapping[str, Any]) -> str:
 
 
 def left_out(features: RunFeatures) -> Content | None:
-    """Annotations that were not usable; None where there are none, or the data are gone."""
+    """Test images that could not be read, and annotations that were not usable; None where there
+    are none, or the data are gone.
+    """
     if features.run.transfer is None:
         return None
+    sentences, rows = bad_test_images(features.run)
+    lines = unusable_annotations(features)
+    if lines:
+        sentences.append(f"{len(lines):,} annotations could not be used.")
+        rows += [[line, "annotation"] for line in lines]
+    if not sentences:
+        return None
+    more = f" (the first {MAX_LEFT_OUT})" if len(rows) > MAX_LEFT_OUT else ""
+    return {
+        "words": " ".join(sentences),
+        "title": f"which{more}",
+        "table": Table(["left out", ""], rows[:MAX_LEFT_OUT], code=1),
+    }
+
+
+def bad_test_images(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Test images that could not be read at the end of a run, as a sentence and rows; both empty
+    where there are none.
+    """
+    found = run.details.get("left_out")
+    record = found if isinstance(found, dict) else {}
+    count, examples = record.get("count"), record.get("examples")
+    if not is_number(count) or not count:
+        return [], []
+    rows = [
+        [f"{each.get('image')}: {each.get('reason')}", "test image"]
+        for each in (examples if isinstance(examples, list) else [])
+        if isinstance(each, dict)
+    ]
+    return [f"{count} of {record.get('of')} test images could not be read."], rows
+
+
+def unusable_annotations(features: RunFeatures) -> list[str]:
+    """A line for each; none where the data are gone."""
     try:
         data = features.transfer_data
     except Exception:  # the parts that show images say why
-        return None
-    lines = list(dict.fromkeys([*data.train.left_out, *data.test.left_out]))
-    if not lines:
-        return None
-    more = f" (the first {MAX_LEFT_OUT})" if len(lines) > MAX_LEFT_OUT else ""
-    return {
-        "words": f"{len(lines):,} annotations could not be used.",
-        "title": f"which{more}",
-        "table": Table(["annotation"], [[line] for line in lines[:MAX_LEFT_OUT]], code=1),
-    }
+        return []
+    return list(dict.fromkeys([*data.train.left_out, *data.test.left_out]))

@@ -1,26 +1,16 @@
 """The command `finetune`: labelled images and a backbone to a classifier, segmenter or detector."""
 
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from ssl_xcit.data.loader import default_workers
-from ssl_xcit.errors import UserError
-from ssl_xcit.models.weights import (
-    checkpoint_path,
-    checkpoints_of,
-    load_backbone,
-    model_name,
-    read_weights,
-)
-from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.models.weights import model_name
 from ssl_xcit.training.datamodule import TrainingData
 from ssl_xcit.training.plan import RunPlan
 from ssl_xcit.training.run_dir import (
@@ -38,15 +28,14 @@ from ssl_xcit.training.run_name import SMALL_MODEL, run_name
 from ssl_xcit.training.session import is_finished, leave_report, run_to_the_end, train
 from ssl_xcit.training.settings import FinetuneSettings
 from ssl_xcit.training.trainer import make_trainer, runs_on_cpu
-from ssl_xcit.transfer.build import make_task, make_transfer, make_transfer_plan
+from ssl_xcit.transfer.build import make_augment, make_task, make_transfer, make_transfer_plan
 from ssl_xcit.transfer.checks import check_transfer
-from ssl_xcit.transfer.classification.augment import ClassificationAugment
 from ssl_xcit.transfer.dataset import TransferDataset, collate, transfer_indices, with_fraction
-from ssl_xcit.transfer.evaluate import evaluate
-from ssl_xcit.transfer.load import transfer_record
+from ssl_xcit.transfer.evaluate import bad_images_words, evaluate
+from ssl_xcit.transfer.init_weights import read_start
 from ssl_xcit.transfer.module import Transfer
 from ssl_xcit.transfer.task import TransferData
-from ssl_xcit.utils.files import sha256_of, write_json
+from ssl_xcit.utils.files import write_json
 from ssl_xcit.utils.hardware import precision_for
 from ssl_xcit.utils.tables import print_table, shown_in_terminal
 from ssl_xcit.utils.terminal import say
@@ -80,9 +69,7 @@ def main(settings: FinetuneSettings) -> None:
         return
     settings = replace(settings, run_id=settings.run_id or run_id_of(run_dir))
     check_transfer(data, preprocess)
-    augment = instantiate(settings.augment)
-    if isinstance(augment, ClassificationAugment):
-        augment.check(preprocess.channels)
+    augment = make_augment(settings, preprocess)
     chosen = with_fraction(data.train, settings.label_fraction, settings.seed)
     trainer, stop = make_trainer(settings, run_dir, str(settings.run_id))
     plan = make_transfer_plan(settings, len(chosen.images), trainer.world_size)
@@ -115,32 +102,6 @@ def main(settings: FinetuneSettings) -> None:
             ),
             lambda seconds: conclude(settings, trainer, module, data, plan, run_dir, seconds),
         )  # fmt: skip
-
-
-def read_start(
-    settings: FinetuneSettings, run_dir: Path
-) -> tuple[FinetuneSettings, XCiT | None, Mapping[str, Any] | None]:
-    """Read the weights to start from.
-
-    Returns:
-        The settings with the file's checksum; the backbone, None for one from scratch, of a run
-        that has begun that of its checkpoint; and what the latter says of its task.
-
-    Raises:
-        UserError: no such file, or no backbone in it.
-    """
-    if is_begun(run_dir) and (run_dir / "config.yaml").is_file() and checkpoints_of(run_dir):
-        before: Any = OmegaConf.load(run_dir / "config.yaml")
-        for path in reversed(checkpoints_of(run_dir)):
-            with suppress(UserError):  # damaged: the one before it is gone on from
-                backbone, recorded = load_backbone(path), transfer_record(read_weights(path))
-                settings = replace(settings, sha256=OmegaConf.select(before, "sha256"))
-                return settings, backbone, recorded
-    if settings.ckpt is None:
-        return settings, None, None
-    path = checkpoint_path(str(settings.ckpt))
-    backbone = load_backbone(path, settings.which)
-    return replace(settings, sha256=sha256_of(path)), backbone, None
 
 
 def announce(
@@ -196,9 +157,10 @@ def conclude(
         "data": data.name,
         "model": model_name(module.task.backbone.architecture),
         "transfer": settings.transfer,
+        "left_out": measured.details["left_out"],
         "last": last_row(run_dir),
         "seconds": round(seconds, 1),
-        "plan": asdict(plan),
+        "plan": plan.record(),
         "versions": versions(),
     }
     with disk_trouble(run_dir):
@@ -215,5 +177,7 @@ def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
         say(f"{last['step']:.0f} steps, {last['epoch']:.1f} epochs, loss {last['loss']:.3f}")
     title = f"{summary['model']} on {summary['data']}"
     print_table(summary["results"], title, summary.get("intervals"))
+    if words := bad_images_words(summary.get("left_out")):
+        say(f"{words}; see {DETAILS}")
     say(f"{run_dir}: config.yaml, metrics.csv, checkpoints/, summary.json, {DETAILS}")
     say(f"next: ssl-xcit predict ckpt={run_dir} images=DIR")

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, cast
 
 from annotated_types import Ge
 from hydra.core.hydra_config import HydraConfig
@@ -16,8 +16,10 @@ from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.models.weights import checkpoint_path, folder_of, model_name
 from ssl_xcit.training.run_dir import versions
 from ssl_xcit.transfer.annotated import lines_of
+from ssl_xcit.transfer.kinds import KINDS
 from ssl_xcit.transfer.load import load_task
-from ssl_xcit.transfer.predict import FORMATS, RECORD, Job, Outcome, outputs_of, predict
+from ssl_xcit.transfer.outputs import Job
+from ssl_xcit.transfer.predict import FORMATS, RECORD, Outcome, outputs_of, predict
 from ssl_xcit.transfer.task import Task
 from ssl_xcit.utils.devices import placed
 from ssl_xcit.utils.files import (
@@ -65,6 +67,7 @@ def main(settings: PredictSettings) -> None:
     s = settings
     path = checkpoint_path(str(s.ckpt))
     task = load_task(path, s.which, names_in(s.class_names), s.size)
+    KINDS[task.kind].presentation.lower_threshold_(task, s.threshold)
     formats = [s.formats] if isinstance(s.formats, str) else list(dict.fromkeys(s.formats))
     outputs = outputs_of(task, formats)
     files = files_of(s)
@@ -131,13 +134,9 @@ def make_folder(out: Text | None, path: Path) -> Path:
 
 def conclude(task: Task, outcome: Outcome, out: Path, threshold: float) -> None:
     """Say what was found, what could not be read, and where the results are."""
-    unit: dict[str, Any] = {
-        "classification": ("images by class", "{:,.0f}"),
-        "segmentation": ("share of the pixels", "{:.1%}"),
-        "detection": (f"objects of score {threshold:g} and above", "{:,.0f}"),
-    }
-    title, number = unit[task.kind]
-    words = [f"{name} {number.format(value)}" for name, value in outcome.classes.items()]
+    presentation = KINDS[task.kind].presentation
+    title = presentation.summary.format(threshold=threshold)
+    words = [f"{k} {presentation.number.format(v)}" for k, v in outcome.classes.items()]
     more = f" and {len(words) - IN_LINE:,} more" if len(words) > IN_LINE else ""
     images = f"{outcome.num_read:,} image{'s' * (outcome.num_read != 1)}"
     say(f"  {images}; {title}: {', '.join(words[:IN_LINE]) or 'none'}{more}")

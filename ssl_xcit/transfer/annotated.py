@@ -24,6 +24,7 @@ from ssl_xcit.utils.terminal import printable
 
 log = logging.getLogger(__name__)
 EXAMPLES = 3  # in a sentence
+FEW = 5  # names, likewise
 T = TypeVar("T")
 
 
@@ -156,11 +157,32 @@ def warn_unlearnt(where: str, names: Sequence[str], train: np.ndarray, test: np.
     """
     unlearnt = [names[k] for k in np.flatnonzero(test & ~train).tolist()]
     if unlearnt:
-        shown = ", ".join(unlearnt[:5]) + (", ..." if len(unlearnt) > 5 else "")
         log.warning(
             "%s: test images have %s that no training image has (%s): they count as missed",
-            where, "a class" if len(unlearnt) == 1 else f"{len(unlearnt):,} classes", shown,
+            where, "a class" if len(unlearnt) == 1 else f"{len(unlearnt):,} classes", few(unlearnt),
         )  # fmt: skip
+
+
+def check_known_classes(where: str, there: Sequence[str], own: Sequence[str]) -> None:
+    """Raise UserError where images have classes that a head does not know.
+
+    Args:
+        where: the images.
+        there: their classes.
+        own: those of the head.
+    """
+    unknown = [name for name in there if name not in set(own)]
+    if unknown:
+        raise UserError(
+            f"{where} has classes that the head does not know ({few(unknown)}): the images have "
+            f"{len(there):,} ({few(there)}), and the head {len(own):,} ({few(own)}); name images "
+            "of its classes with data.root=DIR"
+        )
+
+
+def few(names: Sequence[str]) -> str:
+    """Return the first of some names."""
+    return ", ".join(names[:FEW]) + (", ..." if len(names) > FEW else "")
 
 
 def orientation_between(

@@ -15,9 +15,11 @@ from ssl_xcit.training.init_weights import warn_read_otherwise
 from ssl_xcit.training.plan import RunPlan, check_batch
 from ssl_xcit.training.settings import FinetuneSettings
 from ssl_xcit.transfer.backbone import with_layers
+from ssl_xcit.transfer.dataset import part_sizes
+from ssl_xcit.transfer.kinds import KINDS
 from ssl_xcit.transfer.module import Transfer
 from ssl_xcit.transfer.param_groups import freeze, transfer_groups
-from ssl_xcit.transfer.task import AnnotatedSource, Task
+from ssl_xcit.transfer.task import AnnotatedSource, Augment, Task
 
 
 def make_transfer_plan(settings: FinetuneSettings, num_images: int, world_size: int) -> RunPlan:
@@ -77,14 +79,14 @@ def make_task(
             f"the backbone takes images of {in_chans} channels, and preprocess.channels="
             f"{preprocess.channels}: set preprocess.channels={in_chans}"
         )
-    classifies = settings.transfer == "classification"
+    pyramid = KINDS[settings.transfer].pyramid
     backbone = with_layers(
         start,
-        pyramid=not classifies,
-        num_classes=len(train.class_names) if classifies else 0,
+        pyramid=pyramid,
+        num_classes=0 if pyramid else len(train.class_names),
         drop_path=settings.drop_path,
     )
-    if not classifies:  # what the pyramid does not use is not trained
+    if pyramid:  # what the pyramid does not use is not trained
         for unused in (backbone.cls_attn_blocks, backbone.norm):
             unused.requires_grad_(False)
         backbone.cls_token.requires_grad_(False)
@@ -105,6 +107,17 @@ def make_task(
         }
         begin(train)
     return task
+
+
+def make_augment(settings: FinetuneSettings, preprocess: Preprocess) -> Augment:
+    """The augmentation of training images that are read like this.
+
+    Raises:
+        UserError: it does not take such images.
+    """
+    augment: Augment = instantiate(settings.augment)
+    fitted: Callable[[Preprocess], Augment] | None = getattr(augment, "fitted_to", None)
+    return augment if fitted is None else fitted(preprocess)
 
 
 def check_architecture(start: XCiT, model: XCiT, ckpt: str) -> None:
@@ -129,8 +142,12 @@ def make_transfer(settings: FinetuneSettings, plan: RunPlan, task: Task) -> Tran
     """The task in training.
 
     Raises:
-        UserError: the optimizer does not take its settings.
+        UserError: the optimizer does not take its settings, or a part of the batch has fewer images
+            than the task needs.
     """
+    check: Callable[[int], None] | None = getattr(task, "check_batch", None)
+    if check is not None:
+        check(part_sizes(plan.per_device_batch, settings.trainer.accumulate)[-1])
     optim = settings.optim
     optimizer = instantiate(optim.optimizer)
     frozen: list[nn.Module] = freeze(task, settings.freeze)

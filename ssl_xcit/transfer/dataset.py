@@ -40,10 +40,21 @@ class TransferBatch(NamedTuple):
     replaced: tuple[Replaced, ...]
 
     def parts(self, count: int) -> list[tuple[Any, Any]]:
-        """At most so many parts of images and targets, as `Tensor.chunk` makes them."""
-        size = -(-len(self.images) // count)
-        starts = range(0, len(self.images), size)
-        return [(self.images[i : i + size], self.targets[i : i + size]) for i in starts]
+        """At most so many parts of images and targets, see `part_sizes`."""
+        sizes = part_sizes(len(self.images), count)
+        starts = [i * sizes[0] for i in range(len(sizes))]
+        return [
+            (self.images[start : start + size], self.targets[start : start + size])
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+
+
+def part_sizes(num_images: int, count: int) -> list[int]:
+    """Images in each of at most `count` parts of a batch, as `Tensor.chunk` makes them: all but the
+    last, which may be smaller, are of one size.
+    """
+    size = -(-num_images // count)
+    return [min(size, num_images - start) for start in range(0, num_images, size)]
 
 
 @dataclass(eq=False)

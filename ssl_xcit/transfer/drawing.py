@@ -1,35 +1,31 @@
-"""Draw what a task says of an image, and what is true of it: classes below the picture, coloured
-pixels with a legend, boxes with labels and instance masks.
+"""Parts of pictures of what a task says of an image: a legend below it, coloured pixels, boxes with
+labels and instance masks.
 """
 
 import colorsys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ssl_xcit.data.preprocess import Pixels
-from ssl_xcit.transfer.detection.measure import Detections
-from ssl_xcit.transfer.task import IGNORED, Instances, Target
 from ssl_xcit.utils.terminal import printable
 
 Colour = tuple[int, int, int]
 PAPER, INK, UNKNOWN = (255, 255, 255), (32, 33, 36), (128, 128, 128)
 GOLDEN = (5**0.5 - 1) / 2  # a step around the colour wheel that never comes close to where it was
 TONES = ((0.9, 0.65), (0.45, 1.0), (0.9, 1.0))  # saturation and value, in turn
-BACKGROUND = "background"  # pixels of a class of this name stay as they are
-LARGEST, SMALLEST = 800, 384  # long side of a picture in pixels: smaller images are enlarged
+SMALLEST = 384  # long side of a picture in pixels: smaller images are enlarged
 TEXT = 13  # height of words in pixels
 LINE = TEXT + 6
 MARGIN = 6
 OPACITY = 0.5  # of masks
-TOP = 3  # classes below a picture
 IN_LEGEND = 12  # classes
 
 
@@ -49,146 +45,6 @@ def class_colours(num_classes: int) -> list[Colour]:
         red, green, blue = (round(255 * part) for part in rgb)
         colours.append((red, green, blue))
     return colours
-
-
-def draw_prediction(
-    pixels: Pixels,
-    prediction: Any,
-    class_names: Sequence[str],
-    kind: str,
-    threshold: float = 0.5,
-    largest: int = LARGEST,
-) -> Image.Image:
-    """Draw what a task says of an image.
-
-    Args:
-        pixels: of the image as decoded, of any number of channels.
-        prediction: one of `Task.predict`.
-        class_names: in the order of the labels.
-        kind: `classification`, `segmentation` or `detection`.
-        threshold: objects of a lower score are left out.
-        largest: long side of the picture in pixels, without the words below it.
-    """
-    draw: Callable[..., Image.Image] = PREDICTIONS[kind]
-    return draw(pixels, prediction, class_names, threshold, largest)
-
-
-def draw_target(
-    pixels: Pixels,
-    target: Target,
-    class_names: Sequence[str],
-    kind: str,
-    largest: int = LARGEST,
-) -> Image.Image:
-    """Draw what is true of an image as `draw_prediction` does; pixels and objects without a class
-    are grey.
-    """
-    draw: Callable[..., Image.Image] = TARGETS[kind]
-    return draw(pixels, target, class_names, largest)
-
-
-def draw_probabilities(
-    pixels: Pixels,
-    probabilities: Float[np.ndarray, " K"],
-    class_names: Sequence[str],
-    threshold: float,
-    largest: int,
-) -> Image.Image:
-    """Write the likeliest classes below the image, with their probabilities."""
-    colours = class_colours(len(class_names))
-    order = np.argsort(-probabilities, kind="stable")[:TOP].tolist()
-    labels = [Label(f"{class_names[k]} {probabilities[k]:.1%}", colours[k]) for k in order]
-    return with_legend(shown(pixels, largest), labels)
-
-
-def draw_classes(
-    pixels: Pixels, target: Int[np.ndarray, "*K"], class_names: Sequence[str], largest: int
-) -> Image.Image:
-    """Write the class below the image, or those that a row of 0 and 1 marks."""
-    colours = class_colours(len(class_names))
-    classes = np.flatnonzero(target).tolist() if target.ndim else [int(target)]
-    labels = [Label(class_names[k], colours[k]) for k in classes]
-    return with_legend(shown(pixels, largest), labels or [Label("no class", UNKNOWN)])
-
-
-def draw_class_mask(
-    pixels: Pixels, mask: UInt8[np.ndarray, "h w"], class_names: Sequence[str], largest: int
-) -> Image.Image:
-    """Colour the pixels by their class, with a legend of the classes by their share; pixels without
-    a class are grey, those of a class `background` as they were.
-    """
-    picture = shown(pixels, largest)
-    counts = np.bincount(mask.reshape(-1), minlength=IGNORED + 1)
-    colours = class_colours(len(class_names))
-    present = [k for k in np.argsort(-counts, kind="stable").tolist() if counts[k]]
-    small = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
-    labels, masks, fills = [], [], []
-    for k in present:
-        known = k < len(class_names)
-        name = class_names[k] if known else "no class"
-        plain = name.casefold() == BACKGROUND
-        colour = colours[k] if known else UNKNOWN
-        labels.append(Label(f"{name} {counts[k] / mask.size:.1%}", PAPER if plain else colour))
-        if not plain:
-            masks.append(small == k)
-            fills.append(colour)
-    coloured = with_masks(picture, np.stack(masks), fills) if masks else picture
-    return with_legend(coloured, labels)
-
-
-def draw_predicted_mask(
-    pixels: Pixels,
-    mask: UInt8[np.ndarray, "h w"],
-    class_names: Sequence[str],
-    threshold: float,
-    largest: int,
-) -> Image.Image:
-    """As `draw_class_mask`: every pixel has a class."""
-    return draw_class_mask(pixels, mask, class_names, largest)
-
-
-def draw_detections(
-    pixels: Pixels,
-    detections: Detections,
-    class_names: Sequence[str],
-    threshold: float,
-    largest: int,
-) -> Image.Image:
-    """Draw boxes with class and score, and the objects' pixels; the highest score on top."""
-    colours = class_colours(len(class_names))
-    chosen = np.flatnonzero(detections.scores >= threshold)[::-1]
-    labels = [
-        Label(f"{class_names[k]} {score:.2f}", colours[k])
-        for k, score in zip(
-            detections.labels[chosen].tolist(), detections.scores[chosen].tolist(), strict=True
-        )
-    ]
-    masks = None if detections.masks is None else detections.masks[chosen]
-    return with_objects(pixels, detections.boxes[chosen], labels, masks, largest)
-
-
-def draw_instances(
-    pixels: Pixels, instances: Instances, class_names: Sequence[str], largest: int
-) -> Image.Image:
-    """Draw boxes with class, and the objects' pixels; crowd regions are grey."""
-    colours = class_colours(len(class_names))
-    labels = [
-        Label(f"{class_names[k]} (crowd)", UNKNOWN) if crowd else Label(class_names[k], colours[k])
-        for k, crowd in zip(instances.labels.tolist(), instances.crowd.tolist(), strict=True)
-    ]
-    return with_objects(pixels, instances.boxes, labels, instances.masks, largest)
-
-
-PREDICTIONS: Mapping[str, Callable[..., Image.Image]] = {
-    "classification": draw_probabilities,
-    "segmentation": draw_predicted_mask,
-    "detection": draw_detections,
-}
-TARGETS: Mapping[str, Callable[..., Image.Image]] = {
-    "classification": draw_classes,
-    "segmentation": draw_class_mask,
-    "detection": draw_instances,
-}
 
 
 def shown(pixels: Pixels, largest: int) -> Image.Image:
@@ -217,7 +73,7 @@ def with_objects(
     pixels: Pixels,
     boxes: Float[np.ndarray, "M 4"],
     labels: Sequence[Label],
-    masks: Bool[np.ndarray, "M height width"] | None,
+    masks: Iterable[Bool[np.ndarray, "height width"]] | None,
     largest: int,
 ) -> Image.Image:
     """The image with a box, a label and, if there are masks, coloured pixels for each object; the

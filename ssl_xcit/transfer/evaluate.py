@@ -1,7 +1,7 @@
 """Measure a task on annotated images."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,10 +13,11 @@ from ssl_xcit.data.loader import default_workers, parallel_map
 from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError
-from ssl_xcit.transfer.task import AnnotatedSource, Measured, Prepare, Target, Task
+from ssl_xcit.transfer.task import AnnotatedSource, Measure, Measured, Prepare, Target, Task
 from ssl_xcit.utils.terminal import track
 
 log = logging.getLogger(__name__)
+MAX_EXAMPLES = 20  # bad images that are listed
 
 
 class PreparedImage(NamedTuple):
@@ -111,6 +112,36 @@ def predictions(
             yield Prediction(image.name, image.size, prediction, image.target)
 
 
+class BadImages:
+    """Counts test images that cannot be read, and keeps the first of them with the reasons."""
+
+    def __init__(self, num_images: int):
+        self.num_images, self.count = num_images, 0
+        self.examples: list[dict[str, str]] = []
+
+    def add(self, name: str, reason: str) -> None:
+        """Add an image, and log it."""
+        log_bad(name, reason)
+        self.count += 1
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append({"image": name, "reason": reason})
+
+    def record(self) -> dict[str, Any]:
+        """Return them as plain data."""
+        return {"count": self.count, "of": self.num_images, "examples": self.examples}
+
+
+def bad_images_words(record: Mapping[str, Any] | None) -> str | None:
+    """Say what `BadImages.record` holds; None: all could be read."""
+    if not record or not record["count"]:
+        return None
+    first = record["examples"][0]
+    return (
+        f"{record['count']:,} of {record['of']:,} test images could not be read and are left out, "
+        f"such as {first['image']} ({first['reason']})"
+    )
+
+
 def evaluate(
     task: Task,
     annotated: AnnotatedSource,
@@ -119,29 +150,42 @@ def evaluate(
     device: torch.device | str = "cpu",
     max_pixels: int | None = None,
     show: str | None = None,
-    keep: Callable[[Prediction], None] = lambda _: None,
+    measure: Measure | None = None,
 ) -> Measured:
-    """Measure a task on images; `keep` sees each prediction. The task keeps its mode; no random
-    number of torch's generators is drawn.
+    """Measure a task on images. The task keeps its mode; no random number of torch's generators is
+    drawn.
+
+    Args:
+        task: on `device`.
+        annotated: the images.
+        batch_size: see `predictions`, as of `num_workers`, `device`, `max_pixels` and `show`.
+        measure: gets the predictions; None: a new one of the task.
+
+    Returns:
+        What the measure says, and in the details as `left_out` the images that cannot be read.
+
+    Raises:
+        UserError: none of the images can be read, or they cannot be measured.
     """
     network: Any = task
     training = network.training
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    measure, measured = task.measure(), False
+    measure = task.measure() if measure is None else measure
+    bad = BadImages(len(annotated.images))
     try:
         made = predictions(
-            task, annotated.images, annotated, batch_size, num_workers, device, max_pixels, show
-        )
+            task, annotated.images, annotated, batch_size, num_workers, device, max_pixels, show,
+            bad.add,
+        )  # fmt: skip
         for each in made:
             assert each.target is not None
             measure.update(each.name, each.prediction, each.target)
-            keep(each)
-            measured = True
     finally:
         if training:
             for module, mode in modes.items():
                 module.training = mode
-    if not measured:
+    if bad.count == bad.num_images:
         raise UserError("none of the test images can be read: are these image files?")
-    return measure.compute()
+    measured = measure.compute()
+    return measured._replace(details=measured.details | {"left_out": bad.record()})

@@ -16,23 +16,17 @@ from ssl_xcit.models.weights import (
     unwrapped,
 )
 from ssl_xcit.transfer.classification.task import Classification
-from ssl_xcit.transfer.detection.task import Detection
-from ssl_xcit.transfer.segmentation.task import Segmentation
+from ssl_xcit.transfer.kinds import KINDS
 from ssl_xcit.transfer.task import Task
 from ssl_xcit.utils.validation import Checker
 
 SIZE = 224  # of images for weights of others, as published
-TASKS: dict[str, type[Classification] | type[Segmentation] | type[Detection]] = {
-    "classification": Classification,
-    "segmentation": Segmentation,
-    "detection": Detection,
-}
 
 
 def transfer_record(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What a checkpoint says of its task: `kind`, `class_names`, `settings`; None: it has none."""
     record = content.get("transfer")
-    if not isinstance(record, Mapping) or record.get("kind") not in TASKS:
+    if not isinstance(record, Mapping) or record.get("kind") not in KINDS:
         return None
     names, settings = record.get("class_names"), record.get("settings")
     if not isinstance(names, list) or not isinstance(settings, Mapping):
@@ -104,7 +98,7 @@ def task_in(
     state = unwrapped(content["state_dict"])
     averaged = which == "teacher" and any(key.startswith("teacher.") for key in state)
     prefix = "teacher." if averaged else "task."
-    kind = TASKS[record["kind"]]
+    kind = KINDS[record["kind"]].task
     settings = {**record["settings"], "class_names": record["class_names"]}
     checked: Any = Checker({}).target(
         {"_target_": f"{kind.__module__}.{kind.__name__}", **settings}, "transfer"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, Int64, Shaped, UInt8
 from torch import Tensor
 
 from ssl_xcit.data.preprocess import Pixels
@@ -26,6 +26,7 @@ class Instances(NamedTuple):
     labels: Int64[np.ndarray, " M"]  # from 0
     masks: Bool[np.ndarray, "M height width"] | None  # None: the data set has boxes only
     crowd: Bool[np.ndarray, " M"]  # regions of many objects: no targets, and no false positives
+    areas: Float64[np.ndarray, " M"] | None = None  # in pixels, as annotated; 0: not known
 
 
 # a class id or a row of 0 and 1; classes by pixel; objects

@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 
 from ssl_xcit import load_backbone
 from ssl_xcit.data.labels import label_kind
-from ssl_xcit.data.preprocess import of_weights
+from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.data.sets import Arrays
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import MissingPath, UserError
@@ -109,10 +109,10 @@ def test_other_channels(channels):
     image = images(1, 30, 20, channels)[0][0]
     colours = {} if channels == 1 else {"rand_augment_ops": 0, "jitter": 0.0}
     augment = ClassificationAugment(size=12, **colours)
-    augment.check(channels)
+    assert augment.fitted_to(Preprocess(channels=channels)) is augment
     assert augment(image, LABEL)[0].shape == (channels, 12, 12)
     with pytest.raises(UserError, match="rand_augment_ops=0"):
-        ClassificationAugment().check(5)
+        ClassificationAugment().fitted_to(Preprocess(channels=5))
 
 
 def test_the_statistics_of_an_epoch_are_torchvisions(monkeypatch):

@@ -1,6 +1,7 @@
 """Detection: the network's settings against sums by hand, the augmentation, and the task."""
 
 from collections import OrderedDict
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torchvision.ops import (
     roi_align,
 )
 
+import ssl_xcit.transfer.detection.network as network_module
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.transfer.detection.augment import (
@@ -38,6 +40,11 @@ from ssl_xcit.transfer.detection.network import (
 from ssl_xcit.transfer.detection.task import Detection
 from ssl_xcit.transfer.task import Instances
 
+PUBLISHED = {
+    name: setting.default
+    for name, setting in signature(Detection).parameters.items()
+    if name in signature(MaskRCNN).parameters
+}
 SMALL = {
     "channels": 16, "box_channels": 32, "anchor_scale": 4.0, "rpn_samples": 32, "roi_samples": 16,
     "train_candidates": 50, "test_candidates": 50, "proposals": 20,
@@ -154,7 +161,7 @@ def test_region_features_of_a_ramp_are_exact():
 def network(**settings):
     """A tiny network of three classes."""
     torch.manual_seed(0)
-    return MaskRCNN(8, 3, **{**SMALL, **settings})
+    return MaskRCNN(8, 3, **{**PUBLISHED, **SMALL, **settings})
 
 
 def test_box_losses_are_l1_over_all_samples():
@@ -305,7 +312,7 @@ class WideBackbone(torch.nn.Module):
 
 
 def test_published_settings_are_the_defaults():
-    net = MaskRCNN(4, 80)
+    net = MaskRCNN(4, 80, **PUBLISHED)
     rpn, heads = net.rpn, net.roi_heads
     assert rpn._pre_nms_top_n == {"training": 2000, "testing": 1000}
     assert rpn._post_nms_top_n == {"training": 1000, "testing": 1000}
@@ -352,6 +359,40 @@ def test_pasted_masks_come_back():
     outside = paste(torch.ones(28, 28), torch.tensor([-20.0, -20, 10, 10]), (60, 80))
     assert int(outside.sum()) == 100
     assert not paste(torch.ones(28, 28), torch.tensor([5.0, 5, 5, 9]), (60, 80)).any()
+
+
+def test_masks_pasted_in_bands_are_the_same(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        mask = torch.rand(28, 28, generator=generator)
+        start, side = torch.rand(2, 2, generator=generator) * torch.tensor([[60.0], [200.0]])
+        box = torch.cat((start - 20, start + side))
+        whole = paste(mask, box, (150, 190))
+        for pixels in (1, 300, 7000):
+            with monkeypatch.context() as patch:
+                patch.setattr(network_module, "BAND", pixels)
+                assert torch.equal(paste(mask, box, (150, 190)), whole)
+
+
+def test_masks_at_the_files_size_are_the_pasted_ones():
+    """They are kept as runs, and decoded they are what `paste` gives, whatever the size."""
+    detector = task()
+    masks = torch.rand(5, 28, 28, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor(
+        [[-4.0, -4, 70, 50], [3, 5, 20, 30], [10.5, 2, 11, 3], [0, 0, 64, 48], [8, 8, 8, 9]]
+    )
+    result = {
+        "boxes": boxes, "labels": torch.ones(5).long(), "scores": torch.ones(5), "masks": masks,
+    }  # fmt: skip
+    for size in ((48, 64), (96, 128), (33, 40)):
+        found = detector.at_file_size(result, (48, 64), size)
+        assert len(found.masks) == 5
+        wanted = [
+            paste(m, torch.from_numpy(b), size) for m, b in zip(masks, found.boxes, strict=True)
+        ]
+        for i, (mask, pasted) in enumerate(zip(found.masks, wanted, strict=True)):
+            assert np.array_equal(mask, pasted.numpy())
+            assert found.masks.num_pixels(i) == pasted.sum()
 
 
 # ------------------------------------------------------------------ augmentation
@@ -505,9 +546,11 @@ def test_predictions_are_at_the_files_size():
     (plain,) = detector.predict([image], [(64, 96)])
     (twice,) = detector.predict([image], [(128, 192)])
     assert len(plain.boxes)
-    assert plain.masks.shape == (len(plain.boxes), 64, 96)
+    assert len(plain.masks) == len(plain.boxes)
+    assert plain.masks[0].shape == (64, 96)
     assert np.allclose(plain.boxes * 2, twice.boxes)
-    assert twice.masks.shape[1:] == (128, 192)
+    assert len(twice.masks) == len(twice.boxes)
+    assert twice.masks[0].shape == (128, 192)
     assert plain.boxes.dtype == np.float32
     assert plain.labels.dtype == np.int64
     assert set(plain.labels) <= {0, 1}

@@ -1,8 +1,10 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco_masks
+from test_conf import load
 
 from ssl_xcit.data.decode import BadImage, read_image, upright
 from ssl_xcit.data.preprocess import Preprocess
@@ -10,6 +12,7 @@ from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.transfer.checks import check_transfer
 from ssl_xcit.transfer.detection.data import detection_data
 from ssl_xcit.transfer.detection.masks import (
+    RunMasks,
     box_of,
     polygon_mask,
     runs_from_text,
@@ -82,6 +85,22 @@ def test_runs_are_those_of_pycocotools():
         assert coco_masks.frPyObjects(plain, height, width) == encoded
 
 
+def test_masks_kept_as_runs():
+    generator = np.random.default_rng(0)
+    masks = np.stack([ellipse_mask(generator, 30, 41) for _ in range(6)])
+    masks[2], masks[3] = False, True
+    kept = RunMasks.of(iter(masks), (30, 41))
+    assert len(kept) == 6
+    assert np.array_equal(list(kept), masks)
+    assert np.array_equal(kept[-1], masks[-1])
+    assert [kept.num_pixels(i) for i in range(6)] == masks.sum(axis=(1, 2)).tolist()
+    assert np.array_equal(list(kept[1:4]), masks[1:4])
+    assert np.array_equal(list(kept[np.array([5, 0])]), masks[[5, 0]])
+    assert not len(kept[np.array([], int)])
+    with pytest.raises(IndexError):
+        kept[6]
+
+
 def test_runs_that_are_damaged():
     with pytest.raises(ValueError, match="runs of 5 pixels in a mask of 3 x 2"):
         runs_mask([2, 3], 2, 3)
@@ -129,6 +148,69 @@ def test_masks_of_coco_in_all_three_ways(tmp_path):
     assert found.masks[2].sum() == 20 + 10
     assert found.masks[3].sum() == 1  # thinner than a pixel: its box
     assert found.masks[3][2, 2]
+
+
+def test_areas_are_as_annotated(tmp_path):
+    for name in "ab":
+        picture(tmp_path / "images" / f"{name}.jpg")
+    given = [7, 12.5, None, 0, -3, float("nan"), float("inf"), 10**400, "9"]
+    objects = [square(i, 1, 1, (i, 1, 3, 3), area=area) for i, area in enumerate(given, 1)]
+    del objects[2]["area"]
+    objects.append(square(20, 2, 1, area=99, iscrowd=1))
+    file = coco_json(tmp_path / "a.json", [(1, "a.jpg"), (2, "b.jpg")], objects)
+    data = detection_data(str(file), test_fraction=0)
+    first, second = targets(data.train)
+    assert first.areas.tolist() == [7, 12.5] + [0] * 7
+    assert second.areas.tolist() == [99]
+    file.write_text(file.read_text().replace('"area": 12.5', '"area": 12.6'))
+    assert detection_data(str(file), test_fraction=0).train.digest != data.train.digest
+    for row in objects:
+        row.pop("area", None)
+    coco_json(file, [(1, "a.jpg"), (2, "b.jpg")], objects)
+    assert targets(detection_data(str(file), test_fraction=0).train)[0].areas is None
+
+
+@pytest.mark.parametrize("empty", ["keep", "drop"])
+def test_training_images_without_objects(tmp_path, caplog, empty):
+    """Those of which nothing is usable, and those with crowd regions alone, count as empty."""
+    images = [(i, f"{i}.jpg") for i in range(1, 6)]
+    for part in ("train", "val"):
+        for _, name in images:
+            picture(tmp_path / part / name)
+        objects = [
+            square(1, 1, 1), square(2, 2, 1, iscrowd=1), square(3, 3, 1, (3, 3, 0, 5)),
+            square(4, 5, 2), square(5, 5, 1, iscrowd=1),
+        ]  # fmt: skip
+        coco_json(tmp_path / "annotations" / f"{part}.json", images, objects)
+    data = detection_data(str(tmp_path), empty=empty)
+    names = [Path(data.train.images.name(i)).name for i in range(len(data.train.images))]
+    assert len(data.test.images) == 5
+    if empty == "keep":
+        assert names == ["1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg"]
+        return
+    assert names == ["1.jpg", "5.jpg"]
+    assert [found.labels.tolist() for found in targets(data.train)] == [[0], [1, 0]]
+    assert "3 images without objects" in data.train.left_out
+    assert "3 images without objects" not in data.test.left_out
+    lines = [line for line in logged(caplog).splitlines() if "images without objects" in line]
+    assert len(lines) == 1
+    assert lines[0].endswith("train: left out 3 images without objects")
+
+
+def test_the_recipe_of_coco_leaves_images_without_objects_out():
+    for words, empty in (
+        (["experiment=coco_mask_rcnn", "data.root=.", "ckpt=x"], "drop"),
+        (["transfer=detection"], "keep"),
+    ):
+        assert load("finetune", *words).data.source.empty == empty
+
+
+def test_training_images_of_crowd_regions_alone(tmp_path):
+    picture(tmp_path / "images" / "a.jpg")
+    file = coco_json(tmp_path / "a.json", [(1, "a.jpg")], [square(1, 1, 1, iscrowd=1)])
+    assert len(detection_data(str(file), test_fraction=0).train.images) == 1
+    with pytest.raises(UserError, match="no image of the training part has an object that is no"):
+        detection_data(str(file), test_fraction=0, empty="drop")
 
 
 def test_categories_with_gaps_and_in_any_order(tmp_path):

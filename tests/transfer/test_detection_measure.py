@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ssl_xcit.errors import UserError
+from ssl_xcit.transfer.detection.masks import RunMasks
 from ssl_xcit.transfer.detection.measure import (
     THRESHOLDS,
     ClassMatches,
@@ -55,7 +56,7 @@ def some_detections(generator, objects):
     made = np.array(boxes, np.float32).reshape(-1, 4)
     made[:, 2:] = np.maximum(made[:, 2:], made[:, :2] + 4)
     scores = -np.sort(-generator.choice(np.linspace(0.05, 1, 40), len(made)))  # ties as well
-    masks = np.stack([ellipse(b) for b in made]) if len(made) else np.zeros((0, SIZE, SIZE), bool)
+    masks = RunMasks.of(map(ellipse, made), (SIZE, SIZE))
     return Detections(made, np.array(labels, np.int64), scores.astype(np.float32), masks)
 
 
@@ -100,7 +101,7 @@ def pycocotools_results(images, iou_type):
             truth.append({
                 **entry(objects, i, image),
                 "id": len(truth) + 1,
-                "area": int(objects.masks[i].sum()),
+                "area": int(objects.masks[i].sum()) if objects.areas is None else objects.areas[i],
                 "iscrowd": int(objects.crowd[i]),
             })  # fmt: skip
         for i in range(len(detections.boxes)):
@@ -122,6 +123,50 @@ def pycocotools_results(images, iou_type):
         evaluator.accumulate()
         evaluator.summarize()
     return 100 * evaluator.stats[:6], evaluator
+
+
+def with_areas(images):
+    """The same objects, annotated with areas that are not those of their masks."""
+    generator = np.random.default_rng(1)
+    return [
+        (found, objects._replace(areas=10 ** generator.uniform(2, 5, len(objects.boxes))))
+        for found, objects in images
+    ]
+
+
+SIZES = ("AP_small", "AP_medium", "AP_large")
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+def test_objects_are_as_large_as_they_are_annotated(crowds):
+    """As pycocotools has it, also for boxes, and not as their masks are."""
+    images = set_of_images(crowds=crowds)
+    of_masks, annotated = measured(images).compute().results, with_areas(images)
+    results = measured(annotated).compute().results
+    for kind, iou_type in (("box", "bbox"), ("mask", "segm")):
+        reference, _ = pycocotools_results(annotated, iou_type)
+        for name, value in zip(("AP", "AP50", "AP75", *SIZES), reference, strict=True):
+            assert results[f"{kind}_{name}"] / 100 == pytest.approx(value / 100, abs=1e-6)
+        assert results[f"{kind}_AP"] == of_masks[f"{kind}_AP"]
+        assert all(results[f"{kind}_{n}"] != of_masks[f"{kind}_{n}"] for n in SIZES)
+
+
+def test_areas_that_are_not_known_are_the_masks():
+    images = set_of_images(12)
+    unknown = [(found, o._replace(areas=np.zeros(len(o.boxes)))) for found, o in images]
+    assert measured(unknown).compute().results == measured(images).compute().results
+
+
+def test_areas_count_for_boxes_alone():
+    images = [
+        (
+            found._replace(masks=None),
+            objects._replace(masks=None, areas=np.full(len(objects.boxes), 5e3)),
+        )
+        for found, objects in set_of_images(12)
+    ]
+    results = measured(images, masks=False).compute().results
+    assert set(results) == {"box_AP", "box_AP50", "box_AP75", "box_AP_medium"}
 
 
 def percent_by_class(evaluator, k):

@@ -19,7 +19,6 @@ from toys import KINDS, data
 
 from ssl_xcit import load_backbone
 from ssl_xcit.eval.heads import named_test_data
-from ssl_xcit.eval.report.settings_diff import hydra_ready
 from ssl_xcit.models.timm_keys import from_timm_names
 from ssl_xcit.transfer.classification.task import Classification
 from ssl_xcit.transfer.evaluate import predictions
@@ -81,8 +80,7 @@ def test_segmentation_of_other_images_is_that_of_scikit_learn(runs, tmp_path, ca
     found = content(runs["segmentation"] / "results-own.json")
     assert found["test_images"] == 3
     task = load_task(runs["segmentation"])
-    with hydra_ready():
-        annotated, _ = named_test_data("segmentation", {"root": "own"}, {})
+    annotated, _ = named_test_data(task, {"root": "own"}, {})
     true, predicted = [], []
     for each in predictions(task, annotated.images, annotated, num_workers=0):
         true.append(each.target.ravel())
@@ -91,6 +89,47 @@ def test_segmentation_of_other_images_is_that_of_scikit_learn(runs, tmp_path, ca
     hits = counts.diagonal()
     iou = 100 * hits / (counts.sum(0) + counts.sum(1) - hits)
     assert found["results"]["segmentation"]["miou"] == pytest.approx(iou.mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_test_part_alone_without_some_of_the_classes(kind, runs, tmp_path, capsys):
+    """And one that has another class is an error of one line."""
+    own = tmp_path / "own"
+    if kind == "classification":
+        picture(own / "val/class-1/a.png")
+        other = picture(own / "val/wasp/a.png")
+    elif kind == "segmentation":
+        picture(own / "val/images/a.jpg")
+        mask(own / "val/masks/a.png", ids(values=(0, 2)))
+        other = mask(own / "val/masks/a.png", ids(values=(0, 9)))
+    else:
+        coco(own, 0, 2, categories=((1, "dog"), (2, "wasp")))
+        other = own / "annotations/instances_val2017.json"
+        (own / "annotations/instances_train2017.json").unlink()
+    words = ["eval", f"ckpt={runs[kind]}", "data.root=own", *QUICK]
+    line = said(capsys, *words)
+    assert ("values 9 are no class" if kind == "segmentation" else "(wasp)") in line
+    if kind == "classification":
+        shutil.rmtree(other.parent)
+    elif kind == "segmentation":
+        mask(other, ids(values=(0, 2)))
+    else:
+        text = content(other)
+        text["annotations"] = [a for a in text["annotations"] if a["category_id"] == 1]
+        other.write_text(json.dumps(text))
+    assert run(*words) == 0
+    found = content(runs[kind] / "results-own.json")
+    assert found["test_images"] == (2 if kind == "detection" else 1)
+    assert found["classes"] == (3 if kind == "segmentation" else 2)
+
+
+def test_a_json_with_its_images_elsewhere(runs, tmp_path):
+    coco(tmp_path / "own", 0, 2)
+    (tmp_path / "own/val2017").rename(tmp_path / "pictures")
+    file = "data.root=own/annotations/instances_val2017.json"
+    words = [f"ckpt={runs['detection']}", file, "data.images=pictures", "out=x.json", *QUICK]
+    assert run("eval", *words) == 0
+    assert content("x.json")["test_images"] == 2
 
 
 def test_two_runs_are_compared_image_by_image(runs, tmp_path, capsys):

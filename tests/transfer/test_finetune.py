@@ -131,6 +131,43 @@ def test_what_is_wrong_is_said_in_a_line_before_anything_is_written(word, roots,
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "smallest"), [(1, 1, 1), (2, 2, 1), (5, 2, None), (5, 4, 1)]
+)
+def test_uper_net_needs_two_images_a_part(batch, accumulate, smallest, roots, tmp_path, capsys):
+    """The last of 4 parts of 5 images has one."""
+    sizes = [f"batch_size={batch}", f"trainer.accumulate={accumulate}", "epochs=0.2"]
+    given = words("segmentation", roots["segmentation"], "task.head=upernet", *sizes)
+    given += ["task.auxiliary_channels=16"]
+    if smallest is None:
+        assert run(*given, "name=x") == 0
+        return
+    assert run(*given) == 2
+    error = capsys.readouterr().err
+    assert f"at least 2 images, and the smallest has {smallest}: set a larger batch_size" in error
+    assert "task.head=semantic_fpn" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_test_images_that_cannot_be_read_are_counted(tmp_path, capsys):
+    root = data("classification", tmp_path / "own")
+    bad = root / "test/class-0/0.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    assert run(*words("classification", root, "name=x", "epochs=0.5")) == 0
+    line = f"1 of 4 test images could not be read and are left out, such as {bad}"
+    assert line in capsys.readouterr().out
+    folder = tmp_path / "runs/x"
+    for file in ("evaluation.json", "summary.json"):
+        left_out = json.loads((folder / file).read_text())["left_out"]
+        assert (left_out["count"], left_out["of"]) == (1, 4)
+        assert left_out["examples"][0]["image"] == str(bad)
+    assert run("eval", f"ckpt={folder}", "num_workers=0", "device=cpu") == 0
+    assert line in capsys.readouterr().out
+    results = json.loads((folder / "results.json").read_text())
+    assert results["bad_images"]["classification"]["count"] == 1
+
+
 def test_a_run_with_other_classes_or_settings_is_refused(roots, tmp_path, capsys):
     given = words("classification", roots["classification"], "name=x", "epochs=1")
     assert run(*given) == 0

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn.functional import interpolate
 from ssl_xcit.data.folders import image_files
 from ssl_xcit.data.sources import Files
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.transfer import predict as room
+from ssl_xcit.transfer import kinds
 from ssl_xcit.transfer.classification.task import Classification
 from ssl_xcit.transfer.detection.masks import runs_from_text, runs_of, runs_to_text
 from ssl_xcit.transfer.detection.measure import Detections
@@ -27,8 +28,6 @@ from ssl_xcit.transfer.drawing import (
     SMALLEST,
     class_colours,
     contact_sheet,
-    draw_prediction,
-    draw_target,
 )
 from ssl_xcit.transfer.evaluate import predictions
 from ssl_xcit.transfer.load import load_task
@@ -62,7 +61,7 @@ def make_run(folder, kind, **settings):
     torch.manual_seed(0)
     backbone = XCiT(16, 2, 2, 8, pyramid=kind != "classification")
     backbone.preprocess = {"channels": 3, **STATISTICS}
-    task = cls(backbone, NAMES, **own, **settings).eval()
+    task = cls(backbone, NAMES, **{**own, **settings}).eval()
     if kind == "classification":
         torch.nn.init.normal_(backbone.head.weight)
     for name, weight in task.named_parameters():  # masks of both values, classes of all kinds
@@ -91,6 +90,15 @@ def make_images(folder, names, sizes=((SIDE, SIDE),)):
 
 def predict(*words):
     return run("predict", "num_workers=0", *words)
+
+
+def draw_prediction(pixels, prediction, names, kind, threshold=0.5, largest=800):
+    draw = kinds.KINDS[kind].presentation.draw_prediction
+    return draw(pixels, prediction, names, threshold, largest)
+
+
+def draw_target(pixels, target, names, kind):
+    return kinds.KINDS[kind].presentation.draw_target(pixels, target, names, 800)
 
 
 def rows(file):
@@ -230,7 +238,7 @@ def test_coco_results_are_what_pycocotools_reads(detector):
         np.testing.assert_allclose(boxes, detections.boxes, atol=0.02)
         for annotation, mask in zip(found, detections.masks, strict=True):
             assert (results.annToMask(annotation) == mask).all()
-    assert any(0.05 < d.masks.mean() < 0.95 for d in made)
+    assert any(0.05 < np.mean(list(d.masks)) < 0.95 for d in made)
 
 
 def test_tables_and_instance_masks_have_the_confident_objects(detector):
@@ -246,13 +254,28 @@ def test_tables_and_instance_masks_have_the_confident_objects(detector):
         own = [o for o in objects if o["path"] == row["path"]]
         assert [o["class"] for o in own] == labels
         assert [int(o["object"]) for o in own] == list(range(1, count + 1))
-        assert [int(o["pixels"]) for o in own] == detections.masks[:count].sum((1, 2)).tolist()
+        assert [int(o["pixels"]) for o in own] == [int(m.sum()) for m in detections.masks[:count]]
         ids = np.asarray(Image.open(home / f"out/masks/{name}.png"))
         expected = np.zeros_like(ids)
         for i, mask in enumerate(detections.masks[:count]):
             expected[mask & (expected == 0)] = i + 1
         assert (ids == expected).all()
-        assert ids.shape == detections.masks.shape[1:]
+        assert ids.shape == detections.masks[0].shape
+
+
+def test_a_threshold_below_the_run_s_own_finds_more(tmp_path):
+    make_images(tmp_path / "in", ["a.png", "b.png"], ((40, 56), (64, 48)))
+    own, tables, results = 0.06, [], []
+    for name in ("low", "high"):
+        make_run(tmp_path / name, "detection", score_threshold=own)
+        assert predict(f"ckpt={name}", "images=in", "threshold=0.06", "formats=coco") == 0
+        tables.append(rows(tmp_path / name / "predict/detections.csv"))
+        results.append((tmp_path / name / "predict/predictions.json").read_text())
+        own = float(np.median([float(row["score"]) for row in tables[0]]))
+    assert tables[0] == tables[1]
+    assert results[0] == results[1]
+    assert min(float(row["score"]) for row in tables[0]) < own
+    assert load_task(tmp_path / "high").settings["score_threshold"] == own
 
 
 def test_runs_are_compressed_as_pycocotools_does():
@@ -329,13 +352,16 @@ def test_ctrl_c_leaves_whole_files(tmp_path, monkeypatch):
     assert predict("ckpt=run", "images=in/a.png") == 0
     before = (tmp_path / "run/predict/predictions.csv").read_bytes()
 
+    kind = kinds.KINDS["classification"]
+
     def draw(*args, count=[]):  # noqa: B006
         count.append(1)
         if len(count) == 3:
             raise KeyboardInterrupt
-        return draw_prediction(*args)
+        return kind.presentation.draw_prediction(*args)
 
-    monkeypatch.setattr(room, "draw_prediction", draw)
+    interrupted = replace(kind, presentation=replace(kind.presentation, draw_prediction=draw))
+    monkeypatch.setitem(kinds.KINDS, "classification", interrupted)
     assert predict("ckpt=run", "images=in") == 130
     out = tmp_path / "run/predict"
     assert (out / "predictions.csv").read_bytes() == before

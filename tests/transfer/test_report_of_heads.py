@@ -177,6 +177,20 @@ def test_annotations_that_were_left_out_are_listed(runs, tmp_path):
     assert line in page.words
 
 
+def test_test_images_that_could_not_be_read_are_listed(runs):
+    file = runs["segmentation"] / "evaluation.json"
+    example = {"image": "own/<b>.jpg", "reason": "truncated"}
+    edit(file, lambda c: c.update(left_out={"count": 2, "of": 9, "examples": [example, 3]}))
+    page, _, missing = made(runs["segmentation"])
+    assert not missing
+    assert "2 of 9 test images could not be read." in page.words
+    assert "own/<b>.jpg: truncated" in page.words
+    for damaged in ("x", {"count": "x"}, {"count": 1, "examples": "x"}):
+        edit(file, lambda c, value=damaged: c.update(left_out=value))
+        _, _, missing = made(runs["segmentation"])
+        assert not missing
+
+
 def test_of_many_classes_the_most_confused_are_named():
     K = 50
     counts = np.eye(K, dtype=int) * 9

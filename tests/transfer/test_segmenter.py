@@ -61,6 +61,21 @@ def test_image_and_mask_stay_aligned():
     assert 10 < mirrored < 30
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_outside_the_image_is_0_for_the_network(channels):
+    preprocess = Preprocess(channels=channels)
+    augment = SegmentationAugment(crop=64, size=32, scale=(1.0, 1.0)).fitted_to(preprocess)
+    pixels = np.full((40, 40, channels), 250, np.uint8)
+    torch.manual_seed(0)
+    image, mask = augment(pixels, np.zeros((40, 40), np.uint8))
+    inputs = normalise(image[None], preprocess)[0]
+    outside = inputs[:, mask == 255]
+    assert outside.shape == (channels, 64 * 64 - 32 * 32)
+    half = 0.5 / 255 / torch.tensor(preprocess.std)
+    assert (outside.abs() <= half[:, None] + 1e-6).all()
+    assert inputs[:, mask != 255].abs().min() > 0.5
+
+
 def test_scales_are_those_asked_for():
     """A mask of columns tells how many columns of the file a crop spans."""
     pixels, _ = coordinates(200, 200)

@@ -1,6 +1,7 @@
 """A step of training on labelled images, and its samples."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import lightning
 import numpy as np
@@ -18,7 +19,8 @@ from ssl_xcit.training.schedules import Polynomial, Steps
 from ssl_xcit.transfer.classification.augment import ClassificationAugment
 from ssl_xcit.transfer.classification.data import classification_data
 from ssl_xcit.transfer.classification.task import Classification
-from ssl_xcit.transfer.dataset import TransferDataset, collate, with_fraction
+from ssl_xcit.transfer.dataset import TransferDataset, collate, part_sizes, with_fraction
+from ssl_xcit.transfer.evaluate import bad_images_words, evaluate
 from ssl_xcit.transfer.module import Transfer, clip_all_
 from ssl_xcit.transfer.param_groups import transfer_groups
 
@@ -133,6 +135,32 @@ def test_samples_are_functions_of_their_position(images):
     assert [s.place for s in first] == [image_at(5, p, count) for p in range(20)]
     assert not torch.equal(first[0].image, dataset.augmented(first[0].place, 1)[0])
     assert torch.equal(first[3].image, dataset.augmented(first[3].place, crop_seed(5, 3, count))[0])
+
+
+def test_parts_of_a_batch_are_those_of_chunk():
+    for count in range(1, 9):
+        for num_images in range(count, 20):
+            chunks = torch.arange(num_images).chunk(count)
+            assert part_sizes(num_images, count) == [len(chunk) for chunk in chunks]
+
+
+def test_bad_test_images_are_counted(images, tmp_path):
+    task = plain_task()
+    clean = evaluate(task, images, num_workers=0)
+    assert clean.details["left_out"] == {"count": 0, "of": 8, "examples": []}
+    assert bad_images_words(clean.details["left_out"]) is None
+    bad = images.images.name(3)
+    Path(bad).write_bytes(b"no image")
+    damaged = evaluate(task, images, num_workers=0)
+    left_out = damaged.details["left_out"]
+    assert (left_out["count"], left_out["of"]) == (1, 8)
+    (example,) = left_out["examples"]
+    assert example["image"] == bad
+    assert bad_images_words(left_out) == (
+        f"1 of 8 test images could not be read and are left out, such as {bad} "
+        f"({example['reason']})"
+    )
+    assert sum(row["images"] for row in damaged.details["per_class"]) == 7
 
 
 def test_repeated_augmentation_shows_an_image_several_times_in_a_row(images):

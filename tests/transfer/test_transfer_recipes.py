@@ -9,10 +9,11 @@ from test_conf import TRANSFER_RECIPES, load
 from toys import OF_KIND
 
 from ssl_xcit.training.datamodule import TrainingData
+from ssl_xcit.training.run_dir import identity
 from ssl_xcit.training.settings import FinetuneSettings
 from ssl_xcit.transfer.build import make_task, make_transfer, make_transfer_plan
 from ssl_xcit.transfer.dataset import TransferDataset, collate
-from ssl_xcit.utils.validation import parse
+from ssl_xcit.utils.validation import as_plain, parse
 
 PUBLISHED = {  # training images, batch, steps, peak rate, weight decay, warm-up steps, images
     "imagenet_supervised": (1_281_167, 1024, 500_455, 1e-3, 0.05, 6256),
@@ -66,6 +67,24 @@ def test_the_numbers_are_the_published_ones(recipe):
         assert task["head"] == ("upernet" if "upernet" in recipe else "semantic_fpn")
         assert rate(steps) == 0
         assert rate(steps // 2) == pytest.approx(lr / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "metric"),
+    [
+        (["transfer=classification"], "top1"),
+        (["transfer=classification", "task.multi_label=true"], "mAP"),
+        (["transfer=classification", "task.multi_label=true", "main_metric=F1"], "F1"),
+        (["transfer=segmentation"], "miou"),
+        (["transfer=detection"], "box_AP"),
+    ],
+)
+def test_the_main_metric_is_the_first_number_of_the_task(words, metric):
+    given = parse(FinetuneSettings, load("finetune", *words))
+    assert given.main_metric == metric
+    assert given.callbacks["online"]["best"] == metric
+    assert given.sweep.metric == metric
+    assert "metric_of_labels" not in identity(as_plain(given), [])
 
 
 def images_of(kind, root):

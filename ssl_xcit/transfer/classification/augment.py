@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ssl_xcit.data.multicrop import Radius, Scale
-from ssl_xcit.data.preprocess import Pixels
+from ssl_xcit.data.preprocess import Pixels, Preprocess
 from ssl_xcit.errors import UserError
 from ssl_xcit.transfer.task import Target
 from ssl_xcit.utils.validation import Count, NonNegative, Share
@@ -72,13 +72,19 @@ class ClassificationAugment:
             [v2.RandomApply([one], self.rand_augment_prob) for _ in range(self.rand_augment_ops)]
         )
 
-    def check(self, channels: int) -> None:
-        """Raise UserError for images of so many channels that colours cannot be augmented."""
+    def fitted_to(self, preprocess: Preprocess) -> "ClassificationAugment":
+        """Return it unchanged.
+
+        Raises:
+            UserError: images have so many channels that colours cannot be augmented.
+        """
+        channels = preprocess.channels
         if channels not in (1, 3) and (self.rand_augment_ops or self.jitter):
             raise UserError(
                 f"images have {channels} channels, and RandAugment and colour jitter take 1 or 3: "
                 "set augment.rand_augment_ops=0 and augment.jitter=0"
             )
+        return self
 
     def __call__(self, pixels: Pixels, target: Target) -> tuple[UInt8[Tensor, "C h w"], Any]:
         """Return a (C, size, size) crop and the target as a tensor."""

@@ -3,19 +3,37 @@
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from ssl_xcit.data.folders import labelled_folders
-from ssl_xcit.data.labels import AnyLabels, label_kind
-from ssl_xcit.data.lists import labelled_lists
+from ssl_xcit.data.folders import (
+    TEST_NAMES,
+    class_folders,
+    image_files,
+    labelled_folders,
+    split_of,
+    warn_once,
+)
+from ssl_xcit.data.labels import AnyLabels, labels_from, load_npy
+from ssl_xcit.data.labels import label_kind as kind_of
+from ssl_xcit.data.lists import labelled_lists, path_list
 from ssl_xcit.data.photos import CacheFolder, labelled_photos
 from ssl_xcit.data.sources import LabelKind, LabelledPair, Place, Seed, Source, TestFraction
 from ssl_xcit.errors import UserError
-from ssl_xcit.transfer.task import AnnotatedSource, TransferData
+from ssl_xcit.transfer.annotated import check_known_classes, existing_folder
+from ssl_xcit.transfer.task import AnnotatedSource, Task, TransferData
+
+WORDS = {  # of messages about the images that features are measured on, by those about these
+    ", or evaluate without: eval_data=none": "",
+    "set data.backslashes=true (eval_data.backslashes=true)": "write them with /",
+    "k-NN and linear probe need": "classification needs",
+    "eval_data": "data",
+}
 
 
 @dataclass(eq=False)
@@ -73,21 +91,111 @@ def classification_data(
     Raises:
         UserError: see `of_pair`.
     """
-    try:
+    with own_words():
         if file is not None:
             pair = labelled_lists(
                 file, test_file, root, labels, test_labels, test_fraction, seed=seed,
                 image_column=image_column, label_column=label_column, label_kind=label_kind,
             )  # fmt: skip
         elif root is not None or test_root is not None:
+            root, test_root = split_folders(root, test_root)
             pair = labelled_folders(root, test_root, test_fraction, seed=seed)
         else:
             pair = labelled_photos(cache)
-    except UserError as error:  # in the words of this command's settings
-        words = str(error).replace("k-NN and linear probe need", "classification needs")
-        raise type(error)(words.replace("eval_data", "data")) from error
     assert pair is not None
     return of_pair(pair)
+
+
+def split_folders(root: Place, test_root: Place) -> tuple[Place, Place]:
+    """Return the class folders to train and to test on, in place of a folder that holds both; logs
+    further ones, which are not used.
+    """
+    if root is None or test_root is not None:
+        return root, test_root
+    home = Path(str(root)).expanduser()
+    split = split_of(home, image_files(home))
+    if not split:
+        return root, None
+    if unused := " and ".join(folder.name for folder in split[2:]):
+        warn_once(
+            f"data.root={home}: {split[0].name} has the training images and {split[1].name} the "
+            f"test images, {unused} is not used; data.root and data.test_root name others"
+        )
+    return str(split[0]), str(split[1])
+
+
+@contextmanager
+def own_words() -> Iterator[None]:
+    """Put errors into the words of this command's settings."""
+    try:
+        yield
+    except UserError as error:
+        words = str(error)
+        for theirs, ours in WORDS.items():
+            words = words.replace(theirs, ours)
+        raise type(error)(words) from error
+
+
+def classification_test(
+    task: Task,
+    root: Place = None,
+    file: Place = None,
+    labels: Place = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    label_kind: LabelKind = None,
+) -> LabelledImages:
+    """Return images to test a classifier on, with its classes, some of which may have no image.
+
+    Args:
+        task: the classifier.
+        root: one folder a class, or a folder for testing that holds these; with `file`, the folder
+            that its paths are relative to.
+        file: a list of paths and labels: class names, or numbers that are the classifier's ids.
+        labels: see `classification_data`, as of the others.
+
+    Raises:
+        UserError: no images, no labels, classes that the classifier does not know, or several
+            labels an image where it takes one, or the other way round.
+    """
+    own, name = list(task.class_names), str(root if file is None else file)
+    if labels is not None and file is None:
+        raise UserError(f"data.labels={labels}: name the list of its images, data.file=FILE")
+    with own_words():
+        if file is None:
+            home = existing_folder(root)
+            source = class_folders(folder_for_testing(home, own), own)
+        else:
+            columns = image_column, label_column
+            listed = path_list(file, root, own, *columns, False, label_kind, labels is None)
+            assert listed is not None
+            source = listed
+        if labels is not None:
+            values, where = load_npy(str(labels), "data.labels"), f"data.labels={labels}"
+            source.labels, names = labels_from(values, len(source), where, label_kind, own)
+            source.class_names = tuple(names)
+    found = labels_of(source, name)
+    several = kind_of(found) == "several"
+    if several != bool(task.settings["multi_label"]) or (several and found.shape[1] != len(own)):
+        each = f"{found.shape[1]} labels of 0 and 1" if several else "one label"
+        takes = f"{len(own)} of 0 and 1" if task.settings["multi_label"] else "one"
+        raise UserError(f"{name}: images have {each} each, and the classifier takes {takes}")
+    words = [*own, *list(source.class_names)[len(own) :]]
+    present = np.flatnonzero(class_counts(found)).tolist()
+    check_known_classes(name, [words[k] if k < len(words) else str(k) for k in present], own)
+    return LabelledImages(source, found, own)
+
+
+def folder_for_testing(home: Path, class_names: Sequence[str]) -> Path:
+    """Return the folder for testing in a folder, by its name, that holds folders itself and is no
+    class; else the folder.
+    """
+    inside = {p.name.lower(): p for p in home.iterdir() if p.is_dir()}
+    known = {name.lower() for name in class_names}
+    for name in TEST_NAMES:
+        if name in inside and name not in known and any(p.is_dir() for p in inside[name].iterdir()):
+            return inside[name]
+    return home
 
 
 def of_pair(pair: LabelledPair) -> TransferData:
@@ -98,11 +206,11 @@ def of_pair(pair: LabelledPair) -> TransferData:
             image has, or of another kind of labels.
     """
     train, test = (labels_of(source, pair.name) for source in (pair.train, pair.test))
-    kind = label_kind(train)
-    if train.shape[1:] != test.shape[1:] or label_kind(test) != kind:
+    kind = kind_of(train)
+    if train.shape[1:] != test.shape[1:] or kind_of(test) != kind:
         raise UserError(
             f"{pair.name}: training labels are {kind} of shape {train.shape}, test labels "
-            f"{label_kind(test)} of shape {test.shape}: give both of one kind"
+            f"{kind_of(test)} of shape {test.shape}: give both of one kind"
         )
     counts = class_counts(train)
     names = list(pair.train.class_names)
@@ -129,7 +237,7 @@ def labels_of(source: Source, name: str) -> AnyLabels:
     if not len(source):
         raise UserError(f"{name}: no images to train or to test on")
     labels = np.asarray(source.labels)
-    if label_kind(labels) == "numbers":
+    if kind_of(labels) == "numbers":
         raise UserError(
             f"{name}: the labels are numbers, and classification takes classes; whole numbers that "
             "are classes: label_kind=classes"
@@ -139,7 +247,7 @@ def labels_of(source: Source, name: str) -> AnyLabels:
 
 def class_counts(labels: AnyLabels) -> Int64[np.ndarray, " K"]:
     """Return how many images have each class."""
-    if label_kind(labels) == "several":
+    if kind_of(labels) == "several":
         return labels.astype(np.int64).sum(axis=0)
     return np.bincount(labels.astype(np.int64))
 
@@ -153,7 +261,7 @@ def balanced_weights(source: AnnotatedSource) -> Float64[np.ndarray, " K"]:
     counts = np.zeros(K)
     present = class_counts(labels)
     counts[: len(present)] = present
-    several = label_kind(labels) == "several"
+    several = kind_of(labels) == "several"
     total = (
         len(labels) - counts if several else np.full(K, len(labels) / max(1, (counts > 0).sum()))
     )

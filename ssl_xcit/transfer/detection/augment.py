@@ -77,8 +77,8 @@ def cropped(
 
 
 def kept(objects: Instances, keep: Bool[np.ndarray, " M"]) -> Instances:
-    """Those of the objects."""
-    boxes, labels, masks, crowd = objects
+    """Those of the objects; their areas, which are of the file, are left behind."""
+    boxes, labels, masks, crowd, _ = objects
     return Instances(boxes[keep], labels[keep], None if masks is None else masks[keep], crowd[keep])
 
 

@@ -5,6 +5,7 @@ outline at five times the size first, which moves borders by less than half a pi
 """
 
 from collections.abc import Iterable, Sequence
+from typing import overload
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
@@ -46,10 +47,17 @@ def runs_of(mask: Mask) -> list[int]:
     """Return the lengths of runs of equal pixels, column by column, starting with a run of False
     (0: the first pixel is True).
     """
-    pixels = mask.T.reshape(-1)
-    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-    runs = np.diff(np.concatenate(([0], changes, [len(pixels)]))).tolist()
-    return [0, *runs] if len(pixels) and pixels[0] else runs
+    box = box_of(mask)
+    if box is None:
+        return [mask.size]
+    left, top, right, bottom = box
+    columns = np.pad(mask[top:bottom, left:right].T, ((0, 0), (1, 1)))
+    column, row = np.nonzero(columns[:, 1:] != columns[:, :-1])
+    changes = (left + column) * len(mask) + top + row
+    same = changes[1:] == changes[:-1]  # a run goes on from one column to the next
+    changes = changes[~(np.append(same, False) | np.append(False, same)) & (changes < mask.size)]
+    runs: list[int] = np.diff(changes, prepend=0, append=mask.size).tolist()
+    return runs
 
 
 def runs_mask(runs: Sequence[int] | Int64[np.ndarray, " R"], height: int, width: int) -> Mask:
@@ -62,8 +70,16 @@ def runs_mask(runs: Sequence[int] | Int64[np.ndarray, " R"], height: int, width:
     total = int(lengths.sum())
     if total != height * width or (lengths < 0).any():
         raise ValueError(f"runs of {total:,} pixels in a mask of {width} x {height}")
-    values = np.arange(len(lengths)) % 2 == 1
-    return np.ascontiguousarray(np.repeat(values, lengths).reshape(width, height).T)
+    mask = np.zeros((height, width), bool)
+    if len(lengths) > 1:
+        last = int(lengths[-1]) if len(lengths) % 2 else 0  # False after the last True
+        left, right = int(lengths[0]) // height, width - last // height
+        inner = lengths.copy()  # of the columns that may have a True pixel
+        inner[0] -= left * height
+        inner[-1] -= (width - right) * height
+        values = np.repeat(np.arange(len(inner)) % 2 == 1, inner)
+        mask[:, left:right] = values.reshape(right - left, height).T
+    return mask
 
 
 def runs_from_text(text: str) -> list[int]:
@@ -106,6 +122,43 @@ def runs_to_text(runs: Sequence[int]) -> str:
             more = value != (-1 if bits & 16 else 0)
             text.append(chr(48 + bits + 32 * more))
     return "".join(text)
+
+
+class RunMasks(Sequence[Mask]):
+    """Masks of an image that are kept as runs, of which an index decodes one; slices and arrays of
+    indices choose some, still as runs.
+
+    Args:
+        runs: of each mask, see `runs_of`.
+        size: (height, width) of the image.
+    """
+
+    def __init__(self, runs: Sequence[Int64[np.ndarray, " _"]], size: tuple[int, int]):
+        self.runs, self.size = list(runs), size
+
+    @classmethod
+    def of(cls, masks: Iterable[Mask], size: tuple[int, int]) -> "RunMasks":
+        """Encode masks, of which one at a time is taken."""
+        return cls([np.array(runs_of(mask), np.int64) for mask in masks], size)
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    @overload
+    def __getitem__(self, index: int) -> Mask: ...
+
+    @overload
+    def __getitem__(self, index: slice | Int64[np.ndarray, " _"]) -> "RunMasks": ...
+
+    def __getitem__(self, index: int | slice | Int64[np.ndarray, " _"]) -> "Mask | RunMasks":
+        chosen = np.arange(len(self))[index]
+        if isinstance(index, slice | np.ndarray):
+            return RunMasks([self.runs[i] for i in chosen.tolist()], self.size)
+        return runs_mask(self.runs[chosen], *self.size)
+
+    def num_pixels(self, index: int) -> int:
+        """How many pixels of a mask are True."""
+        return int(self.runs[index][1::2].sum())
 
 
 def box_of(mask: Mask) -> tuple[int, int, int, int] | None:

@@ -2,7 +2,8 @@
 
 The numbers are those of torchmetrics with faster-coco-eval, which agree with pycocotools. Intervals
 and tables need what each image contributes, so the same greedy matching is done here once more, for
-objects of all sizes. Sizes are by area in pixels: of the mask where there is one, else of the box.
+objects of all sizes. Sizes are by area in pixels: of an object as annotated, else of its mask, else
+of its box; of a detection, of its mask or box.
 """
 
 from collections import defaultdict
@@ -11,9 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 
 from ssl_xcit.errors import UserError
+from ssl_xcit.transfer.detection.masks import RunMasks
 from ssl_xcit.transfer.task import Instances, Measured
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of IoU
@@ -37,7 +39,7 @@ class Detections(NamedTuple):
     boxes: Float32[np.ndarray, "M 4"]  # left, top, right, bottom
     labels: Int64[np.ndarray, " M"]  # from 0
     scores: Float32[np.ndarray, " M"]
-    masks: Bool[np.ndarray, "M height width"] | None
+    masks: RunMasks | None
 
 
 class Matches(NamedTuple):
@@ -71,6 +73,17 @@ def match(
             found[take, d] = best[take]
             free[take, best[take]] = False
     return found
+
+
+def areas_of(objects: Instances) -> Float64[np.ndarray, " M"]:
+    """Areas in pixels: as annotated, else of the masks, else of the boxes."""
+    sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
+    areas = sides.astype(np.float64).prod(axis=1)
+    if objects.masks is not None:
+        areas = objects.masks.sum(axis=(1, 2), dtype=np.float64)
+    if objects.areas is not None:
+        areas = np.where(objects.areas > 0, objects.areas, areas)
+    return areas
 
 
 class ClassMatches:
@@ -176,6 +189,10 @@ class DetectionMeasure:
         image = len(self.names)
         self.names.append(name)
         self.precision.update([self.plain(prediction)], [self.plain(target)])
+        if "mask" in self.kinds:  # which it would take decoded, all at once, only to encode them
+            runs = self.regions("mask", prediction)
+            encoded: list[Any] = self.precision.detection_mask
+            encoded[-1] = tuple((tuple(r["size"]), r["counts"]) for r in runs)
         order = np.argsort(-prediction.scores, kind="stable")
         for kind in self.kinds:
             ious = self.ious(kind, prediction, target)[order]
@@ -186,15 +203,16 @@ class DetectionMeasure:
     def plain(self, objects: Detections | Instances) -> dict[str, torch.Tensor]:
         """Objects as torchmetrics takes them."""
         parts = {"boxes": objects.boxes, "labels": objects.labels}
-        if "mask" in self.kinds:
-            assert objects.masks is not None
-            parts["masks"] = objects.masks.view(np.uint8)
         if isinstance(objects, Detections):
             parts["scores"] = objects.scores
+            if "mask" in self.kinds:
+                parts["masks"] = np.zeros((len(objects.boxes), 1, 1), np.uint8)  # see `update`
         else:
             parts["iscrowd"] = objects.crowd.astype(np.int64)
-            if objects.masks is not None:
-                parts["area"] = objects.masks.sum(axis=(1, 2), dtype=np.float64)
+            parts["area"] = areas_of(objects)
+            if "mask" in self.kinds:
+                assert objects.masks is not None
+                parts["masks"] = objects.masks.view(np.uint8)
         return {key: torch.from_numpy(np.ascontiguousarray(part)) for key, part in parts.items()}
 
     def ious(
@@ -209,9 +227,12 @@ class DetectionMeasure:
     def regions(self, kind: str, objects: Detections | Instances) -> Any:
         """Boxes or encoded masks, as faster-coco-eval compares them."""
         if kind == "mask":
-            assert objects.masks is not None
-            pixels_first = objects.masks.view(np.uint8).transpose(1, 2, 0)
-            return self.rle.encode(np.asfortranarray(pixels_first))
+            masks = objects.masks
+            assert masks is not None
+            if isinstance(masks, RunMasks):
+                plain = [{"size": list(masks.size), "counts": r.tolist()} for r in masks.runs]
+                return [self.rle.frPyObjects(runs, *masks.size) for runs in plain]
+            return [self.rle.encode(np.asfortranarray(mask.view(np.uint8))) for mask in masks]
         sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
         return np.concatenate((objects.boxes[:, :2], sides), axis=1).astype(np.float64)
 

@@ -35,6 +35,7 @@ RATIOS = (0.5, 1.0, 2.0)  # height / width of anchors
 BOX_SIZE, MASK_SIZE = 7, 14  # cells of a region's side in the two heads
 FINEST = 56  # regions of less than twice this side are cut from the map of stride 4
 MASK_THRESHOLD = 0.5
+BAND = 2**20  # pixels that a mask is stretched to at once: positions and values take 12 bytes each
 Maps = Sequence[Float[Tensor, "B channels _ _"]]
 Named = dict[str, Any]  # tensors by torchvision's names
 
@@ -234,10 +235,12 @@ def paste(
     if x1 <= x0 or y1 <= y0 or right <= left or bottom <= top:
         return pasted
     x = (torch.arange(left, right, device=mask.device) + 0.5 - x0) / (x1 - x0) * 2 - 1
-    y = (torch.arange(top, bottom, device=mask.device) + 0.5 - y0) / (y1 - y0) * 2 - 1
-    grid = torch.stack((x.expand(len(y), -1), y[:, None].expand(-1, len(x))), dim=-1)
-    inside = grid_sample(mask[None, None].float(), grid[None], align_corners=False)[0, 0]
-    pasted[top:bottom, left:right] = inside >= MASK_THRESHOLD
+    rows = torch.arange(top, bottom, device=mask.device)
+    for band in rows.split(max(1, BAND // len(x))):
+        y = (band + 0.5 - y0) / (y1 - y0) * 2 - 1
+        grid = torch.stack((x.expand(len(y), -1), y[:, None].expand(-1, len(x))), dim=-1)
+        inside = grid_sample(mask[None, None].float(), grid[None], align_corners=False)[0, 0]
+        pasted[band[0] : band[-1] + 1, left:right] = inside >= MASK_THRESHOLD
     return pasted
 
 
@@ -247,36 +250,26 @@ class MaskRCNN(nn.Module):
     Args:
         in_channels: of each of the four maps.
         num_classes: without background.
-        masks: whether there is a head of masks (False: Faster R-CNN).
-        channels: of the feature pyramid network and the mask head.
-        box_channels: width of the box head's two layers.
-        anchor_scale: side of a square anchor in strides.
-        rpn_samples: anchors a training image that losses are of, half of them positive at most.
-        roi_samples: regions likewise, a quarter of them positive at most.
-        train_candidates: anchors of each map that enter non-maximum suppression in training.
-        test_candidates: likewise in testing.
-        proposals: regions of an image that are kept of them.
-        score_threshold: detections below are left out.
-        nms_threshold: IoU above which the lower of two detections of a class is left out.
-        max_detections: of an image.
+        masks: see `Detection`, as of all that follow.
     """
 
     def __init__(
         self,
         in_channels: int,
         num_classes: int,
-        masks: bool = True,
-        channels: int = 256,
-        box_channels: int = 1024,
-        anchor_scale: float = 8.0,
-        rpn_samples: int = 256,
-        roi_samples: int = 512,
-        train_candidates: int = 2000,
-        test_candidates: int = 1000,
-        proposals: int = 1000,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        max_detections: int = 100,
+        *,
+        masks: bool,
+        channels: int,
+        box_channels: int,
+        anchor_scale: float,
+        rpn_samples: int,
+        roi_samples: int,
+        train_candidates: int,
+        test_candidates: int,
+        proposals: int,
+        score_threshold: float,
+        nms_threshold: float,
+        max_detections: int,
     ):
         super().__init__()
         self.fpn = FeaturePyramidNetwork([in_channels] * 4, channels, LastLevelMaxPool())

@@ -13,6 +13,7 @@ from ssl_xcit.errors import UserError
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.transfer.dataset import AnnotatedSubset
 from ssl_xcit.transfer.detection.augment import DetectionPrepare
+from ssl_xcit.transfer.detection.masks import RunMasks
 from ssl_xcit.transfer.detection.measure import DetectionMeasure, Detections
 from ssl_xcit.transfer.detection.network import MaskRCNN, paste
 from ssl_xcit.transfer.task import AnnotatedSource
@@ -166,14 +167,13 @@ class Detection(nn.Module):
         boxes = result["boxes"].float().cpu() * scale
         masks = None
         if self.masks:
-            masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
-            for out, mask, box in zip(masks, result["masks"].cpu(), boxes, strict=True):
-                out[:] = paste(mask, box, size)
+            pairs = zip(result["masks"].cpu(), boxes, strict=True)
+            masks = RunMasks.of((paste(mask, box, size).numpy() for mask, box in pairs), size)
         return Detections(
             boxes.numpy(),
             (result["labels"] - 1).cpu().numpy(),
             result["scores"].float().cpu().numpy(),
-            None if masks is None else masks.numpy(),
+            masks,
         )
 
     def measure(self) -> DetectionMeasure:

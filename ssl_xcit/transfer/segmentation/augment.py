@@ -5,7 +5,7 @@ Images are resized bilinearly without anti-aliasing, masks to the nearest pixel.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import cv2
@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torchvision.transforms.v2.functional import adjust_hue
 
-from ssl_xcit.data.preprocess import Pixels
+from ssl_xcit.data.preprocess import Byte, Pixels, Preprocess
 from ssl_xcit.transfer.resize import resized_pixels
 from ssl_xcit.transfer.task import IGNORED
 from ssl_xcit.utils.validation import Count, Share, Words
@@ -94,6 +94,7 @@ class SegmentationAugment:
             most; 1: none.
         flip: probability of mirror images.
         distort: whether colours are distorted.
+        fill: value of each channel outside the image; None: its mean in the crop.
     """
 
     crop: Side = 512
@@ -102,13 +103,19 @@ class SegmentationAugment:
     max_share: Share = 0.75
     flip: Share = 0.5
     distort: bool = True
+    fill: Sequence[Byte] | None = None
+
+    def fitted_to(self, preprocess: Preprocess) -> "SegmentationAugment":
+        """Fill with the mean that is subtracted from images, so with 0 once they are normalised,
+        to within half of a value of 8 bits.
+        """
+        mean, _ = preprocess.statistics()
+        return replace(self, fill=tuple(round(255 * value) for value in mean))
 
     def __call__(
         self, pixels: Pixels, target: Mask
     ) -> tuple[UInt8[Tensor, "C h w"], UInt8[Tensor, "h w"]]:
-        """A square of the image and of its mask. What lies outside the image is of its mean colour,
-        and ignored.
-        """
+        """A square of the image and of its mask. What lies outside the image is ignored."""
         short = max(1, int(self.size * uniform(*self.scale)))
         size = resized_size(pixels, short)
         pixels, target = resized_pixels(pixels, size), resized_mask(target, size)
@@ -120,8 +127,8 @@ class SegmentationAugment:
         if self.distort:
             image = distorted(image)
         _, height, width = image.shape
-        padded = image.float().mean(dim=(1, 2)).round().to(torch.uint8)
-        padded = padded[:, None, None].repeat(1, self.crop, self.crop)
+        fill = torch.tensor(self.fill) if self.fill else image.float().mean(dim=(1, 2)).round()
+        padded = fill.to(torch.uint8)[:, None, None].repeat(1, self.crop, self.crop)
         mask = torch.full((self.crop, self.crop), IGNORED, dtype=torch.uint8)
         padded[:, :height, :width] = image
         mask[:height, :width] = torch.from_numpy(np.ascontiguousarray(target))

@@ -19,12 +19,14 @@ from PIL import Image
 from ssl_xcit.data.decode import BadImage, as_bad_image, check_size, read_file, upright
 from ssl_xcit.data.folders import image_files
 from ssl_xcit.data.identity import index_of
+from ssl_xcit.data.labels import normalised
 from ssl_xcit.data.photos import CacheFolder
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Files, Place, Seed, TestFraction
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.transfer.annotated import (
     Misfit,
+    check_known_classes,
     digest_of_all,
     distinct_names,
     existing_folder,
@@ -39,7 +41,7 @@ from ssl_xcit.transfer.annotated import (
     warn_unlearnt,
 )
 from ssl_xcit.transfer.composites import composites
-from ssl_xcit.transfer.task import IGNORED, TransferData
+from ssl_xcit.transfer.task import IGNORED, Task, TransferData
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import track
 from ssl_xcit.utils.validation import PLACE, Words
@@ -195,7 +197,7 @@ def ade20k(root: Path) -> Found | None:
     class. Names are read from `objectInfo150.txt`.
     """
     folders = {"train": "training", "test": "validation"}
-    if not all((root / kind / "training").is_dir() for kind in ("images", "annotations")):
+    if not any(has_both(root, "images", "annotations", folder) for folder in folders.values()):
         return None
     left_out: list[str] = []
     parts = {
@@ -215,15 +217,21 @@ def ade20k(root: Path) -> Found | None:
     return Found(parts, dict(enumerate(names, 1)), [0], left_out)
 
 
+def has_both(root: Path, images: str, masks: str, part: str) -> bool:
+    """Whether both folders have a part of this name."""
+    return all((root / kind / part).is_dir() for kind in (images, masks))
+
+
 def cityscapes(root: Path) -> Found | None:
     """Return pairs of `leftImg8bit/PART/CITY/*_leftImg8bit.png` and `gtFine/PART/CITY/*_gtFine_*`,
     where `labelTrainIds` is used before `labelIds`: 19 classes.
     """
-    if not all((root / kind / "train").is_dir() for kind in ("leftImg8bit", "gtFine")):
+    there = [part for part in ("train", "val") if has_both(root, "leftImg8bit", "gtFine", part)]
+    if not there:
         return None
     left_out: list[str] = []
     parts: dict[str, Pairs] = {}
-    has_train_ids = any((root / "gtFine" / "train").glob("*/*_gtFine_labelTrainIds.png"))
+    has_train_ids = any((root / "gtFine" / there[0]).glob("*/*_gtFine_labelTrainIds.png"))
     ending = "_gtFine_labelTrainIds.png" if has_train_ids else "_gtFine_labelIds.png"
     for part, folder in (("train", "train"), ("test", "val")):
         images = by_stem(root, f"leftImg8bit/{folder}", ending_with("_leftImg8bit.png"))
@@ -241,7 +249,7 @@ def ending_with(ending: str) -> Callable[[str], str | None]:
 
 def voc(root: Path) -> Found | None:
     """Return pairs of `JPEGImages`, `SegmentationClass` by `ImageSets/Segmentation/PART.txt`;
-    without these lists all pairs. 255 has no class.
+    without a list for training all pairs but those for testing. 255 has no class.
     """
     if not all((root / kind).is_dir() for kind in ("JPEGImages", "SegmentationClass")):
         return None
@@ -262,8 +270,11 @@ def voc(root: Path) -> Found | None:
                         left_out.append(f"{file}: {key}: no {kind}")
             parts[part] = [(images[k], masks[k]) for k in keys if k in images and k in masks]
     if "train" not in parts:  # thousands of VOC's images have no mask, by design
-        left_out = [f"{masks[key]}: no image" for key in masks if key not in images]
-        parts = {"train": [(images[key], masks[key]) for key in images if key in masks]}
+        left_out += [f"{masks[key]}: no image" for key in masks if key not in images]
+        tested = {image for image, _ in parts.get("test", [])}
+        parts["train"] = [
+            (images[k], masks[k]) for k in images if k in masks and images[k] not in tested
+        ]
     return Found(parts, dict(enumerate(VOC)), [IGNORED], left_out)
 
 
@@ -295,8 +306,14 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Found | None], str]] = {
 }
 
 
-def found_in(root: Place, layout: str, key: str) -> tuple[Path, Found]:
+def found_in(root: Place, layout: str, key: str, part: str = "train") -> tuple[Path, Found]:
     """Return the folder that has the layout, and what is there.
+
+    Args:
+        root: the folder.
+        layout: which to look for, or `auto`.
+        key: setting that named it.
+        part: that is needed: `train`; or `test`, in place of which `train` is taken.
 
     Raises:
         UserError: no such layout, or nothing in it.
@@ -311,7 +328,13 @@ def found_in(root: Place, layout: str, key: str) -> tuple[Path, Found]:
     if match is None:
         looked_for = "; ".join(words for _, words in readers)
         raise UserError(f"{key}={root}: no images with masks in it; looked for {looked_for}")
-    if not match[1].parts.get("train"):
+    parts = match[1].parts
+    if part == "train" and not parts.get("train") and parts.get("test"):
+        raise UserError(
+            f"{key}={root}: {len(parts['test']):,} images to test on, and none to train on; name "
+            "a folder that has some"
+        )
+    if not parts.get("train") and not parts.get("test"):
         examples = "; ".join(match[1].left_out[:2]) or "the folders are empty"
         raise UserError(
             f"{key}={root}: no image has a mask of its name ({examples}); a.jpg needs a.png"
@@ -357,7 +380,7 @@ def segmentation_data(
     places = {"train": home, "test": home}
     parts, left_out = dict(found.parts), {"train": list(found.left_out), "test": []}
     if test_root is not None:
-        places["test"], other = found_in(test_root, layout, "data.test_root")
+        places["test"], other = found_in(test_root, layout, "data.test_root", "test")
         parts["test"] = other.parts.get("test") or other.parts["train"]
         left_out["test"] = other.left_out
     elif not parts.get("test"):
@@ -393,6 +416,49 @@ def segmentation_data(
         for part in places
     }
     return TransferData(made["train"], made["test"], name)
+
+
+def segmentation_test(
+    task: Task,
+    root: Place = None,
+    layout: Annotated[Layout, PLACE] = "auto",
+    class_names: ClassNames = None,
+    ignore: Ignore = None,
+) -> SegmentationImages:
+    """Return images with masks to test a segmenter on, with its classes, some of which may be in no
+    mask: the test part of a folder where it has one, else all.
+
+    Args:
+        task: the segmenter.
+        root: a folder of one of the layouts.
+        layout: see `segmentation_data`, as of `ignore`.
+        class_names: likewise; None: the lines of `classes.txt` in `root`, the layout's where those
+            of the segmenter are among them, or else the segmenter's: numbers are mask values, names
+            are of the values from 0 on.
+
+    Raises:
+        UserError: see `segmentation_data`; classes that the segmenter does not know.
+    """
+    home, found = found_in(root, layout, "data.root", "test")
+    pairs, where = found.parts.get("test") or found.parts["train"], str(root)
+    warn_left_out(where, found.left_out)
+    own = list(task.class_names)
+    named = listed_names(home) if class_names is None else class_names
+    if named is None and not set(own) <= {normalised(n) for n in (found.names or {}).values()}:
+        named = {int(name): name for name in own} if all(n.isdecimal() for n in own) else own
+    ignored = ignored_values(ignore, found, named)
+    by_value = names_by_value(home, found, named, ignored) or {}
+    names = distinct_names(list(by_value.values()), where)
+    ids = {name: i for i, name in enumerate(own)}
+    lookup = np.full(MAX_VALUES, UNKNOWN, np.uint8)
+    lookup[list(ignored)] = IGNORED
+    lookup[list(by_value)] = [ids.get(name, UNKNOWN) for name in names]
+    if not set(names) <= set(own):
+        masks = [os.path.join(home, mask) for _, mask in pairs]
+        present = values_in(masks)[list(by_value)]
+        known = [name for name, there in zip(names, present, strict=True) if there]
+        check_known_classes(where, known, own)
+    return SegmentationImages(home, pairs, own, lookup, found.left_out)
 
 
 def ignored_values(ignore: Any, found: Found, class_names: Any) -> list[int]:

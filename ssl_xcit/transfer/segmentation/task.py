@@ -20,6 +20,7 @@ from ssl_xcit.transfer.task import IGNORED
 from ssl_xcit.utils.validation import Count, NonNegative
 
 AUXILIARY_MAP = 2  # of the pyramid: that of the third tapped block, stride 16
+MIN_UPERNET_BATCH = 2  # images
 CLASSES_AT_ONCE = 16  # whose logits are enlarged together
 
 
@@ -123,13 +124,9 @@ class Segmentation(nn.Module):
             targets: class ids; 255: ignored.
 
         Raises:
-            UserError: UperNet's statistics of whole images need two of them.
+            UserError: see `check_batch`.
         """
-        if len(images) < 2 and self.auxiliary is not None:
-            raise UserError(
-                "UperNet normalises pooled images by their batch, and a batch of one has no "
-                "statistics: set a batch size of at least 2, or head=semantic_fpn"
-            )
+        self.check_batch(len(images))
         labels = torch.stack(tuple(targets))
         maps = self.backbone.pyramid(self.normalised(torch.stack(tuple(images))))
         losses = {"segmentation": self.loss(self.head(maps), labels)}
@@ -137,6 +134,20 @@ class Segmentation(nn.Module):
             auxiliary = self.loss(self.auxiliary(maps[AUXILIARY_MAP]), labels)
             losses["auxiliary"] = self.auxiliary_weight * auxiliary
         return losses
+
+    def check_batch(self, num_images: int) -> None:
+        """Check that a batch, or the smallest of the parts that it is computed in, has enough
+        images.
+
+        Raises:
+            UserError: UperNet's statistics of whole images need two of them.
+        """
+        if num_images < MIN_UPERNET_BATCH and self.auxiliary is not None:
+            raise UserError(
+                "UperNet normalises pooled maps by the batch, so that each of its parts needs at "
+                f"least {MIN_UPERNET_BATCH} images, and the smallest has {num_images}: set a "
+                "larger batch_size, a smaller trainer.accumulate, or task.head=semantic_fpn"
+            )
 
     def loss(
         self, logits: Float[Tensor, "B K _ _"], labels: UInt8[Tensor, "B h w"]
