@@ -183,7 +183,7 @@ def head_state(location: "Location") -> StateDict | None:
         for key, value in unwrapped(location.tensors).items()
         if key.startswith(prefix) and isinstance(value, Tensor)
     }
-    if not any(key.startswith(("mlp.", "last_layer.")) for key in tensors):  # a classifier
+    if not any(key.startswith("last_layer.") for key in tensors):  # of a classifier, or of others
         return None
     names = {f"last_layer.parametrizations.weight.original{i}": f"last_layer.weight_{letter}"
              for i, letter in enumerate("gv")}  # fmt: skip

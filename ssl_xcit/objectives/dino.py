@@ -104,10 +104,7 @@ class DINO(Objective):
             Sinkhorn-Knopp can balance in a batch.
     """
 
-    advice: Mapping[str, str] = {
-        UNIFORM: "lower objective.teacher_temp first, then optim.lr",
-        ONE_PROTOTYPE: "lower objective.center_momentum first, then raise objective.teacher_temp",
-    }
+    assigns_images = True  # to prototypes, or else more than these, such as patches
 
     def __init__(
         self,
@@ -136,14 +133,20 @@ class DINO(Objective):
                 "teacher_temp": teacher_temp,
             },
             by_steps_and_images,
-            "objective.by_steps_and_images",
+            f"{length.key}.by_steps_and_images",
             length,
         )
         super().__init__(length, chosen["ema"], clip_norm, clip)
         if not student_temp > 0.0:
             raise UserError(f"student_temp={student_temp}: above 0; the paper has 0.1")
-        if centering == "sinkhorn":
-            check_prototypes(chosen["num_prototypes"], GLOBAL_VIEWS * length.batch_size)
+        if centering == "sinkhorn" and self.assigns_images:
+            rows = GLOBAL_VIEWS * length.compared
+            check_prototypes(chosen["num_prototypes"], rows, length.key)
+        first = "optim.lr" if centering == "sinkhorn" else f"{length.key}.center_momentum"
+        self.advice = {
+            UNIFORM: f"lower {length.key}.teacher_temp first, then optim.lr",
+            ONE_PROTOTYPE: f"lower {first} first, then raise {length.key}.teacher_temp",
+        }
         self.new_head = head
         self.num_prototypes: int = chosen["num_prototypes"]
         self.student_temp = student_temp

@@ -4,11 +4,11 @@ arXiv:2101.04731, section 3.2; dense, as lightly-train's third version describes
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from annotated_types import Ge
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
@@ -19,10 +19,15 @@ from ssl_xcit.objectives.similarity import patch_similarity_loss, queue_similari
 from ssl_xcit.utils.validation import NonNegative, Positive, Share, Text
 
 
+@runtime_checkable
 class FrozenTeacher(Protocol):
     """A network that is not trained, and is in no checkpoint of the run."""
 
     width: int  # of its embeddings
+
+    def sha256(self) -> str:
+        """A digest of its weights."""
+        ...
 
     def __call__(
         self, images: Float[Tensor, "B channels H W"], patches: bool
@@ -60,6 +65,7 @@ class Distillation(Objective):
     """
 
     takes_teacher = False
+    teacher_sha256: Tensor
 
     def __init__(
         self,
@@ -79,13 +85,13 @@ class Distillation(Objective):
         super().__init__(length, ema, clip_norm, clip)
         if teacher is None:
             raise UserError(
-                "objective.teacher is needed: timm/NAME, a run folder or a checkpoint, such as "
-                "objective.teacher=timm/vit_small_patch14_dinov2.lvd142m"
+                f"{length.key}.teacher is needed: timm/NAME, a run folder or a checkpoint, such as "
+                f"{length.key}.teacher=timm/vit_small_patch14_dinov2.lvd142m"
             )
         if queue < length.batch_size:
             raise UserError(
-                f"objective.queue={queue} does not hold a batch of {length.batch_size}: set "
-                f"objective.queue={16 * length.batch_size}"
+                f"{length.key}.queue={queue} does not hold a batch of {length.batch_size}: set "
+                f"{length.key}.queue={16 * length.batch_size}"
             )
         self.frozen_teacher = load_teacher(str(teacher), teacher_ckpt)
         self.new_head = head
@@ -94,6 +100,8 @@ class Distillation(Objective):
         self.takes_patches = local_weight > 0
         self.mixup = mixup
         self.queue = EmbeddingQueue(queue, self.frozen_teacher.width)
+        self.register_buffer("teacher_sha256", digest_of(self.frozen_teacher))
+        self.register_load_state_dict_pre_hook(require_same_teacher)
 
     def make_head(self, embed_dim: int) -> nn.Module:
         """A projection to the teacher's width."""
@@ -151,3 +159,21 @@ class Distillation(Objective):
     def described(self) -> str:
         """The teacher's width and the queue."""
         return f"a frozen teacher of width {self.frozen_teacher.width}, {super().described()}"
+
+
+def digest_of(teacher: FrozenTeacher) -> UInt8[Tensor, "32"]:
+    """A digest of its weights, as a tensor for checkpoints."""
+    return torch.tensor(list(bytes.fromhex(teacher.sha256())), dtype=torch.uint8)
+
+
+def require_same_teacher(
+    module: Distillation, state: Mapping[str, Any], prefix: str, *_: object
+) -> None:
+    """Raise UserError where a checkpoint was made with a teacher of other weights."""
+    before = state.get(f"{prefix}teacher_sha256")
+    if before is not None and not torch.equal(before.cpu(), module.teacher_sha256.cpu()):
+        key = module.length.key
+        raise UserError(
+            f"the run was begun with other weights of {key}.teacher: name the file that it was "
+            "begun with, or start a new run with another name=..."
+        )

@@ -41,7 +41,7 @@ class EmbeddingObjective(Objective):
         clip_norm: Positive,
         clip: Clip,
     ):
-        table = "objective.by_steps_and_images"
+        table = f"{length.key}.by_steps_and_images"
         chosen = chosen_by_length({"ema": ema}, by_steps_and_images, table, length)
         super().__init__(length, chosen["ema"], clip_norm, clip)
         self.new_head = head

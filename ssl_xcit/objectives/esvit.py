@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ssl_xcit.errors import UserError
 from ssl_xcit.objectives.dino import DINO
 from ssl_xcit.objectives.objective import Embedded, Inputs, Signs, concatenated
 from ssl_xcit.objectives.region import region_loss
@@ -27,11 +28,12 @@ def tokens(patches: Float[Tensor, "v B C h w"]) -> Float[Tensor, "v B N C"]:
 
 
 class Region(DINO):
-    """DINO's loss of patches instead of class tokens, with settings of the same names; `koleo` has
-    no meaning. To be used beside the loss of class tokens (`WeightedSum`).
+    """DINO's loss of patches instead of class tokens, with settings of the same names, of which
+    `koleo` is for class tokens only. To be used beside the loss of class tokens (`WeightedSum`).
     """
 
     takes_patches = True
+    assigns_images = False
 
     def targets(self, head: nn.Module, teacher: Embedded | None, inputs: Inputs, step: int) -> Any:
         """Probabilities and features of the patches of the global views."""
@@ -40,6 +42,17 @@ class Region(DINO):
         logits = head(features)
         rows = self.probabilities(logits.flatten(1, 2), step).unflatten(1, logits.shape[1:3])
         return RegionTargets(logits, rows, features)
+
+    def make_head(self, embed_dim: int) -> nn.Module:
+        """A projection with K prototypes.
+
+        Raises:
+            UserError: KoLeo, which is for class tokens.
+        """
+        if self.koleo:
+            key = self.length.key
+            raise UserError(f"{key}.koleo={self.koleo:g}: it is for class tokens: set it to 0")
+        return super().make_head(embed_dim)
 
     def loss(
         self, head: Any, student: Embedded, targets: Any, step: int

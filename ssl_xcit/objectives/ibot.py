@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ssl_xcit.errors import UserError
 from ssl_xcit.objectives.dino import DINO
 from ssl_xcit.objectives.esvit import tokens
 from ssl_xcit.objectives.ibot_loss import ibot_loss
@@ -42,11 +43,11 @@ class IBOT(Objective):
         ratio: lowest and highest share of an image's patches that are masked (paper: 0.1 to 0.5).
         probability: of a view to have a mask.
         blocks: mask rectangles; otherwise single patches at random.
-        start: share of the run after which masks begin.
+        start: share of the run after which masks begin, and the head with them.
         exclude_masked: leave masked patches out of the statistics of channel attention.
 
     Raises:
-        UserError: a ratio that is not within 0 to 1.
+        UserError: a ratio that is not within 0 to 1, or prototypes with KoLeo.
     """
 
     takes_patches = True
@@ -62,7 +63,11 @@ class IBOT(Objective):
         start: Share = 0.1,
         exclude_masked: bool = True,
     ):
-        made = prototypes(length)
+        made = prototypes(length._replace(key=f"{length.key}.prototypes"))
+        if made.koleo:
+            raise UserError(
+                f"{length.key}.prototypes.koleo={made.koleo:g}: it is for class tokens: set it to 0"
+            )
         super().__init__(length, made.ema, made.clip_norm, made.clip)
         low, high = ratio
         check_ratio((low, high), probability)
@@ -99,7 +104,8 @@ class IBOT(Objective):
         """Probabilities at the masked patches."""
         assert teacher is not None and inputs.mask is not None  # noqa: PT018
         logits = head(at_masked(teacher, inputs.mask))[None]
-        return MaskedTargets(logits, self.prototypes.probabilities(logits, step), inputs.mask)
+        rows = self.prototypes.probabilities(logits, max(0, step - self.start_step))
+        return MaskedTargets(logits, rows, inputs.mask)
 
     def loss(
         self, head: nn.Module, student: Embedded, targets: MaskedTargets, step: int
@@ -122,12 +128,14 @@ class IBOT(Objective):
             center.center.lerp_(total[:-1] / total[-1], 1.0 - center.momentum)
 
     def frozen(self, head: Any, step: int) -> Iterable[nn.Module]:
-        """The prototypes, in the first steps."""
-        return self.prototypes.frozen(head.projection, step)
+        """All before the masks begin; then the prototypes for a while."""
+        if step < self.start_step:
+            return (head,)
+        return self.prototypes.frozen(head.projection, step - self.start_step)
 
     def scheduled(self, step: int) -> Mapping[str, float]:
         """The teacher's temperature for patches."""
-        return {"teacher_temp": self.prototypes.teacher_temp(step)}
+        return {"teacher_temp": self.prototypes.teacher_temp(max(0, step - self.start_step))}
 
     def derived(self) -> dict[str, Any]:
         """What the length of the run decides."""

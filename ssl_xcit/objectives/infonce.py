@@ -41,10 +41,6 @@ class InfoNCE(EmbeddingObjective):
         UserError: a batch of one image, or a queue smaller than the batch.
     """
 
-    advice: Mapping[str, str] = dict.fromkeys(
-        (ALIKE, EMBEDDINGS_ALIKE), "lower optim.lr first, then raise objective.temperature"
-    )
-
     def __init__(
         self,
         length: RunLength,
@@ -57,16 +53,19 @@ class InfoNCE(EmbeddingObjective):
         clip: Clip = "tensor",
     ):
         super().__init__(length, head, ema, by_steps_and_images, clip_norm, clip)
-        if length.batch_size < 2:
+        if length.compared < 2:
             raise UserError(
-                "batch_size=1: an image is told from the others of its batch, and there are none: "
-                "set batch_size=64 or so"
+                f"batch_size={length.batch_size} trainer.accumulate={length.accumulate}: an image "
+                "is told from the others that are computed with it, and there are none: set "
+                "batch_size=64 trainer.accumulate=1 or so"
             )
         if 0 < queue < length.batch_size:
             raise UserError(
-                f"objective.queue={queue} does not hold a batch of {length.batch_size}: set "
-                f"objective.queue={16 * length.batch_size}, or 0 for none"
+                f"{length.key}.queue={queue} does not hold a batch of {length.batch_size}: set "
+                f"{length.key}.queue={16 * length.batch_size}, or 0 for none"
             )
+        words = f"lower optim.lr first, then raise {length.key}.temperature"
+        self.advice = dict.fromkeys((ALIKE, EMBEDDINGS_ALIKE), words)
         self.temperature = temperature
         self.queue_size = queue
         self.queue: EmbeddingQueue | None = None

@@ -33,7 +33,14 @@ class RunLength(NamedTuple):
     steps_per_epoch: float
     total_steps: int
     epochs: float
+    accumulate: int = 1  # parts that a batch is computed in
+    key: str = "objective"  # of the settings, for messages
     begun: Mapping[str, Any] = {}  # what was derived when the run began: it stays
+
+    @property
+    def compared(self) -> int:
+        """Images of all devices that are computed, and may be compared, at once."""
+        return self.batch_size // self.accumulate
 
     def steps(self, epochs: float, max_share: float) -> int:
         """Steps of so many epochs, at most a share of the run."""

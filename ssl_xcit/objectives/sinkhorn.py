@@ -37,12 +37,13 @@ def sinkhorn_knopp(
         return log_rows.exp_()
 
 
-def check_prototypes(num_prototypes: int, batch_rows: int) -> None:
+def check_prototypes(num_prototypes: int, batch_rows: int, key: str = "objective") -> None:
     """Check that there are enough rows to balance.
 
     Args:
         num_prototypes: K.
         batch_rows: rows that are assigned at a time: of all ranks, images and global views.
+        key: of the settings, for messages.
 
     Raises:
         UserError: more prototypes than rows: a share is then less than a row, and all rows get
@@ -50,7 +51,8 @@ def check_prototypes(num_prototypes: int, batch_rows: int) -> None:
     """
     if num_prototypes > batch_rows:
         raise UserError(
-            f"objective.num_prototypes={num_prototypes}: Sinkhorn-Knopp gives each prototype the "
+            f"{key}.num_prototypes={num_prototypes}: Sinkhorn-Knopp gives each prototype the "
             f"same share of the {batch_rows} rows of a batch, less than one row; lower "
-            f"objective.num_prototypes to {max(2, batch_rows // 2)} or so, or raise batch_size"
+            f"{key}.num_prototypes to {max(2, batch_rows // 2)} or so, raise batch_size, or lower "
+            "trainer.accumulate"
         )

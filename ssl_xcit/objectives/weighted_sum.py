@@ -47,7 +47,7 @@ class WeightedSum(Objective):
         clip_norm: Positive = 3.0,
         clip: Clip = "tensor",
     ):
-        table = "objective.by_steps_and_images"
+        table = f"{length.key}.by_steps_and_images"
         chosen = chosen_by_length({"ema": ema}, by_steps_and_images, table, length)
         super().__init__(length, chosen["ema"], clip_norm, clip)
         if odd := sorted(terms.keys() ^ weights.keys()):
@@ -58,7 +58,9 @@ class WeightedSum(Objective):
         if not self.weights:
             raise UserError("objective.weights: all are 0; give one of them a weight")
         made = {
-            name: terms[name](length._replace(begun=length.begun.get(name, {})))
+            name: terms[name](
+                length._replace(key=f"{length.key}.terms.{name}", begun=length.begun.get(name, {}))
+            )
             for name in self.weights
         }
         self.terms: Any = nn.ModuleDict(made)
@@ -67,11 +69,21 @@ class WeightedSum(Objective):
         self.advice = next(iter(made.values())).advice
 
     def make_head(self, embed_dim: int) -> nn.Module:
-        """The heads of all terms, by name."""
-        return nn.ModuleDict({k: term.make_head(embed_dim) for k, term in self.terms.items()})
+        """The heads of all terms, by name.
+
+        Raises:
+            UserError: two terms mask patches.
+        """
+        heads = {k: term.make_head(embed_dim) for k, term in self.terms.items()}
+        masking = [k for k, t in self.terms.items() if t.mask_token(heads[k]) is not None]
+        if len(masking) > 1:
+            raise UserError(
+                f"objective.terms: {' and '.join(masking)} mask patches, each its own; one may"
+            )
+        return nn.ModuleDict(heads)
 
     def inputs(self, views: list[Tensor], patch_size: int, step: int) -> Inputs:
-        """As all terms want them, one after another; the mask of the last that has one."""
+        """As all terms want them, one after another; the mask of the one that has one."""
         mask = None
         for term in self.terms.values():
             views, of_term = term.inputs(views, patch_size, step)
@@ -79,9 +91,9 @@ class WeightedSum(Objective):
         return Inputs(views, mask)
 
     def mask_token(self, head: Any) -> Float[Tensor, " C"] | None:
-        """That of the last term that has one."""
-        tokens = [term.mask_token(head[name]) for name, term in self.terms.items()]
-        return next((token for token in reversed(tokens) if token is not None), None)
+        """That of the term that has one."""
+        tokens = (term.mask_token(head[name]) for name, term in self.terms.items())
+        return next((token for token in tokens if token is not None), None)
 
     def targets(
         self, head: Any, teacher: Embedded | None, inputs: Inputs, step: int
@@ -119,7 +131,11 @@ class WeightedSum(Objective):
 
     def derived(self) -> dict[str, Any]:
         """Of each term by name."""
-        return super().derived() | {name: term.derived() for name, term in self.terms.items()}
+        of_terms = {name: term.derived() for name, term in self.terms.items()}
+        return super().derived() | {
+            name: {k: v for k, v in derived.items() if k != "ema"}
+            for name, derived in of_terms.items()
+        }
 
     def described(self) -> str:
         """The terms with their weights."""

@@ -88,7 +88,10 @@ class TeacherBackbone(FrozenNetwork):
         super().__init__(network, preprocess, size)
         self.of_images = of_images
         own: Any = network
-        self.width = int(own.embed_dim if isinstance(network, XCiT) else own.num_features)
+        if isinstance(network, XCiT):
+            self.width = network.embed_dim
+        else:  # of some networks a layer after the pooling widens it
+            self.width = int(getattr(own, "head_hidden_size", None) or own.num_features)
         self.features: Callable[[Tensor], Any] = own.forward_features
         if compiled:
             self.features = torch.compile(self.features, dynamic=False)
@@ -119,7 +122,9 @@ class TeacherBackbone(FrozenNetwork):
         """
         network: Any = self.network
         if features.ndim == 4:
-            return features.movedim(1, -1) if features.shape[1] == self.width else features
+            return (
+                features.movedim(1, -1) if features.shape[1] == network.num_features else features
+            )
         tokens = features[:, getattr(network, "num_prefix_tokens", 0) :]
         side = int(tokens.shape[1] ** 0.5)
         if side * side != tokens.shape[1]:

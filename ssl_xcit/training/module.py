@@ -239,7 +239,9 @@ class Pretraining(lightning.LightningModule):
         limit = self.objective.clip_norm
         if self.objective.clip == "tensor":
             return clip_each_(self.student.parameters(), limit)
-        parts = (self.student.backbone, self.student.head)
+        head = self.student.head
+        heads = head.values() if isinstance(head, nn.ModuleDict) else (head,)  # of a sum
+        parts = (self.student.backbone, *heads)
         return torch.cat([clip_all_(part.parameters(), limit) for part in parts])
 
     def report(self, step: int) -> dict[str, float]:
@@ -250,11 +252,7 @@ class Pretraining(lightning.LightningModule):
             "weight_decay": self.schedules.weight_decay(step - 1),
             "ema": self.schedules.ema(step - 1),
             **self.objective.scheduled(step - 1),
-            **(
-                {f"loss_{k}": v.item() for k, v in self.output.losses.items()}
-                if self.output
-                else {}
-            ),
+            **self.loss_parts(),
         }
 
     def loss_parts(self) -> dict[str, float]:

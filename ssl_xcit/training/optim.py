@@ -53,9 +53,10 @@ def clip_all_(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Flo
     trained = [p for p in parameters if p.requires_grad]
     zero = torch.zeros((), device=trained[0].device)
     norms = torch.stack([zero if p.grad is None else p.grad.norm() for p in trained])
-    if max_norm is not None:
+    gradients = [p.grad for p in trained if p.grad is not None]
+    if max_norm is not None and gradients:
         scale = (max_norm / (norms.norm() + 1e-6)).clamp_max(1.0)
-        torch._foreach_mul_([p.grad for p in trained if p.grad is not None], scale)
+        torch._foreach_mul_(gradients, scale)
     return norms
 
 

@@ -97,7 +97,13 @@ def make_plan(
     steps_per_epoch = num_images / batch_size
     total_steps = max(1, math.floor(epochs * steps_per_epoch))
     length = RunLength(
-        num_images, batch_size, steps_per_epoch, total_steps, epochs, dict(begun or {})
+        num_images,
+        batch_size,
+        steps_per_epoch,
+        total_steps,
+        epochs,
+        settings.trainer.accumulate,
+        begun=dict(begun or {}),
     )
     fresh = init.ckpt is not None and init.head == "fresh"
     return Plan(

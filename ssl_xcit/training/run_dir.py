@@ -81,7 +81,10 @@ def check_same_run(settings: Mapping[str, Any], run_dir: Path) -> None:
 
 def from_weights_of(run_dir: Path, settings: Mapping[str, Any]) -> str:
     """What to type to start a new run from the weights of one with such settings."""
-    return f"ckpt={run_dir}" if "transfer" in settings else f"init.ckpt={run_dir} init.head=kept"
+    if "transfer" in settings:
+        return f"ckpt={run_dir}"
+    target = str(settings.get("objective", {}).get("_target_", "")).rpartition(".")[2]
+    return f"init.ckpt={run_dir} init.head={'kept' if target == 'DINO' else 'fresh'}"
 
 
 def identity(settings: Any, places: Sequence[str]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def place_keys(settings: Any) -> list[str]:
     `preprocess` mark them.
     """
     keys = []
-    for group in ("data", "eval_data", "preprocess"):
+    for group in ("data", "eval_data", "preprocess", "objective"):
         for path, node in nodes_in(settings.get(group) or {}, group):
             names = places_of(str(node["_target_"]))
             within = ("data", path) if group == "data" else (path,)

@@ -16,7 +16,14 @@ from ssl_xcit.objectives.esvit import Region
 from ssl_xcit.objectives.ibot import IBOT
 from ssl_xcit.objectives.infonce import InfoNCE
 from ssl_xcit.objectives.koleo import koleo_loss
-from ssl_xcit.objectives.objective import Embedded, Inputs, RunLength, chosen_by_length
+from ssl_xcit.objectives.objective import (
+    ONE_PROTOTYPE,
+    UNIFORM,
+    Embedded,
+    Inputs,
+    RunLength,
+    chosen_by_length,
+)
 from ssl_xcit.objectives.prototype_loss import dino_loss
 from ssl_xcit.objectives.simdino import SimDINO
 from ssl_xcit.objectives.similarity import patch_similarity_loss, queue_similarity_loss
@@ -177,7 +184,25 @@ def test_distillation_by_a_loop():
     assert loss.item() == pytest.approx((parts["global"] + 0.3 * parts["local"]).item(), rel=1e-5)
     objective.update_([targets])
     assert int(objective.queue.count) == 9
-    assert not [key for key in objective.state_dict() if "teacher" in key]
+    assert objective.state_dict().keys() == {"queue.rows", "queue.count", "teacher_sha256"}
+
+
+def test_a_run_does_not_go_on_with_another_teacher():
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        teacher = teacher_of(XCiT(16, 1, 2, 8))
+        made.append(Distillation(LENGTH, projection, lambda *_, t=teacher: t, "x", queue=6))
+    made[0].load_state_dict(made[0].state_dict())
+    with pytest.raises(UserError, match=r"begun with other weights of objective\.teacher"):
+        made[1].load_state_dict(made[0].state_dict())
+
+
+def test_advice_names_settings_that_there_are():
+    terms = {"a": partial(DINO, head=head, num_prototypes=8, **TEMPERATURES)}
+    total = WeightedSum(LENGTH, terms, {"a": 1.0}, ema=0.9)
+    assert "objective.terms.a.teacher_temp" in total.advice[UNIFORM]
+    assert "center_momentum" not in dino(centering="sinkhorn").advice[ONE_PROTOTYPE]
 
 
 def test_mixed_images_are_mixed_alike_at_all_sizes():
@@ -215,12 +240,28 @@ def test_teachers_of_timm(name, tmp_path):
 
 
 def test_what_an_objective_refuses(tmp_path):
-    with pytest.raises(UserError, match="batch_size=1: an image is told from the others"):
+    with pytest.raises(UserError, match=r"batch_size=1 .* an image is told from the others"):
         InfoNCE(LENGTH._replace(batch_size=1), projection, ema=0.9)
     with pytest.raises(UserError, match=r"objective\.queue=3 does not hold a batch of 4"):
         InfoNCE(LENGTH, projection, queue=3, ema=0.9)
     with pytest.raises(UserError, match=r"objective\.queue=3 does not hold a batch of 4"):
         Distillation(LENGTH, projection, lambda *_: None, teacher="x", queue=3)
+    with pytest.raises(UserError, match=r"trainer\.accumulate=4: an image is told"):
+        InfoNCE(LENGTH._replace(accumulate=4), projection, ema=0.9)
+    with pytest.raises(UserError, match=r"the same share of the 4 rows"):
+        DINO(
+            LENGTH._replace(accumulate=2), head, centering="sinkhorn", num_prototypes=8,
+            **TEMPERATURES,
+        )  # fmt: skip
+    patches = partial(Region, head=head, num_prototypes=99, centering="sinkhorn", **TEMPERATURES)
+    patches(LENGTH)  # of which a batch has more
+    with pytest.raises(UserError, match=r"objective\.koleo=0\.1: it is for class tokens"):
+        patches(LENGTH, koleo=0.1).make_head(5)
+    masked = partial(IBOT, new_head=MaskedHead, prototypes=partial(
+        DINO, head=head, num_prototypes=8, **TEMPERATURES))  # fmt: skip
+    twice = WeightedSum(LENGTH, {"a": masked, "b": masked}, {"a": 1.0, "b": 1.0}, ema=0.9)
+    with pytest.raises(UserError, match="a and b mask patches"):
+        twice.make_head(5)
     with pytest.raises(UserError, match=r"objective\.teacher is needed"):
         Distillation(LENGTH, projection, lambda *_: None)
     with pytest.raises(UserError, match="same share of the 8 rows of a batch"):
@@ -250,6 +291,12 @@ def test_a_command_with_another_objective(tmp_path, monkeypatch, capfd):
     more = ["objective_defaults.hidden_dim=16", "objective.head.out_dim=8"]
     assert run("pretrain", "name=a", "objective=infonce", *more, *plain) == 0
     assert "EMA from 0.98" in capfd.readouterr().out
+    # whose weights are a start for other objectives, with a frozen backbone at first
+    start = ["init.ckpt=runs/a", "init.freeze_epochs=0.01", "init.max_freeze=0.5"]
+    numbers = [f"objective.terms.{t}=16" for t in (
+        "dino.num_prototypes", "ibot.prototypes.num_prototypes")]  # fmt: skip
+    assert run("pretrain", "name=c", "objective=dinov2", *numbers, *start, *plain) == 0
+    assert "frozen for" in capfd.readouterr().out
     for words, said in (
         (["objective=infonce", "objective.teacher_temp=1"], "no such setting"),
         (["objective=distillation", "objective.teacher=nowhere"], "nowhere"),
