@@ -31,7 +31,7 @@ def temperature(value):
     ids=["healthy", "no_centering", "no_sharpening", "high_temperature", "lr_x_400"],
 )
 def test_collapse_is_seen_and_said(place, more, call, said):
-    err = place("epochs=2", *more, words=PHOTOS, call=call)
+    err = place("epochs=2", *more, words=PHOTOS, call=call, timeout=120)
     verdicts = re.findall(r"step (\d+): (.*)", err)
     rows = place.metrics()
     if said is None:
