@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from commands import NO_ONLINE, images, run
+
+from ssl_xcit.training.run_dir import from_weights_of
 
 SETTINGS = [
     *(o for o in NO_ONLINE if not o.startswith("epochs")),
@@ -178,12 +181,41 @@ def test_more_epochs_are_told_how(home, capfd):
     assert resume("init.ckpt=runs/x", "init.head=kept", "epochs=3", name="name=longer") == 0
 
 
-def test_a_run_of_another_version_is_refused_with_a_line_that_names_it(home, capfd):
+@pytest.mark.parametrize(
+    ("now", "before", "said"),
+    [
+        (
+            "ssl_xcit.eval.runner.evaluate", "ssl_xcit.eval.run.evaluate",
+            "which had ssl_xcit.eval.run.evaluate",
+        ),
+        ("  _target_: ssl_xcit.objectives.dino.DINO\n", "", "which had one objective"),
+    ],
+)  # fmt: skip
+def test_a_run_of_another_version_is_refused_with_a_line_that_names_it(
+    now, before, said, home, capfd
+):
     path = home / "runs/x/config.yaml"
-    then = path.read_text().replace("ssl_xcit.eval.runner.evaluate", "ssl_xcit.eval.run.evaluate")
+    assert now in path.read_text()
+    then = path.read_text().replace(now, before)
     path.write_text(then)
     assert resume() == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "begun with another version of ssl_xcit, which had ssl_xcit.eval.run.evaluate" in line
+    assert f"begun with another version of ssl_xcit, {said}" in line
     assert "init.ckpt=runs/x init.head=kept name=..." in line
     assert path.read_text() == then
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"objective": "swav"}, "init.ckpt=x init.head=kept"),
+        ({"objective": "infonce"}, "init.ckpt=x init.head=fresh"),
+        ({"transfer": "detection"}, "ckpt=x"),
+        ("hostile", "init.ckpt=x init.head=kept"),
+    ],
+)
+def test_what_a_new_run_is_to_start_from(choices, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x").mkdir()
+    Path("x/run.json").write_text(json.dumps({"choices": choices}))
+    assert from_weights_of(Path("x")) == said

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from annotated_types import Ge, Lt
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from ssl_xcit.objectives.objective import (
     concatenated,
 )
 from ssl_xcit.objectives.prototype_loss import prototype_loss
+from ssl_xcit.objectives.ranks import summed_, world_size
 from ssl_xcit.objectives.sinkhorn import check_prototypes, sinkhorn_knopp
 from ssl_xcit.objectives.temperature import LinearByEpoch
 from ssl_xcit.utils.validation import NonNegative, Positive, Share
@@ -60,10 +60,11 @@ class Center(nn.Module):
     @torch.no_grad()
     def update_(self, logits: Float[Tensor, "G B K"]) -> None:
         """Update the mean with this step's logits of all ranks."""
-        mean = logits.float().mean(dim=(0, 1))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
+        self.move_to_(summed_(logits.float().mean(dim=(0, 1))) / world_size())
+
+    @torch.no_grad()
+    def move_to_(self, mean: Float[Tensor, " K"]) -> None:
+        """Take a step to the mean of a batch."""
         self.center.lerp_(mean, 1.0 - self.momentum)
 
 
@@ -101,7 +102,7 @@ class DINO(Objective):
 
     Raises:
         UserError: a table without a row for the run, or one with other names; more prototypes than
-            Sinkhorn-Knopp can balance in a batch.
+            Sinkhorn-Knopp can balance in a batch; KoLeo of single images.
     """
 
     assigns_images = True  # to prototypes, or else more than these, such as patches
@@ -142,6 +143,11 @@ class DINO(Objective):
         if centering == "sinkhorn" and self.assigns_images:
             rows = GLOBAL_VIEWS * length.compared
             check_prototypes(chosen["num_prototypes"], rows, length.key)
+        if koleo and length.compared < 2:
+            raise UserError(
+                f"{length.key}.koleo={koleo:g}: a single image that is computed at a time has no "
+                "nearest neighbour: raise batch_size, or lower trainer.accumulate"
+            )
         first = "optim.lr" if centering == "sinkhorn" else f"{length.key}.center_momentum"
         self.advice = {
             UNIFORM: f"lower {length.key}.teacher_temp first, then optim.lr",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.objectives.objective import Clip, Embedded, Inputs, Objective, RunLength
-from ssl_xcit.objectives.queue import EmbeddingQueue
+from ssl_xcit.objectives.queue import EmbeddingQueue, check_queue
 from ssl_xcit.objectives.ranks import gathered
 from ssl_xcit.objectives.similarity import patch_similarity_loss, queue_similarity_loss
 from ssl_xcit.utils.validation import NonNegative, Positive, Share, Text
@@ -88,11 +88,7 @@ class Distillation(Objective):
                 f"{length.key}.teacher is needed: timm/NAME, a run folder or a checkpoint, such as "
                 f"{length.key}.teacher=timm/vit_small_patch14_dinov2.lvd142m"
             )
-        if queue < length.batch_size:
-            raise UserError(
-                f"{length.key}.queue={queue} does not hold a batch of {length.batch_size}: set "
-                f"{length.key}.queue={16 * length.batch_size}"
-            )
+        check_queue(queue, length.batch_size, length.key)
         self.frozen_teacher = load_teacher(str(teacher), teacher_ckpt)
         self.new_head = head
         self.temperature = temperature

@@ -124,8 +124,7 @@ class IBOT(Objective):
         logits = torch.cat([part.logits[0] for part in parts]).float()
         total = summed_(torch.cat((logits.sum(dim=0), logits.new_tensor([len(logits)]))))
         if total[-1] > 0:
-            center = self.prototypes.center
-            center.center.lerp_(total[:-1] / total[-1], 1.0 - center.momentum)
+            self.prototypes.center.move_to_(total[:-1] / total[-1])
 
     def frozen(self, head: Any, step: int) -> Iterable[nn.Module]:
         """All before the masks begin; then the prototypes for a while."""

@@ -20,7 +20,7 @@ from ssl_xcit.objectives.objective import (
     RunLength,
     Table,
 )
-from ssl_xcit.objectives.queue import EmbeddingQueue
+from ssl_xcit.objectives.queue import EmbeddingQueue, check_queue
 from ssl_xcit.utils.validation import Positive, Share
 
 
@@ -59,11 +59,8 @@ class InfoNCE(EmbeddingObjective):
                 "is told from the others that are computed with it, and there are none: set "
                 "batch_size=64 trainer.accumulate=1 or so"
             )
-        if 0 < queue < length.batch_size:
-            raise UserError(
-                f"{length.key}.queue={queue} does not hold a batch of {length.batch_size}: set "
-                f"{length.key}.queue={16 * length.batch_size}, or 0 for none"
-            )
+        if queue:
+            check_queue(queue, length.batch_size, length.key)
         words = f"lower optim.lr first, then raise {length.key}.temperature"
         self.advice = dict.fromkeys((ALIKE, EMBEDDINGS_ALIKE), words)
         self.temperature = temperature

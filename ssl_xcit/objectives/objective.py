@@ -1,6 +1,7 @@
 """What an objective is: what a student learns from views, and from what a teacher makes of them."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,8 +21,6 @@ UNIFORM = "the teacher has collapsed to a uniform distribution"
 ONE_PROTOTYPE = "one prototype takes all images"
 ALIKE = "the features of all images are nearly the same"
 EMBEDDINGS_ALIKE = "the embeddings of all images are nearly the same"
-
-
 Views = Float[Tensor, "_ B channels _ _"]  # of one resolution, normalised
 
 
@@ -75,7 +74,7 @@ class Signs(NamedTuple):
     embeddings: Float[Tensor, "B D"] | None = None  # of the first view, where these are compared
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """Heads, targets, a loss, and state that a checkpoint carries.
 
     The training step calls `inputs`, `targets`, `loss`, `frozen` and `update_` in this order;
@@ -109,9 +108,9 @@ class Objective(nn.Module):
         self.clip_norm = clip_norm
         self.clip: Clip = clip
 
+    @abstractmethod
     def make_head(self, embed_dim: int) -> nn.Module:
-        """What is trained beside the backbone, of width `embed_dim`; fresh weights."""
-        raise NotImplementedError
+        """Return what is trained beside the backbone, of width `embed_dim`; fresh weights."""
 
     def inputs(self, views: list[Views], patch_size: int, step: int) -> Inputs:
         """What student and teacher see of a batch."""
@@ -121,17 +120,17 @@ class Objective(nn.Module):
         """What the student has for masked patches."""
         return None
 
+    @abstractmethod
     def targets(self, head: nn.Module, teacher: Embedded | None, inputs: Inputs, step: int) -> Any:
-        """What the student is to learn, without gradients: from the teacher's embeddings of the
-        global views, or from these themselves.
+        """Return what the student is to learn, without gradients: from the teacher's embeddings of
+        the global views, or from these themselves.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(
         self, head: nn.Module, student: Embedded, targets: Any, step: int
     ) -> tuple[Float[Tensor, ""], Mapping[str, Tensor]]:
-        """The loss of all views, and its parts by name where it has some."""
-        raise NotImplementedError
+        """Return the loss of all views, and its parts by name where it has some."""
 
     def update_(self, parts: Sequence[Any]) -> None:
         """Move the state after a step that was taken; `parts` are the targets of its batch."""

@@ -8,6 +8,15 @@ from ssl_xcit.errors import UserError
 from ssl_xcit.objectives.ranks import gathered
 
 
+def check_queue(size: int, batch_size: int, key: str = "objective") -> None:
+    """Raise UserError for a queue that does not hold a batch of all ranks."""
+    if size < batch_size:
+        raise UserError(
+            f"{key}.queue={size} does not hold a batch of {batch_size}: set "
+            f"{key}.queue={16 * batch_size} or so"
+        )
+
+
 class EmbeddingQueue(nn.Module):
     """The last rows that were pushed, the same on all ranks. Buffers: a checkpoint carries them.
 
@@ -33,11 +42,7 @@ class EmbeddingQueue(nn.Module):
         """
         rows = gathered(rows)
         size = len(self.rows)
-        if len(rows) > size:
-            raise UserError(
-                f"objective.queue={size} does not hold a batch of {len(rows)}: set "
-                f"objective.queue={16 * len(rows)} or so"
-            )
+        check_queue(size, len(rows))
         places = (self.count + torch.arange(len(rows), device=self.rows.device)) % size
         self.rows[places] = rows.to(self.rows)
         self.count += len(rows)

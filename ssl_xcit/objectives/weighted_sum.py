@@ -52,11 +52,12 @@ class WeightedSum(Objective):
         super().__init__(length, chosen["ema"], clip_norm, clip)
         if odd := sorted(terms.keys() ^ weights.keys()):
             raise UserError(
-                f"objective.terms and objective.weights: {', '.join(odd)} is in one only"
+                f"{length.key}.terms and {length.key}.weights must have the same names: "
+                f"{', '.join(odd)} is in only one of them"
             )
         self.weights = {name: weight for name, weight in weights.items() if weight}
         if not self.weights:
-            raise UserError("objective.weights: all are 0; give one of them a weight")
+            raise UserError(f"{length.key}.weights: all are 0; set at least one above 0")
         made = {
             name: terms[name](
                 length._replace(key=f"{length.key}.terms.{name}", begun=length.begun.get(name, {}))
@@ -78,7 +79,8 @@ class WeightedSum(Objective):
         masking = [k for k, t in self.terms.items() if t.mask_token(heads[k]) is not None]
         if len(masking) > 1:
             raise UserError(
-                f"objective.terms: {' and '.join(masking)} mask patches, each its own; one may"
+                f"{self.length.key}.terms: {' and '.join(masking)} both mask patches, and only one "
+                f"term can: set {self.length.key}.weights.{masking[-1]}=0"
             )
         return nn.ModuleDict(heads)
 

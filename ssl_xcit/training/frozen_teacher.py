@@ -4,7 +4,7 @@ Weights are read as tensors only, so that a hostile file runs no code.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,8 @@ class TeacherBackbone(FrozenNetwork):
         side = int(tokens.shape[1] ** 0.5)
         if side * side != tokens.shape[1]:
             raise UserError(
-                "objective.local_weight: the teacher's features are no square grid of patches; "
-                "set objective.local_weight=0"
+                "the teacher's features are not a square grid of patches: set local_weight=0 of "
+                "the objective"
             )
         return tokens.unflatten(1, (side, side))
 
@@ -163,8 +163,7 @@ def load_frozen_teacher(
         model, path = timm_weights(name, file, "objective.teacher_ckpt")
         network = timm_features(model)
         settings: Any = network.pretrained_cfg
-        heads = settings["classifier"]
-        load_timm(network, name, path, (heads,) if isinstance(heads, str) else tuple(heads))
+        load_timm(network, name, path, tuple(f"{head}." for head in classifiers_of(network)))
         channels = settings["input_size"][0]
         preprocess = Preprocess(channels, tuple(settings["mean"]), tuple(settings["std"]))
         if size is None and settings.get("fixed_input_size") and not takes_any_size(network):
@@ -194,6 +193,12 @@ def timm_features(model: str) -> Any:
         return timm.create_model(model, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True)
     except TypeError:  # other networks have no such arguments
         return timm.create_model(model, num_classes=0)
+
+
+def classifiers_of(network: Any) -> Sequence[str]:
+    """Names of the classifiers of a model of timm, such as `head`; some have two, some none."""
+    names = network.pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else names
 
 
 def takes_any_size(network: Any) -> bool:

@@ -30,6 +30,7 @@ from ssl_xcit.utils.validation import can_be_imported, flat
 
 log = logging.getLogger(__name__)
 IMAGES = "images.npz"
+DINO_HEADS = ("dino", "swav")  # objectives whose head `init.head=kept` takes over
 
 
 def check_same_run(settings: Mapping[str, Any], run_dir: Path) -> None:
@@ -57,7 +58,13 @@ def check_same_run(settings: Mapping[str, Any], run_dir: Path) -> None:
         raise UserError(
             f"{run_dir} was begun with another version of ssl_xcit, which had {gone[0]}: go on "
             f"with that version, or start a new run from its weights: "
-            f"{from_weights_of(run_dir, settings)} name=..."
+            f"{from_weights_of(run_dir)} name=..."
+        )
+    if "objective._target_" in now and "objective._target_" not in before:
+        raise UserError(
+            f"{run_dir} was begun with another version of ssl_xcit, which had one objective: go on "
+            f"with that version, or start a new run from its weights: "
+            f"{from_weights_of(run_dir)} name=..."
         )
     if recorded not in (None, fingerprint(before)):
         raise UserError(
@@ -70,7 +77,7 @@ def check_same_run(settings: Mapping[str, Any], run_dir: Path) -> None:
         if "epochs" in differs:
             longer = (
                 f". To train for longer, start a new run from its weights: "
-                f"{from_weights_of(run_dir, settings)} name=...; what changes with the step is "
+                f"{from_weights_of(run_dir)} name=...; what changes with the step is "
                 "scheduled anew over its own epochs, warm-up included"
             )
         raise UserError(
@@ -79,12 +86,16 @@ def check_same_run(settings: Mapping[str, Any], run_dir: Path) -> None:
         )
 
 
-def from_weights_of(run_dir: Path, settings: Mapping[str, Any]) -> str:
-    """What to type to start a new run from the weights of one with such settings."""
-    if "transfer" in settings:
+def from_weights_of(run_dir: Path) -> str:
+    """What to type to start a new run from the weights of this one, by its record; a head is kept
+    where it is one of DINO.
+    """
+    choices = about_run(run_dir).get("choices")
+    choices = choices if isinstance(choices, Mapping) else {}
+    if "transfer" in choices:
         return f"ckpt={run_dir}"
-    target = str(settings.get("objective", {}).get("_target_", "")).rpartition(".")[2]
-    return f"init.ckpt={run_dir} init.head={'kept' if target == 'DINO' else 'fresh'}"
+    kept = choices.get("objective", "dino") in DINO_HEADS
+    return f"init.ckpt={run_dir} init.head={'kept' if kept else 'fresh'}"
 
 
 def identity(settings: Any, places: Sequence[str]) -> dict[str, Any]:
@@ -140,7 +151,7 @@ def check_same_data(
         raise UserError(
             f"{run_dir} was made of other images ({words}): undo that, or add resume.data=changed "
             "to go on all the same, or train anew under another name=..., from its weights with "
-            f"{from_weights_of(run_dir, about.get('choices') or {})}"
+            f"{from_weights_of(run_dir)}"
         )
     effect = "it is evaluated on these from here on"
     if "data" in changed:

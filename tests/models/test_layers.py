@@ -155,6 +155,18 @@ with torch.no_grad():
     model.eval()
     x = torch.randn(1, 3, 80, 80)  # attention from the Gram matrix
     assert torch.allclose(model(x), run(x), atol=1e-4)
+
+model = XCiT(16, 1, 2, patch_size=4)  # with masked patches
+run = torch.compile(model.forward_features, dynamic=False, fullgraph=True, backend="eager")
+x, mask = torch.randn(2, 3, 24, 24), torch.rand(2, 6, 6) < 0.4
+gradients = []
+for forward in (model.forward_features, run):
+    token = torch.ones(16, requires_grad=True)
+    cls, patches = forward(x, mask, token, True)
+    (cls.sin().sum() + patches.sin().sum()).backward()
+    gradients.append(token.grad)
+assert gradients[0].abs().sum() > 0
+assert torch.allclose(*gradients, atol=1e-4)
 """
 
 

@@ -253,6 +253,9 @@ def test_what_an_objective_refuses(tmp_path):
             LENGTH._replace(accumulate=2), head, centering="sinkhorn", num_prototypes=8,
             **TEMPERATURES,
         )  # fmt: skip
+    singly = LENGTH._replace(accumulate=4)
+    with pytest.raises(UserError, match=r"objective\.koleo=0\.1: a single image"):
+        DINO(singly, head, koleo=0.1, num_prototypes=8, **TEMPERATURES)
     patches = partial(Region, head=head, num_prototypes=99, centering="sinkhorn", **TEMPERATURES)
     patches(LENGTH)  # of which a batch has more
     with pytest.raises(UserError, match=r"objective\.koleo=0\.1: it is for class tokens"):
@@ -260,7 +263,7 @@ def test_what_an_objective_refuses(tmp_path):
     masked = partial(IBOT, new_head=MaskedHead, prototypes=partial(
         DINO, head=head, num_prototypes=8, **TEMPERATURES))  # fmt: skip
     twice = WeightedSum(LENGTH, {"a": masked, "b": masked}, {"a": 1.0, "b": 1.0}, ema=0.9)
-    with pytest.raises(UserError, match="a and b mask patches"):
+    with pytest.raises(UserError, match=r"a and b both mask patches.* set objective\.weights\.b=0"):
         twice.make_head(5)
     with pytest.raises(UserError, match=r"objective\.teacher is needed"):
         Distillation(LENGTH, projection, lambda *_: None)

@@ -15,7 +15,13 @@ from ssl_xcit.errors import UserError
 from ssl_xcit.models.published import TIMM
 from ssl_xcit.models.weights import load_backbone
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.training.frozen_teacher import FrozenNetwork, load_timm, timm_state, timm_weights
+from ssl_xcit.training.frozen_teacher import (
+    FrozenNetwork,
+    classifiers_of,
+    load_timm,
+    timm_state,
+    timm_weights,
+)
 
 PUBLISHED = "timm/regnety_160.deit_in1k"  # RegNetY-16GF, of DeiT and XCiT
 
@@ -115,8 +121,7 @@ def timm_teacher(
 def check_classes(network: Any, name: str, path: Path, num_classes: int) -> None:
     """Raise UserError where a file of weights has a classifier of other classes."""
     state = timm_state(path)
-    heads = network.pretrained_cfg["classifier"]
-    for head in [heads] if isinstance(heads, str) else heads:
+    for head in classifiers_of(network):
         weight = state.get(f"{head}.weight")
         if isinstance(weight, Tensor):
             check_fits(f"teacher={name} ({path})", len(weight), num_classes)
