@@ -7,6 +7,8 @@ random crops; the center is the one of the checkpoint and stays.
 """
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,8 +72,11 @@ def load_teacher(path: Path, which: str, temperature: float | None) -> Teacher:
         )
     content = read_checkpoint(path)
     state = content.get("state_dict", {})
-    weights = {k.removeprefix(HEAD): v for k, v in state.items() if k.startswith(HEAD)}
-    if "last_layer.weight_v" not in weights or (center := center_of(state)) is None:
+    term = term_of(state)
+    prefix = f"{HEAD}{term}." if term else HEAD
+    weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    center = state.get(f"objective.terms.{term}.center.center") if term else center_of(state)
+    if "last_layer.weight_v" not in weights or center is None:
         raise UserError(
             f"prototypes: {path} has no projection head; attention, pca, channels and neighbours "
             "need none"
@@ -83,17 +88,24 @@ def load_teacher(path: Path, which: str, temperature: float | None) -> Teacher:
     running = Center(number)
     running.center.copy_(center)
     if temperature is None:
-        temperature = temperature_of(path, int(content.get("global_step", 0)))
+        temperature = temperature_of(path, int(content.get("global_step", 0)), term)
     return Teacher(head.eval(), running, temperature)
 
 
-def temperature_of(path: Path, step: int) -> float:
-    """The teacher's temperature in step `step` of a run, from its plan; raises UserError where
-    `run.json` is not there, or does not tell.
+def term_of(state: Mapping[str, Any]) -> str:
+    """The first term of a sum of objectives that has prototypes of class tokens; empty: no sum."""
+    last = re.compile(re.escape(HEAD) + r"(\w+)\.last_layer\.weight_v")
+    return next((found[1] for key in state if (found := last.fullmatch(key))), "")
+
+
+def temperature_of(path: Path, step: int, term: str = "") -> float:
+    """The teacher's temperature in step `step` of a run, from its plan, or a term's part of it;
+    raises UserError where `run.json` is not there, or does not tell.
     """
     file = folder_of(path) / "run.json"
     try:
         plan = json.loads(file.read_text())["plan"]
+        plan |= plan.get(term, {})
         start, end, epochs, steps_per_epoch = (float(plan[key]) for key in PLAN)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

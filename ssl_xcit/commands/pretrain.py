@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -15,13 +16,14 @@ from hydra.utils import instantiate
 from ssl_xcit.data.crop_dataset import check_images, check_labelled
 from ssl_xcit.data.identity import indices_of
 from ssl_xcit.data.loader import default_workers
-from ssl_xcit.data.multicrop import Crops
+from ssl_xcit.data.multicrop import Crops, Recipe
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.models.weights import load_backbone, model_name
-from ssl_xcit.training.build import make_module
+from ssl_xcit.training.build import make_module, make_schedules
 from ssl_xcit.training.datamodule import TrainingData, multi_crop_data
 from ssl_xcit.training.health import HEALTHY
 from ssl_xcit.training.init_weights import described_start, read_start
+from ssl_xcit.training.lr_range import RANGE_STEPS, check_one_device, range_test
 from ssl_xcit.training.module import Pretraining
 from ssl_xcit.training.plan import Plan, make_plan
 from ssl_xcit.training.run_dir import (
@@ -89,6 +91,8 @@ def main(settings: PretrainSettings) -> None:
     trainer, stop = make_trainer(settings, run_dir, str(settings.run_id))
     begun = about_run(run_dir).get("plan") if is_begun(run_dir) else None
     plan = make_plan(settings, len(source), trainer.world_size, begun)
+    if math.isnan(plan.lr):
+        check_one_device(trainer.world_size)
     check_images(source, augment.global_size, preprocess)
     if pair is not None:
         check_labelled(pair, preprocess)
@@ -103,26 +107,37 @@ def main(settings: PretrainSettings) -> None:
     with locked(run_dir, wanted=trainer.is_global_zero):
         if trainer.is_global_zero and is_finished(run_dir, finish):  # meanwhile
             return
-        data = multi_crop_data(
-            source,
-            augment,
-            plan.per_device_batch,
-            plan.total_steps,
-            settings.seed,
-            preprocess,
-            default_workers(trainer.num_devices) if num_workers is None else num_workers,
-            pair,
-            run_dir,
-            settings.data.max_bad_fraction,
-            settings.worker_timeout,
-        )
+
+        def crops(total_steps: int) -> TrainingData[Crops]:
+            return multi_crop_data(
+                source,
+                augment,
+                plan.per_device_batch,
+                total_steps,
+                settings.seed,
+                preprocess,
+                default_workers(trainer.num_devices) if num_workers is None else num_workers,
+                pair,
+                run_dir,
+                settings.data.max_bad_fraction,
+                settings.worker_timeout,
+                trainer.world_size,
+            )
+
+        if math.isnan(plan.lr):
+            trial = make_module(settings, make_plan(settings, len(source), 1), preprocess, start)
+            steps = max(10, min(RANGE_STEPS, plan.total_steps))
+            lr = range_test(settings.trainer, trial, crops(steps), steps, run_dir)
+            plan = replace(plan, lr=lr)
+            module.schedules = make_schedules(settings.optim, plan)
+        data = crops(plan.total_steps)
         run_to_the_end(
             trainer,
             stop,
             run_dir,
             lambda: train(
                 settings, trainer, module, data, plan, run_dir, record,
-                lambda: announce(settings, plan, module, pair, run_dir),
+                lambda: announce(settings, plan, module, data, run_dir),
             ),
             lambda seconds: conclude(
                 settings, trainer, module, data, plan, evaluate, run_dir, seconds
@@ -199,10 +214,11 @@ def announce(
     settings: PretrainSettings,
     plan: Plan,
     module: Pretraining,
-    pair: LabelledPair | None,
+    data: TrainingData[Crops],
     run_dir: Path,
 ) -> None:
     """What is about to happen, with the numbers that were derived."""
+    pair, augment = data.eval_data, getattr(data.dataset, "augment", None)
     backbone = module.student.backbone
     millions = sum(p.numel() for p in backbone.parameters()) / 1e6
     say(f"{run_dir}")
@@ -219,4 +235,6 @@ def announce(
     if settings.compile:
         say("  the first step compiles both backbones, which takes minutes")
     say(f"  lr {plan.lr:.2e} after {plan.warmup_steps} steps, {plan.objective.described()}")
+    if isinstance(augment, Recipe) and augment.stages:
+        say(f"  crops: {augment.described(plan.total_steps)}")
     say(f"  evaluated on {pair.name}" if pair else f"  {NO_LABELS}")

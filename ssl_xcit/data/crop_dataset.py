@@ -31,18 +31,19 @@ class CropDataset(Dataset[Crops]):
     augment: MultiCrop
     seed: int
     preprocess: Preprocess
+    images_per_step: int = 1  # over all ranks
+    total_steps: int = 1
 
     def __getitem__(self, position: int) -> Crops:
         num_images = len(self.source)
         wanted = image_at(self.seed, position, num_images, self.source.shards)
         seed = crop_seed(self.seed, position, num_images)
+        augment = self.augment.at(position // self.images_per_step / self.total_steps)
         replaced: list[Replaced] = []
         for step in range(MAX_REPLACEMENTS):
             index = fallback_index(self.seed, position, wanted, step, num_images)
             try:
-                large, small = self.augment(
-                    open_picture(self.source.read(index), self.preprocess), seed
-                )
+                large, small = augment(open_picture(self.source.read(index), self.preprocess), seed)
             except BadImage as error:
                 replaced.append(Replaced(index, self.source.name(index), str(error)))
             else:

@@ -6,10 +6,11 @@ once a batch, on the device that trains. `fused.py` has the fast form, and `Torc
 is the reference: Pillow and torchvision, in the published order.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ Jitter = Annotated[
     Words("4 numbers: three of 0 to 1, and hue of 0 to 0.5"),
 ]
 Probabilities = Annotated[Sequence[Share], Len(3, 3), Words("3 probabilities, 0 to 1")]
+STAGED = ("global_size", "local_size", "num_local")  # what may change with the step
 
 
 class Replaced(NamedTuple):
@@ -81,6 +83,10 @@ class MultiCrop(Protocol):
         """
         ...
 
+    def at(self, share: float) -> "MultiCrop":
+        """Return the crops that are made when such a share of the run is done."""
+        ...
+
     def __call__(self, picture: Picture, seed: int) -> tuple[Large, Small]:
         """Return crops of the picture, the same for the same seed; raises BadImage."""
         ...
@@ -109,6 +115,48 @@ class Recipe:
     # pixels
     blur_radius: Radius = (0.1, 2.0)
     solarise_prob: Probabilities = (0.0, 0.2, 0.0)  # as `blur_prob`, for solarisation
+    # parts of the run that have other numbers, each `until` a share of it; the rest is as above
+    stages: Sequence[Mapping[str, float]] = ()
+
+    def __post_init__(self) -> None:
+        """Make the recipes of the stages.
+
+        Raises:
+            UserError: a stage without an end above that of the one before, or with other numbers
+                than the sizes and the number of local crops.
+        """
+        last, self.parts = 0.0, list[tuple[float, "Recipe"]]()
+        for stage in self.stages:
+            until = stage.get("until", 0.0)
+            numbers: dict[str, Any] = {k: v for k, v in stage.items() if k in STAGED}
+            counts = all(type(v) is int and v >= (k != "num_local") for k, v in numbers.items())
+            if not (last < until <= 1.0 and counts and len(numbers) == len(stage) - 1 > 0):
+                raise UserError(
+                    f"augment.stages: {dict(stage)} is none: each has `until`, a share of the run "
+                    f"above that of the one before, and some of {', '.join(STAGED)}, such as "
+                    "{until:0.5,global_size:32,local_size:16}"
+                )
+            self.parts.append((until, replace(self, stages=(), **numbers)))
+            last = until
+
+    def at(self, share: float) -> "Recipe":
+        """Return the recipe of the stage, or this one."""
+        return next((recipe for until, recipe in self.parts if share < until), self)
+
+    def described(self, total_steps: int) -> str:
+        """Return the sizes and numbers of crops by step; empty without stages."""
+        if not self.parts:
+            return ""
+
+        def sizes(recipe: "Recipe") -> str:
+            local = f" + {recipe.num_local} x {recipe.local_size}" * (recipe.num_local > 0)
+            return f"2 x {recipe.global_size}{local}"
+
+        ends = [
+            f"{sizes(recipe)} until step {math.ceil(until * total_steps):,}"
+            for until, recipe in self.parts
+        ]
+        return ", ".join([*ends, f"then {sizes(self)}"])
 
 
 @contextmanager
@@ -144,6 +192,7 @@ class TorchvisionMultiCrop(Recipe):
 
     def __post_init__(self) -> None:
         """Build the transforms."""
+        super().__post_init__()
 
         def view(size: int, scale: Sequence[float], which: int) -> v2.Transform:
             return v2.Compose(

@@ -10,7 +10,7 @@ from ssl_xcit.training.init_weights import start_backbone, start_head, start_sta
 from ssl_xcit.training.module import Pretraining, Schedules, make_networks
 from ssl_xcit.training.plan import Plan
 from ssl_xcit.training.schedules import BackboneUnfreezeSchedule, Cosine
-from ssl_xcit.training.settings import PretrainSettings
+from ssl_xcit.training.settings import OptimSettings, PretrainSettings
 
 
 def make_module(
@@ -37,22 +37,12 @@ def make_module(
     for network in (student, teacher):
         network.backbone.preprocess = preprocess.of_weights()
         network.backbone.checkpoint_blocks = settings.checkpoint_blocks
-    optim = settings.optim
     module = Pretraining(
         student,
         teacher,
         plan.objective,
-        Schedules(
-            lr=Cosine(
-                plan.lr, optim.min_lr, plan.total_steps, plan.warmup_steps, optim.warmup_start
-            ),
-            weight_decay=Cosine(optim.weight_decay, optim.weight_decay_end, plan.total_steps),
-            ema=Cosine(plan.objective.ema, 1.0, plan.total_steps),
-            backbone=BackboneUnfreezeSchedule(plan.backbone_freeze_steps, plan.warmup_steps)
-            if plan.backbone_freeze_steps
-            else None,
-        ),
-        instantiate(optim.optimizer),
+        make_schedules(settings.optim, plan),
+        instantiate(settings.optim.optimizer),
         seed=settings.seed,
         accumulate=settings.trainer.accumulate,
         max_skipped=settings.max_skipped,
@@ -64,3 +54,15 @@ def make_module(
     except (TypeError, ValueError) as error:  # torch's own words on its arguments
         raise UserError(f"optim.optimizer: {error}") from error
     return module
+
+
+def make_schedules(optim: OptimSettings, plan: Plan) -> Schedules:
+    """What changes with the step, over the whole run."""
+    return Schedules(
+        lr=Cosine(plan.lr, optim.min_lr, plan.total_steps, plan.warmup_steps, optim.warmup_start),
+        weight_decay=Cosine(optim.weight_decay, optim.weight_decay_end, plan.total_steps),
+        ema=Cosine(plan.objective.ema, 1.0, plan.total_steps),
+        backbone=BackboneUnfreezeSchedule(plan.backbone_freeze_steps, plan.warmup_steps)
+        if plan.backbone_freeze_steps
+        else None,
+    )

@@ -175,6 +175,7 @@ def multi_crop_data(
     run_dir: Path | None = None,
     max_bad_fraction: float = 0.01,
     timeout: float = 300.0,
+    world_size: int = 1,
 ) -> TrainingData[Crops]:
     """Multi-crop batches: `augment` makes a picture and a seed to crops, `seed` decides order and
     crops; a step takes one normalised (V, B, channels, h, w) a resolution, the global views first.
@@ -184,8 +185,10 @@ def multi_crop_data(
         parts = (batch.global_crops, batch.local_crops)
         return [to_views(part, preprocess) for part in parts if part.shape[1]]
 
+    images_per_step = batch_size * world_size
+    dataset = CropDataset(source, augment, seed, preprocess, images_per_step, total_steps)
     return TrainingData(
-        CropDataset(source, augment, seed, preprocess), stack, views, batch_size, total_steps,
+        dataset, stack, views, batch_size, total_steps,
         num_workers, eval_data, run_dir, max_bad_fraction, timeout,
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ class RunPlan:
     steps_per_epoch: float
     total_steps: int
     per_device_batch: int
-    lr: float  # peak, for this batch
+    lr: float  # peak, for this batch; nan: a range test is to find it
     warmup_steps: int
 
     def record(self) -> dict[str, Any]:
@@ -106,12 +106,16 @@ def make_plan(
         begun=dict(begun or {}),
     )
     fresh = init.ckpt is not None and init.head == "fresh"
+    if optim.lr == "auto":
+        lr = length.begun.get("lr", math.nan)
+    else:
+        lr = optim.lr * scaled_rate(batch_size, optim.lr_scaling)
     return Plan(
         num_images=num_images,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         per_device_batch=batch_size // world_size,
-        lr=optim.lr * scaled_rate(batch_size, optim.lr_scaling),
+        lr=lr,
         warmup_steps=length.steps(optim.warmup_epochs, optim.max_warmup),
         objective=instantiate(settings.objective)(length),
         backbone_freeze_steps=length.steps(init.freeze_epochs, init.max_freeze) if fresh else 0,

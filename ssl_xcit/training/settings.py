@@ -34,7 +34,7 @@ class OptimSettings:
     """`conf/optim/`."""
 
     optimizer: Node
-    lr: Positive
+    lr: Positive | Literal["auto"]
     lr_scaling: Literal["linear", "sqrt"]
     min_lr: NonNegative
     warmup_start: NonNegative

@@ -32,7 +32,7 @@ from ssl_xcit.data.loader import NoWorkers, ResilientLoader, cause_of, parallel_
 from ssl_xcit.data.multicrop import Replaced, TorchvisionMultiCrop
 from ssl_xcit.data.order import image_at
 from ssl_xcit.data.sources import Files, Subset
-from ssl_xcit.errors import RunFailed
+from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.training.datamodule import multi_crop_data
 
 
@@ -70,6 +70,42 @@ def test_crops_do_not_depend_on_workers_or_on_where_a_run_began(photos_pair, aug
     assert same_crops(resumed[0], alone[2])
     order = [i for b in alone for i in b.indices.tolist()]
     assert order == [image_at(3, position, 40) for position in range(24)]
+
+
+@pytest.mark.parametrize("augment", [FusedMultiCrop, TorchvisionMultiCrop])
+def test_stages_end_at_a_step(photos_pair, augment):
+    """Crops of each step are those of a recipe of its stage; also of a rank, and resumed."""
+    source = Subset(photos_pair.train, np.arange(0, 40))
+    numbers = {"global_size": 24, "num_local": 1}, {"num_local": 0}
+    stages = [{"until": share, **n} for share, n in zip((0.25, 0.6), numbers, strict=True)]
+    plain, staged = augment(**SMALL), augment(**SMALL, stages=stages)
+    whole = batches(source, 1, augment=staged)
+    for step, batch in enumerate(whole):  # 4 steps: shares 0, 0.25, 0.5, 0.75
+        recipe = {0: {**SMALL, **numbers[0]}, 3: SMALL}.get(step, {**SMALL, **numbers[1]})
+        assert same_crops(batch, batches(source, 0, augment=augment(**recipe))[step])
+    assert same_crops(whole[3], batches(source, 0, augment=plain)[3])
+    assert same_crops(batches(source, 0, start_step=2, augment=staged)[0], whole[2])
+    rank = multi_crop_data(source, staged, 3, 4, 3, RGB, num_workers=0, world_size=2)
+    sizes = [b.global_crops.shape[2] for b in rank.train_dataloader()]
+    assert sizes[0] == 24
+    assert len(sizes) == 4
+    assert staged.described(1000) == (
+        "2 x 24 + 1 x 16 until step 250, 2 x 32 until step 600, then 2 x 32 + 3 x 16"
+    )
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{"until": 0.5}], [{"global_size": 32}], [{"until": 0.5, "jitter": 1}],
+        [{"until": 0.5, "num_local": 1}, {"until": 0.5, "num_local": 2}],
+        [{"until": 1.5, "num_local": 1}], [{"until": 0.5, "global_size": 0}],
+        [{"until": 0.5, "local_size": 12.5}],
+    ],
+)  # fmt: skip
+def test_stages_that_are_none(stages):
+    with pytest.raises(UserError, match=r"augment\.stages: .* is none: each has `until`"):
+        FusedMultiCrop(stages=stages)
 
 
 def test_bad_images_cost_a_line_and_change_no_other(tmp_path, caplog):

@@ -140,3 +140,32 @@ def test_what_else_is_missing(own, refused):
     assert run(*words, "teacher_temp=0.1") == 0
     assert results()["run"]["prototypes"]["temperature"] == 0.1
     refused("which=student has no center", *words, "teacher_temp=0.1", "which=student")
+
+
+def test_a_term_of_a_sum_has_the_prototypes(tiny, tmp_path):
+    """Of the class tokens, with the temperature of that term's plan."""
+    file = tiny / "run" / "checkpoints" / "step-000006.ckpt"
+    content = torch.load(file, weights_only=True)
+    names = {
+        "teacher.head.": "teacher.head.dino.",
+        "objective.center.": "objective.terms.dino.center.",
+    }
+    state = {}
+    for key, value in content["state_dict"].items():
+        start = next((old for old in names if key.startswith(old)), None)
+        state[key if start is None else key.replace(start, names[start])] = value
+        if key.startswith("teacher.head."):
+            masked = "teacher.head.ibot.projection."
+            state[key.replace("teacher.head.", masked)] = torch.zeros_like(value)
+    summed = tmp_path / "checkpoints" / file.name
+    summed.parent.mkdir()
+    torch.save({**content, "state_dict": state}, summed)
+    about = json.loads((tiny / "run" / "run.json").read_text())
+    plan = about["plan"]
+    moved = {k: plan.pop(k) for k in list(plan) if k.startswith("teacher_temp")}
+    about["plan"] = {**plan, "dino": moved}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    alone, term = (prototypes.load_teacher(path, "teacher", None) for path in (file, summed))
+    assert term.temperature == alone.temperature
+    features = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(term.probabilities(features), alone.probabilities(features))
