@@ -3,7 +3,7 @@ images, by class token, mean patch and both.
 
 python benchmarks/learning.py [--objectives dino,infonce,...] [--seconds 150] [--seeds 0]
     [--data photos | DIR] [--size 48] [--model xcit_micro_4_p8] [--batch 32]
-    [--words "augment.num_local=2 ..."] [--out runs/learning]
+    [--words "augment.num_local=2 ..."] [--teacher runs/demo] [--out runs/learning]
 
 A few steps, in turn, tell how many fit into the time; then each is `ssl-xcit pretrain` with the
 recipe of the built-in photographs, of so many steps. DIR has one folder a class (such as what
@@ -53,6 +53,7 @@ def words(args: argparse.Namespace, objective: str, seed: int, steps: int, name:
         f"out={args.out}", f"name={name}", "report=null", "callbacks.online=null",
         "callbacks.snapshots=null", "eval_data=none", "callbacks.metrics.every_steps=5",
         "callbacks.checkpoints.every_steps=100000", *args.words.split(),
+        *([f"objective.teacher={args.teacher}"] if objective == "distillation" else []),
     ]  # fmt: skip
 
 
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--model", default="xcit_micro_4_p8")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--words", default="")
+    parser.add_argument("--teacher", default="runs/demo", help="of --objectives distillation")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     args = parser.parse_args()
     pair, rows = labelled(args), dict[str, list[dict[str, float]]]()

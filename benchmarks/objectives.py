@@ -30,7 +30,7 @@ from ssl_xcit.training.settings import PretrainSettings
 from ssl_xcit.utils.validation import parse
 
 OBJECTIVES = ["dino", "swav", "infonce", "simdino", "region", "ibot", "dinov2", "distillation"]
-IMAGES, STEPS = 50_000, 2_000  # of the run that the step is from
+IMAGES, STEPS = 2_000, 2_000  # of the run that the step is from
 
 
 def teacher_file(settings: Any, folder: Path) -> Path:
@@ -50,7 +50,6 @@ def step_of(objective: str, words: list[str], folder: Path) -> Callable[[], obje
         if objective == "distillation":
             given.append(f"objective.teacher={teacher_file(cfg, folder)}")
             cfg = compose("pretrain", given)
-    del cfg.hydra
     cfg.epochs = STEPS * cfg.batch_size / IMAGES
     settings = parse(PretrainSettings, cfg)
     plan = make_plan(settings, IMAGES, 1)

@@ -4,9 +4,10 @@
 python benchmarks/transfer.py --ckpt runs/demo [--task classification,segmentation,detection]
     [--fractions 0.05,0.2,1.0] [--seeds 0,1,2] [--out runs/transfer] [--table]
 
-Each run is `ssl-xcit finetune` with the built-in recipe of the task, cut to a number of steps; one
-that is finished is not run again, so several processes may share the work (--seeds 0, --seeds 1).
-`--table` prints the mean over the seeds, and the lowest and highest, of what is finished.
+Each run is `ssl-xcit finetune` with the built-in recipe of the task (segmentation with the images'
+own 128 pixels instead of 96), cut to a number of steps; one that is finished is not run again, so
+several processes may share the work (--seeds 0, --seeds 1). `--table` prints the mean over the
+seeds, and the lowest and highest, of what is finished.
 """
 
 import argparse
@@ -19,6 +20,9 @@ from ssl_xcit import cli
 IMAGES = {"classification": 1494, "segmentation": 1200, "detection": 1200}
 STEPS = {"classification": 150, "segmentation": 150, "detection": 200}
 BATCH = {"classification": 32, "segmentation": 8, "detection": 8}
+WORDS = {  # besides the recipe
+    "classification": [], "segmentation": ["augment.size=128", "augment.crop=128"], "detection": []
+}  # fmt: skip
 NUMBERS = {
     "classification": ["top1"], "segmentation": ["miou"], "detection": ["box_AP50", "mask_AP50"]
 }  # fmt: skip
@@ -43,6 +47,7 @@ def words(args: argparse.Namespace, task: str, arm: str, fraction: float, seed: 
         f"out={args.out}", f"name={folder(args.out, task, arm, fraction, seed).name}",
         "report=null", "callbacks.online=null", "callbacks.checkpoints.every_steps=1000",
         "trainer=cpu", "trainer.precision=32-true", "num_workers=0",
+        *WORDS[task],
     ]  # fmt: skip
 
 

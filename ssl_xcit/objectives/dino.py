@@ -142,6 +142,8 @@ class DINO(Objective):
             raise UserError(f"student_temp={student_temp}: above 0; the paper has 0.1")
         if centering == "sinkhorn" and self.assigns_images:
             rows = GLOBAL_VIEWS * length.compared
+            if num_prototypes is None:  # the table does not know the batch
+                chosen["num_prototypes"] = min(chosen["num_prototypes"], rows)
             check_prototypes(chosen["num_prototypes"], rows, length.key)
         if koleo and length.compared < 2:
             raise UserError(

@@ -1,8 +1,9 @@
 """Objectives that compare embeddings of a projection head, without prototypes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from ssl_xcit.objectives.objective import (
 )
 from ssl_xcit.utils.validation import Positive, Share
 
+Projected = Literal["cls", "patch", "cls_patch"]
+
 
 class EmbeddingObjective(Objective):
     """The student's embeddings against the teacher's.
@@ -26,6 +29,7 @@ class EmbeddingObjective(Objective):
     Args:
         length: of the run.
         head: makes a projection of a width.
+        projected: what the head sees: the class token, the mean patch, or both in a row.
         ema: see `Objective`; null: from the table.
         by_steps_and_images: see `chosen_by_length`.
         clip_norm: see `Objective`.
@@ -40,23 +44,34 @@ class EmbeddingObjective(Objective):
         by_steps_and_images: Table,
         clip_norm: Positive,
         clip: Clip,
+        projected: Projected = "cls",
     ):
         table = f"{length.key}.by_steps_and_images"
         chosen = chosen_by_length({"ema": ema}, by_steps_and_images, table, length)
         super().__init__(length, chosen["ema"], clip_norm, clip)
         self.new_head = head
+        self.projected = projected
+        self.takes_patches = projected != "cls"
 
     def make_head(self, embed_dim: int) -> nn.Module:
         """A projection."""
-        return self.new_head(embed_dim)
+        return self.new_head(2 * embed_dim if self.projected == "cls_patch" else embed_dim)
+
+    def project(self, head: nn.Module, embedded: Embedded) -> Float[Tensor, "V B D"]:
+        """Embeddings of all views."""
+        seen = embedded.cls
+        if self.projected != "cls":
+            means = torch.cat([patches.mean(dim=(-2, -1)) for patches in embedded.patches])
+            seen = means if self.projected == "patch" else torch.cat((seen, means), dim=-1)
+        embeddings: Tensor = head(seen)
+        return embeddings
 
     def targets(
         self, head: nn.Module, teacher: Embedded | None, inputs: Inputs, step: int
     ) -> Float[Tensor, "G B D"]:
         """Embeddings of the global views."""
         assert teacher is not None
-        embeddings: Tensor = head(teacher.cls)
-        return embeddings
+        return self.project(head, teacher)
 
     def signs(self, parts: Sequence[Any]) -> Signs:
         """The teacher's embeddings."""

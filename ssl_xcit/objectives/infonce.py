@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.objectives.contrast import info_nce
-from ssl_xcit.objectives.embeddings import EmbeddingObjective
+from ssl_xcit.objectives.embeddings import EmbeddingObjective, Projected
 from ssl_xcit.objectives.objective import (
     ALIKE,
     EMBEDDINGS_ALIKE,
@@ -36,6 +36,7 @@ class InfoNCE(EmbeddingObjective):
         by_steps_and_images: see `chosen_by_length`.
         clip_norm: see `Objective`.
         clip: likewise.
+        projected: see `EmbeddingObjective`.
 
     Raises:
         UserError: a batch of one image, or a queue smaller than the batch.
@@ -51,8 +52,9 @@ class InfoNCE(EmbeddingObjective):
         by_steps_and_images: Table = (),
         clip_norm: Positive = 3.0,
         clip: Clip = "tensor",
+        projected: Projected = "cls",
     ):
-        super().__init__(length, head, ema, by_steps_and_images, clip_norm, clip)
+        super().__init__(length, head, ema, by_steps_and_images, clip_norm, clip, projected)
         if length.compared < 2:
             raise UserError(
                 f"batch_size={length.batch_size} trainer.accumulate={length.accumulate}: an image "
@@ -79,7 +81,7 @@ class InfoNCE(EmbeddingObjective):
     ) -> tuple[Float[Tensor, ""], Mapping[str, Tensor]]:
         """Mean over pairs of different views."""
         earlier = None if self.queue is None else self.queue.filled()
-        return info_nce(head(student.cls), targets, self.temperature, earlier), {}
+        return info_nce(self.project(head, student), targets, self.temperature, earlier), {}
 
     def update_(self, parts: Sequence[Float[Tensor, "G _ D"]]) -> None:
         """Put the batch into the queue."""

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ssl_xcit.objectives.coding_rate import simdino_loss
-from ssl_xcit.objectives.embeddings import EmbeddingObjective
+from ssl_xcit.objectives.embeddings import EmbeddingObjective, Projected
 from ssl_xcit.objectives.objective import Clip, Embedded, RunLength, Table
 from ssl_xcit.utils.validation import Positive, Share
 
@@ -25,6 +25,7 @@ class SimDINO(EmbeddingObjective):
         by_steps_and_images: see `chosen_by_length`.
         clip_norm: see `Objective`.
         clip: likewise.
+        projected: see `EmbeddingObjective`.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class SimDINO(EmbeddingObjective):
         by_steps_and_images: Table = (),
         clip_norm: Positive = 3.0,
         clip: Clip = "tensor",
+        projected: Projected = "cls",
     ):
-        super().__init__(length, head, ema, by_steps_and_images, clip_norm, clip)
+        super().__init__(length, head, ema, by_steps_and_images, clip_norm, clip, projected)
         self.eps = eps
         self.gamma = gamma
 
@@ -46,4 +48,4 @@ class SimDINO(EmbeddingObjective):
         self, head: nn.Module, student: Embedded, targets: Float[Tensor, "G B D"], step: int
     ) -> tuple[Float[Tensor, ""], Mapping[str, Tensor]]:
         """Distance less coding rate, and both by name."""
-        return simdino_loss(head(student.cls), targets, self.eps, self.gamma)
+        return simdino_loss(self.project(head, student), targets, self.eps, self.gamma)

@@ -269,6 +269,9 @@ def test_what_an_objective_refuses(tmp_path):
         Distillation(LENGTH, projection, lambda *_: None)
     with pytest.raises(UserError, match="same share of the 8 rows of a batch"):
         DINO(LENGTH, head, centering="sinkhorn", num_prototypes=9, **TEMPERATURES)
+    table = [{"num_prototypes": 99, **TEMPERATURES}]
+    fitting = DINO(LENGTH, head, centering="sinkhorn", by_steps_and_images=table)
+    assert fitting.derived()["num_prototypes"] == 8
     torch.save(XCiT(16, 1, 2, 8).state_dict(), tmp_path / "teacher.pth")
     with pytest.raises(UserError, match="takes images of 3 channels, and these have 1"):
         load_frozen_teacher(str(tmp_path / "teacher.pth"), None, Preprocess(1))
