@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--smallest", type=int, default=20)
     parser.add_argument("--largest", type=int, default=120)
     args = parser.parse_args()
+    if args.out.is_dir() and any(args.out.iterdir()):
+        parser.error(f"{args.out} is not empty: name another folder")
     classes: dict[str, list[Path]] = defaultdict(list)
     for root in ROOTS:
         for path in sorted(root.rglob("*.png")):

@@ -15,6 +15,7 @@ batch that is waited for counts, starting and evaluating do not.
 
 import argparse
 import csv
+import hashlib
 import json
 import statistics
 from pathlib import Path
@@ -57,6 +58,12 @@ def words(args: argparse.Namespace, objective: str, seed: int, steps: int, name:
     ]  # fmt: skip
 
 
+def settings_of(args: argparse.Namespace) -> str:
+    """A short name of what a run is made with, besides objective, seconds and seed."""
+    what = (args.data, args.size, args.model, args.batch, args.words, str(args.teacher))
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:6]
+
+
 def labelled(args: argparse.Namespace) -> LabelledPair:
     """The images with their classes."""
     group = "photos" if args.data == "photos" else "folder"
@@ -75,7 +82,7 @@ def steps_in_the_time(args: argparse.Namespace) -> dict[str, int]:
     speeds: dict[str, list[float]] = {objective: [] for objective in args.objectives}
     for turn in range(TURNS):
         for objective in args.objectives:
-            name = f"speed-{objective}-{turn}"
+            name = f"speed-{objective}-{settings_of(args)}-{turn}"
             file = args.out / name / "metrics.csv"
             if not file.is_file():
                 cli.main(words(args, objective, 0, PROBE_STEPS, name))
@@ -154,7 +161,7 @@ def main() -> None:
     steps = steps_in_the_time(args)
     for seed in args.seeds:
         for objective in args.objectives:
-            name = f"{objective}-{args.seconds:g}s-{seed}"
+            name = f"{objective}-{settings_of(args)}-{args.seconds:g}s-{seed}"
             cli.main(words(args, objective, seed, steps[objective], name))
             extractor = extractor_of(args.out / name, pair)
             numbers = measured(extract_pair(extractor, KINDS), args.data)
@@ -170,7 +177,7 @@ def main() -> None:
         name: {**about, "steps": steps.get(name), "numbers": numbers}
         for name, numbers in rows.items()
     }
-    save(f"learning_{Path(args.data).name}_{args.seconds:g}s", results)
+    save(f"learning_{Path(args.data).name}_{args.seconds:g}s_{settings_of(args)}", results)
 
 
 def print_table(rows: dict[str, list[dict[str, float]]], steps: dict[str, int]) -> None:

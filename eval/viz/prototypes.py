@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from ssl_xcit.errors import UserError
@@ -29,6 +30,7 @@ from .grids import GridCell, GridRow
 
 CHUNK = 1 << 24  # probabilities at once
 HEAD = "teacher.head."
+REGION = "ssl_xcit.objectives.esvit.Region"  # whose prototypes are of patches
 PLAN = ("teacher_temp_start", "teacher_temp", "teacher_temp_epochs", "steps_per_epoch")
 
 
@@ -72,7 +74,7 @@ def load_teacher(path: Path, which: str, temperature: float | None) -> Teacher:
         )
     content = read_checkpoint(path)
     state = content.get("state_dict", {})
-    term = term_of(state)
+    term = term_of(state, folder_of(path))
     prefix = f"{HEAD}{term}." if term else HEAD
     weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     center = state.get(f"objective.terms.{term}.center.center") if term else center_of(state)
@@ -92,10 +94,14 @@ def load_teacher(path: Path, which: str, temperature: float | None) -> Teacher:
     return Teacher(head.eval(), running, temperature)
 
 
-def term_of(state: Mapping[str, Any]) -> str:
+def term_of(state: Mapping[str, Any], run_dir: Path) -> str:
     """The first term of a sum of objectives that has prototypes of class tokens; empty: no sum."""
-    last = re.compile(re.escape(HEAD) + r"(\w+)\.last_layer\.weight_v")
-    return next((found[1] for key in state if (found := last.fullmatch(key))), "")
+    last = re.compile(re.escape(HEAD) + r"([^.]+)\.last_layer\.weight_v")
+    terms = [found[1] for key in state if (found := last.fullmatch(key))]
+    file = run_dir / "config.yaml"
+    settings = OmegaConf.load(file) if terms and file.is_file() else OmegaConf.create()
+    kinds = {term: OmegaConf.select(settings, f"objective.terms.{term}._target_") for term in terms}
+    return next((term for term in terms if kinds[term] != REGION), "")
 
 
 def temperature_of(path: Path, step: int, term: str = "") -> float:

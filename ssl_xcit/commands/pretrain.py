@@ -16,16 +16,17 @@ from hydra.utils import instantiate
 from ssl_xcit.data.crop_dataset import check_images, check_labelled
 from ssl_xcit.data.identity import indices_of
 from ssl_xcit.data.loader import default_workers
-from ssl_xcit.data.multicrop import Crops, Recipe
+from ssl_xcit.data.multicrop import Crops, MultiCrop, Recipe, crops_at
+from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import LabelledPair, Source
-from ssl_xcit.models.weights import load_backbone, model_name
+from ssl_xcit.models.weights import TrainingWeights, load_backbone, model_name
 from ssl_xcit.training.build import make_module, make_schedules
 from ssl_xcit.training.datamodule import TrainingData, multi_crop_data
 from ssl_xcit.training.health import HEALTHY
 from ssl_xcit.training.init_weights import described_start, read_start
-from ssl_xcit.training.lr_range import RANGE_STEPS, check_one_device, range_test
+from ssl_xcit.training.lr_range import FEWEST_STEPS, MOST_STEPS, check_one_device, range_test
 from ssl_xcit.training.module import Pretraining
-from ssl_xcit.training.plan import Plan, make_plan
+from ssl_xcit.training.plan import Plan, make_plan, scaled_rate
 from ssl_xcit.training.run_dir import (
     about_run,
     check_same_data,
@@ -108,7 +109,7 @@ def main(settings: PretrainSettings) -> None:
         if trainer.is_global_zero and is_finished(run_dir, finish):  # meanwhile
             return
 
-        def crops(total_steps: int) -> TrainingData[Crops]:
+        def crops(augment: MultiCrop, total_steps: int) -> TrainingData[Crops]:
             return multi_crop_data(
                 source,
                 augment,
@@ -124,25 +125,45 @@ def main(settings: PretrainSettings) -> None:
                 trainer.world_size,
             )
 
-        if math.isnan(plan.lr):
-            trial = make_module(settings, make_plan(settings, len(source), 1), preprocess, start)
-            steps = max(10, min(RANGE_STEPS, plan.total_steps))
-            lr = range_test(settings.trainer, trial, crops(steps), steps, run_dir)
-            plan = replace(plan, lr=lr)
-            module.schedules = make_schedules(settings.optim, plan)
-        data = crops(plan.total_steps)
+        data = crops(augment, plan.total_steps)
+
+        def training() -> float:
+            nonlocal plan
+            if math.isnan(plan.lr):
+                steps = max(FEWEST_STEPS, min(MOST_STEPS, plan.total_steps))
+                trial = crops(crops_at(augment, 0.0), steps)
+                plan = replace(plan, lr=found_rate(settings, trial, preprocess, start, run_dir))
+                module.schedules = make_schedules(settings.optim, plan)
+            return train(
+                settings, trainer, module, data, plan, run_dir, record,
+                lambda: announce(settings, plan, module, data, run_dir),
+            )  # fmt: skip
+
         run_to_the_end(
             trainer,
             stop,
             run_dir,
-            lambda: train(
-                settings, trainer, module, data, plan, run_dir, record,
-                lambda: announce(settings, plan, module, data, run_dir),
-            ),
+            training,
             lambda seconds: conclude(
                 settings, trainer, module, data, plan, evaluate, run_dir, seconds
             ),
-        )  # fmt: skip
+        )
+
+
+def found_rate(
+    settings: PretrainSettings,
+    data: TrainingData[Crops],
+    preprocess: Preprocess,
+    start: TrainingWeights | None,
+    run_dir: Path,
+) -> float:
+    """The peak learning rate that `optim.lr=auto` stands for, by networks of their own."""
+    num_images, optim = len(data.dataset.source), settings.optim
+    module = make_module(settings, make_plan(settings, num_images, 1), preprocess, start)
+    found = range_test(settings.trainer, module, data, run_dir)
+    as_given = found / scaled_rate(settings.batch_size, optim.lr_scaling)
+    say(f"lr=auto: {found:.2e}, as if optim.lr={as_given:.2e} had been given")
+    return found
 
 
 def conclude(

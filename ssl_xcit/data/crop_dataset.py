@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ssl_xcit.data.decode import BadImage, DeepRange, dark_images, decode, open_picture
 from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.loader import ResilientLoader, default_workers, loader_options
-from ssl_xcit.data.multicrop import Crops, MultiCrop, Replaced
+from ssl_xcit.data.multicrop import Crops, MultiCrop, Replaced, crops_at
 from ssl_xcit.data.order import crop_seed, fallback_index, image_at
 from ssl_xcit.data.preprocess import Preprocess, resize_center_crop
 from ssl_xcit.data.sources import LabelledPair, Source
@@ -38,7 +38,8 @@ class CropDataset(Dataset[Crops]):
         num_images = len(self.source)
         wanted = image_at(self.seed, position, num_images, self.source.shards)
         seed = crop_seed(self.seed, position, num_images)
-        augment = self.augment.at(position // self.images_per_step / self.total_steps)
+        share = position // self.images_per_step / self.total_steps
+        augment = crops_at(self.augment, share)
         replaced: list[Replaced] = []
         for step in range(MAX_REPLACEMENTS):
             index = fallback_index(self.seed, position, wanted, step, num_images)

@@ -6,8 +6,7 @@ once a batch, on the device that trains. `fused.py` has the fast form, and `Torc
 is the reference: Pillow and torchvision, in the published order.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
@@ -83,10 +82,6 @@ class MultiCrop(Protocol):
         """
         ...
 
-    def at(self, share: float) -> "MultiCrop":
-        """Return the crops that are made when such a share of the run is done."""
-        ...
-
     def __call__(self, picture: Picture, seed: int) -> tuple[Large, Small]:
         """Return crops of the picture, the same for the same seed; raises BadImage."""
         ...
@@ -115,7 +110,8 @@ class Recipe:
     # pixels
     blur_radius: Radius = (0.1, 2.0)
     solarise_prob: Probabilities = (0.0, 0.2, 0.0)  # as `blur_prob`, for solarisation
-    # parts of the run that have other numbers, each `until` a share of it; the rest is as above
+    # parts of the run that have other numbers, each `until` a share of it; the rest is as above.
+    # Memory is needed for the largest
     stages: Sequence[Mapping[str, float]] = ()
 
     def __post_init__(self) -> None:
@@ -133,8 +129,8 @@ class Recipe:
             if not (last < until <= 1.0 and counts and len(numbers) == len(stage) - 1 > 0):
                 raise UserError(
                     f"augment.stages: {dict(stage)} is none: each has `until`, a share of the run "
-                    f"above that of the one before, and some of {', '.join(STAGED)}, such as "
-                    "{until:0.5,global_size:32,local_size:16}"
+                    f"above that of the one before (here {last:g}), and whole numbers of some of "
+                    f"{', '.join(STAGED)}, such as {{until:0.5,global_size:32,local_size:16}}"
                 )
             self.parts.append((until, replace(self, stages=(), **numbers)))
             last = until
@@ -152,11 +148,18 @@ class Recipe:
             local = f" + {recipe.num_local} x {recipe.local_size}" * (recipe.num_local > 0)
             return f"2 x {recipe.global_size}{local}"
 
+        steps = range(total_steps)
         ends = [
-            f"{sizes(recipe)} until step {math.ceil(until * total_steps):,}"
+            f"{sizes(recipe)} until step {sum(n / total_steps < until for n in steps):,}"
             for until, recipe in self.parts
         ]
         return ", ".join([*ends, f"then {sizes(self)}"])
+
+
+def crops_at(augment: MultiCrop, share: float) -> MultiCrop:
+    """Return the crops that are made when such a share of the run is done."""
+    at: Callable[[float], MultiCrop] | None = getattr(augment, "at", None)
+    return augment if at is None else at(share)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ssl_xcit.objectives.objective import (
 )
 from ssl_xcit.utils.validation import Positive, Share
 
-Projected = Literal["cls", "patch", "cls_patch"]
+Projected = Literal["cls", "cls_patch"]
 
 
 class EmbeddingObjective(Objective):
@@ -29,7 +29,7 @@ class EmbeddingObjective(Objective):
     Args:
         length: of the run.
         head: makes a projection of a width.
-        projected: what the head sees: the class token, the mean patch, or both in a row.
+        projected: what the head sees: the class token, or it and the mean patch in a row.
         ema: see `Objective`; null: from the table.
         by_steps_and_images: see `chosen_by_length`.
         clip_norm: see `Objective`.
@@ -50,19 +50,18 @@ class EmbeddingObjective(Objective):
         chosen = chosen_by_length({"ema": ema}, by_steps_and_images, table, length)
         super().__init__(length, chosen["ema"], clip_norm, clip)
         self.new_head = head
-        self.projected = projected
-        self.takes_patches = projected != "cls"
+        self.takes_patches = projected == "cls_patch"
 
     def make_head(self, embed_dim: int) -> nn.Module:
         """A projection."""
-        return self.new_head(2 * embed_dim if self.projected == "cls_patch" else embed_dim)
+        return self.new_head(2 * embed_dim if self.takes_patches else embed_dim)
 
     def project(self, head: nn.Module, embedded: Embedded) -> Float[Tensor, "V B D"]:
         """Embeddings of all views."""
         seen = embedded.cls
-        if self.projected != "cls":
+        if self.takes_patches:
             means = torch.cat([patches.mean(dim=(-2, -1)) for patches in embedded.patches])
-            seen = means if self.projected == "patch" else torch.cat((seen, means), dim=-1)
+            seen = torch.cat((seen, means), dim=-1)
         embeddings: Tensor = head(seen)
         return embeddings
 

@@ -57,9 +57,13 @@ def make_module(
 
 
 def make_schedules(optim: OptimSettings, plan: Plan) -> Schedules:
-    """What changes with the step, over the whole run."""
+    """What changes with the step, over the whole run. A rate that was found may lie below the ends
+    that were set.
+    """
+    ends = (optim.min_lr, optim.warmup_start)
+    last, first = (min(end, plan.lr) if optim.lr == "auto" else end for end in ends)
     return Schedules(
-        lr=Cosine(plan.lr, optim.min_lr, plan.total_steps, plan.warmup_steps, optim.warmup_start),
+        lr=Cosine(plan.lr, last, plan.total_steps, plan.warmup_steps, first),
         weight_decay=Cosine(optim.weight_decay, optim.weight_decay_end, plan.total_steps),
         ema=Cosine(plan.objective.ema, 1.0, plan.total_steps),
         backbone=BackboneUnfreezeSchedule(plan.backbone_freeze_steps, plan.warmup_steps)

@@ -15,13 +15,15 @@ from hydra.utils import instantiate
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.training.datamodule import TrainingData
 from ssl_xcit.training.module import Pretraining
+from ssl_xcit.training.run_dir import disk_trouble
 from ssl_xcit.training.settings import TrainerSettings
+from ssl_xcit.training.trainer import leave_signals, plugins
 from ssl_xcit.utils.files import replacing
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import as_plain
 
 FILE = "lr_range.csv"
-RANGE_STEPS = 100  # of a test, at most those of the run
+MOST_STEPS, FEWEST_STEPS = 100, 10  # of a test; in between, those of the run
 LOWEST, HIGHEST = 1e-6, 1e-1  # tried: far too low, far too high
 MEMORY = 0.9  # of the running mean of the losses
 
@@ -52,26 +54,21 @@ class Losses(lightning.Callback):
 
 
 def range_test(
-    settings: TrainerSettings,
-    module: Pretraining,
-    data: TrainingData[Any],
-    steps: int,
-    run_dir: Path,
+    settings: TrainerSettings, module: Pretraining, data: TrainingData[Any], run_dir: Path
 ) -> float:
     """The learning rate that a range test proposes; `RUN/lr_range.csv` has its losses.
 
     Args:
         settings: of the trainer.
-        module: a fresh one of the same settings; it is of no use afterwards.
-        data: of `steps` steps.
-        steps: of the test.
+        module: a fresh one; it is of no use afterwards.
+        data: of as many steps as are to be taken.
         run_dir: of the run.
 
     Raises:
-        RunFailed: the loss does not fall at any rate.
+        RunFailed: the loss falls at no rate.
     """
-    losses, rate = Losses(), Rising(steps)
-    module.guard.max_skipped = steps + 1  # as the rates rise they may well not be finite
+    losses, rate = Losses(), Rising(data.total_steps)
+    module.guard.max_skipped = data.total_steps + 1  # as rates rise they may well not be finite
     schedules = module.schedules
     module.schedules = replace(
         schedules, lr=rate, weight_decay=at_start(schedules.weight_decay),
@@ -80,18 +77,21 @@ def range_test(
     plain = as_plain(settings)
     del plain["accumulate"]
     trainer = instantiate(
-        plain, callbacks=[losses], logger=False, max_epochs=-1, max_steps=steps,
-        num_sanity_val_steps=0, use_distributed_sampler=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, default_root_dir=str(run_dir),
+        plain, callbacks=[losses], plugins=plugins(), logger=False, max_epochs=-1,
+        max_steps=data.total_steps, num_sanity_val_steps=0, use_distributed_sampler=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        default_root_dir=str(run_dir),
     )  # fmt: skip
-    say(f"lr=auto: {steps} steps with rates from {LOWEST:g} to {HIGHEST:g}, on fresh networks")
+    leave_signals(trainer)
+    say(f"lr=auto: {data.total_steps} steps with rates from {LOWEST:g} to {HIGHEST:g}")
     trainer.fit(module, datamodule=data)
     rates = [rate(step) for step in range(len(losses.losses))]
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with replacing(run_dir / FILE) as part, part.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["lr", "loss", "running_mean"])
-        rows.writerows(zip(rates, losses.losses, running_means(losses.losses), strict=True))
+    with disk_trouble(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with replacing(run_dir / FILE) as part, part.open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["lr", "loss", "running_mean"])
+            rows.writerows(zip(rates, losses.losses, running_means(losses.losses), strict=True))
     return proposed(rates, losses.losses)
 
 
@@ -103,8 +103,8 @@ def check_one_device(world_size: int) -> None:
     """
     if world_size > 1:
         raise UserError(
-            f"optim.lr=auto tries rates on one device, and here are {world_size}: see what it "
-            "finds with trainer.devices=1, and give that number"
+            f"optim.lr=auto tries rates on one device, and here are {world_size}: see with "
+            "trainer.devices=1 which optim.lr=... it finds, and give that number"
         )
 
 

@@ -20,6 +20,7 @@ from ssl_xcit.training.optim import clip_all_, clip_each_, ema_update_, paramete
 from ssl_xcit.training.step_guard import Diagnosis, StepGuard, seed_step
 
 Schedule = Callable[[int], float]
+MOST_PROGRAMS = 64  # of a compiled backbone, one a shape
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Network(nn.Module):
         one a resolution; evaluation, with its many batch sizes, takes the backbone as it is.
         """
         run = self.backbone.forward_features if patches else self.backbone.forward
+        config: Any = torch._dynamo.config  # stages of crops and uneven parts of a batch have many
+        config.recompile_limit = max(config.recompile_limit, MOST_PROGRAMS)
         self.compiled = torch.compile(run, dynamic=False, fullgraph=fullgraph)
 
     def embedded(

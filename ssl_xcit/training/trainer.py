@@ -57,9 +57,6 @@ def make_trainer(
             "callbacks.checkpoints and callbacks.metrics are required callbacks: do not remove them"
         )
     stop = StopOnSignal(checkpoints)
-    plugins: list[Any] = [CheckpointFiles()]
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))
     loggers = [
         make_logger(name, node, run_dir, run_id) for name, node in (settings.logger or {}).items()
     ]
@@ -70,7 +67,7 @@ def make_trainer(
             lightning_settings,
             # what is done at a step is done before the step is saved
             callbacks=[*(c for c in callbacks if c is not checkpoints), checkpoints, stop],
-            plugins=plugins,
+            plugins=plugins(),
             logger=[CSVMetrics(run_dir), *loggers],
             default_root_dir=str(run_dir),
             max_epochs=-1,
@@ -86,11 +83,21 @@ def make_trainer(
         if isinstance(cause, MisconfigurationException | ValueError):
             raise UserError(f"trainer: {str(cause).strip().splitlines()[0]}") from error
         raise
-    # Lightning's handler talks to other ranks from wherever it interrupts
-    trainer._signal_connector.register_signal_handlers = lambda: None
+    leave_signals(trainer)
     if isinstance(trainer.strategy, DDPStrategy):
         trainer.strategy._timeout = timedelta(seconds=settings.collective_timeout)
     return trainer, stop
+
+
+def plugins() -> list[Any]:
+    """Our checkpoint files; under SLURM we queue a job again ourselves."""
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return [CheckpointFiles(), *slurm]
+
+
+def leave_signals(trainer: lightning.Trainer) -> None:
+    """Lightning's handler talks to other ranks from wherever it interrupts; it takes none."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
 def make_logger(name: str, node: Node, run_dir: Path, run_id: str) -> FailsafeLogger:

@@ -1,6 +1,8 @@
 """Row 32: every objective goes on after kills as if there had been none, and two ranks agree."""
 
+import json
 import random
+import signal
 import time
 
 import pytest
@@ -16,7 +18,7 @@ WORDS = [
 ]  # fmt: skip
 TERMS = [f"objective.terms.{term}.num_prototypes=16" for term in ("dino", "region")]
 OBJECTIVES = {
-    "infonce": ["objective.queue=40"],
+    "infonce": ["objective.queue=40", "objective.projected=cls_patch"],
     "simdino": ["augment.stages=[{until:0.5,global_size:24,local_size:12,num_local:1}]"],
     "swav": ["objective.num_prototypes=8", "objective.koleo=0.1", "objective.clip=module"],
     "region": TERMS,
@@ -56,6 +58,26 @@ def test_row_32_sigkills_with_each_objective(name, zygote, tmp_path, photos_pair
         run.kill()
     assert_goes_on(place, undisturbed)
     assert last_checkpoint(place, 20) == last_checkpoint(undisturbed, 20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_row_32_stopped_while_a_rate_is_sought(number, zygote, tmp_path, photos_pair):
+    """Nothing is left of it, and the same command finds the same rate."""
+    place = Place(zygote, tmp_path / "place", [*words("simdino", tmp_path), "optim.lr=auto"])
+    run = place.start()
+    out = run.outputs[0]
+    place.until(lambda: out.exists() and "lr=auto: 20 steps" in out.read_text(), run)
+    run.send(number)
+    assert run.wait() == {signal.SIGTERM: 75, signal.SIGINT: 130}.get(number, -number)
+    assert "Traceback" not in run.err
+    assert number == signal.SIGKILL or f"stopped by {number.name}" in run.out
+    assert not place.checkpoints()
+    whole = Place(zygote, tmp_path / "whole", place.words)
+    for each in (place, whole):
+        each()
+    plans = [json.loads((each.run_dir / "run.json").read_text())["plan"] for each in (place, whole)]
+    assert plans[0] == plans[1]
+    assert last_checkpoint(place, 20) == last_checkpoint(whole, 20)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

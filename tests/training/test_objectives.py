@@ -110,6 +110,27 @@ def test_a_sum_is_the_weighted_sum_of_its_terms():
             WeightedSum(LENGTH, terms, odd, ema=0.99)
 
 
+@pytest.mark.parametrize("kind", [InfoNCE, SimDINO])
+def test_class_token_and_mean_patch_in_a_row(kind):
+    objective = kind(LENGTH, projection, ema=0.9, projected="cls_patch")
+    shared, student, seen = objective.make_head(5), embedded(), embedded(2, seed=1)
+    assert objective.takes_patches
+    targets = objective.targets(shared, seen, Inputs([]), 0)
+
+    def rows(given):
+        patches = [p.flatten(-2).mean(-1) for p in given.patches if len(p)]
+        return shared(torch.cat((given.cls, torch.cat(patches)), dim=-1))
+
+    assert torch.equal(targets, rows(seen))
+    alone = kind(LENGTH, projection, ema=0.9)
+    assert not alone.takes_patches
+    loss, _ = objective.loss(shared, student, targets, 0)
+    seen_alone = Embedded(torch.cat((student.cls, torch.cat(
+        [p.flatten(-2).mean(-1) for p in student.patches])), dim=-1))  # fmt: skip
+    expected, _ = alone.loss(shared, seen_alone, targets, 0)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_masked_patches_by_a_loop():
     prototypes = partial(DINO, head=head, num_prototypes=8, **TEMPERATURES)
     objective = IBOT(LENGTH, MaskedHead, prototypes, ratio=(0.2, 0.6), probability=0.75, start=0.5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import images, run
+from omegaconf import OmegaConf
 from scipy.special import erf, log_softmax
 from scipy.stats import entropy
 from tiny_run import PLAN, K
@@ -157,6 +158,8 @@ def test_a_term_of_a_sum_has_the_prototypes(tiny, tmp_path):
         if key.startswith("teacher.head."):
             masked = "teacher.head.ibot.projection."
             state[key.replace("teacher.head.", masked)] = torch.zeros_like(value)
+            state[key.replace("teacher.head.", "teacher.head.of-patches.")] = value
+    state = dict(sorted(state.items(), reverse=True))  # that term comes first
     summed = tmp_path / "checkpoints" / file.name
     summed.parent.mkdir()
     torch.save({**content, "state_dict": state}, summed)
@@ -165,6 +168,8 @@ def test_a_term_of_a_sum_has_the_prototypes(tiny, tmp_path):
     moved = {k: plan.pop(k) for k in list(plan) if k.startswith("teacher_temp")}
     about["plan"] = {**plan, "dino": moved}
     (tmp_path / "run.json").write_text(json.dumps(about))
+    region = {"_target_": "ssl_xcit.objectives.esvit.Region"}
+    OmegaConf.save({"objective": {"terms": {"of-patches": region}}}, tmp_path / "config.yaml")
     alone, term = (prototypes.load_teacher(path, "teacher", None) for path in (file, summed))
     assert term.temperature == alone.temperature
     features = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
