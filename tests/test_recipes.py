@@ -52,11 +52,13 @@ def test_a_step_at_reduced_size(recipe, tmp_path):
         "patch_size": whole.patch_size, "in_chans": 3, "drop_path": cfg.model.drop_path,
     }  # fmt: skip
     cfg.augment.global_size, cfg.augment.local_size = 48, 32
-    cfg.objective.head.hidden_dim, cfg.objective.head.bottleneck_dim = 16, 8
+    cfg.objective.head.hidden_dim, prototypes = 16, "bottleneck_dim" in cfg.objective.head
+    if prototypes:
+        cfg.objective.head.bottleneck_dim = 8
     cfg.batch_size = 8
     if cfg.init.needed:
         cfg.init.ckpt = str(make_run(tmp_path / "first", patch_size=whole.patch_size))
-    elif cfg.objective.num_prototypes is not None:
+    elif prototypes and cfg.objective.num_prototypes is not None:
         cfg.objective.num_prototypes = 32
     settings, start = read_start(parse(PretrainSettings, cfg), tmp_path / "run")
     assert (start is not None) == (settings.init.ckpt is not None)
@@ -71,7 +73,8 @@ def test_a_step_at_reduced_size(recipe, tmp_path):
     )  # fmt: skip
     trainer.fit(module, data)
     assert trainer.global_step == 1
-    assert 0.0 < module.output.loss.item() < 1.2 * math.log(plan.objective.num_prototypes)
+    candidates = plan.objective.num_prototypes if prototypes else 2 * cfg.batch_size
+    assert 0.0 < module.output.loss.item() < 1.2 * math.log(candidates)
     moved = [
         not torch.equal(a, b) for a, b in zip(before, module.student.parameters(), strict=True)
     ]
