@@ -262,7 +262,7 @@ def test_an_unknown_key_is_refused_at_any_depth(composed):
 
 REFUSED = {  # what is allowed -> commands or targets, with words that are refused
     "a number above 0": (
-        "pretrain epochs=0 epochs=abc optim.lr=-1 objective.clip_norm=0 worker_timeout=0 "
+        "pretrain epochs=0 epochs=abc objective.clip_norm=0 worker_timeout=0 "
         "collective_timeout=0; stats worker_timeout=0; "
         "eval.tasks.video_segmentation.VideoSegmentation temperature=0.0"
     ),
@@ -289,6 +289,7 @@ REFUSED = {  # what is allowed -> commands or targets, with words that are refus
         "eval.tasks.video_segmentation.VideoSegmentation num_context=-1; "
         "data.fused.FusedMultiCrop num_local=-1; models.xcit.create_model num_classes=-1"
     ),
+    "a number above 0 or auto": "pretrain optim.lr=-1 optim.lr=0 optim.lr=best",
     "a number of at least 0": "pretrain optim.min_lr=null init.freeze_epochs=-1",
     "a number above 0 or null": (
         "pretrain objective.teacher_temp=0; film max_seconds=0; visualize teacher_temp=0; "
