@@ -26,7 +26,8 @@ def temperature(value):
         ([], ["no_centering"], f"{ONE} takes all images: lower objective.center_momentum"),
         (temperature(1.0), [], f"{UNIFORM}: lower objective.teacher_temp"),
         (temperature(0.3), [], f"{UNIFORM}: lower objective.teacher_temp"),
-        (["optim.lr=1.0"], [], f"{ALIKE}: lower optim.lr"),
+        # which of the two comes is chaotic, and differs between processors
+        (["optim.lr=1.0"], [], f"{ALIKE}: lower optim.lr|{UNIFORM}: lower .* then optim.lr"),
     ],
     ids=["healthy", "no_centering", "no_sharpening", "high_temperature", "lr_x_400"],
 )
@@ -38,7 +39,7 @@ def test_collapse_is_seen_and_said(place, more, call, said):
         assert not verdicts
         assert {r["healthy"] for r in rows} == {"1.0"}
     else:
-        assert any(said in words for _, words in verdicts), err
+        assert any(re.search(said, words) for _, words in verdicts), err
         assert float(rows[-1]["healthy"]) == 0.0
         assert int(verdicts[0][0]) < 180
         assert "not healthy" in place.runs[-1].out
