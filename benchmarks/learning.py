@@ -60,7 +60,7 @@ def words(args: argparse.Namespace, objective: str, seed: int, steps: int, name:
 
 def settings_of(args: argparse.Namespace) -> str:
     """A short name of what a run is made with, besides objective, seconds and seed."""
-    what = (args.data, args.size, args.model, args.batch, args.words, str(args.teacher))
+    what = (args.data, args.size, args.model, args.batch, args.words, args.teacher)
     return hashlib.sha256(repr(what).encode()).hexdigest()[:6]
 
 
@@ -96,7 +96,9 @@ def steps_in_the_time(args: argparse.Namespace) -> dict[str, int]:
 
 
 def folds(features: FeatureSet, data: str) -> list[FeatureSet]:
-    """Test images: those of the photographs, whose windows overlap, or each fifth of all."""
+    """The photographs' own split, for windows of one side by side would give it away; of a folder,
+    each fifth of all images with the rest to learn from.
+    """
     if data == "photos":
         return [features]
     rows = np.concatenate((features.train, features.test))

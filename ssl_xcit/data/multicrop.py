@@ -128,9 +128,9 @@ class Recipe:
             counts = all(type(v) is int and v >= (k != "num_local") for k, v in numbers.items())
             if not (last < until <= 1.0 and counts and len(numbers) == len(stage) - 1 > 0):
                 raise UserError(
-                    f"augment.stages: {dict(stage)} is none: each has `until`, a share of the run "
-                    f"above that of the one before (here {last:g}), and whole numbers of some of "
-                    f"{', '.join(STAGED)}, such as {{until:0.5,global_size:32,local_size:16}}"
+                    f"augment.stages: {dict(stage)} is not a stage: it needs until, a share of the "
+                    f"run above that of the stage before (here {last:g}), and whole numbers for "
+                    f"some of {', '.join(STAGED)}, such as {{until:0.5,global_size:32}}"
                 )
             self.parts.append((until, replace(self, stages=(), **numbers)))
             last = until

@@ -105,7 +105,7 @@ def test_stages_end_at_a_step(photos_pair, augment):
     ],
 )  # fmt: skip
 def test_stages_that_are_none(stages):
-    with pytest.raises(UserError, match=r"augment\.stages: .* is none: each has `until`"):
+    with pytest.raises(UserError, match=r"augment\.stages: .* is not a stage: it needs until"):
         FusedMultiCrop(stages=stages)
 
 

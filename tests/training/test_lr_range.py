@@ -52,14 +52,8 @@ def test_the_proposed_rate_of_a_valley():
 
 def test_lr_auto_is_found_once(tmp_path, photos_pair, capsys):
     """The first step's peak is the found one; a run that goes on keeps it."""
-    words = [
-        *NO_ONLINE,
-        f"out={tmp_path}",
-        "name=a",
-        "optim.lr=auto",
-        "optim.min_lr=0",
-        "eval_data=none",
-    ]
+    rate = ["optim.lr=auto", "optim.min_lr=0"]
+    words = [*NO_ONLINE, *rate, f"out={tmp_path}", "name=a", "eval_data=none"]
     assert run("pretrain", *words) == 0
     rows = list(csv.DictReader((tmp_path / "a/lr_range.csv").open()))
     assert 10 <= len(rows) <= 100
