@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.training.datamodule import TrainingData
 from ssl_xcit.training.module import Pretraining
+from ssl_xcit.training.progress import ProgressBar
 from ssl_xcit.training.run_dir import disk_trouble
 from ssl_xcit.training.settings import TrainerSettings
 from ssl_xcit.training.trainer import leave_signals, plugins
@@ -77,10 +78,10 @@ def range_test(
     plain = as_plain(settings)
     del plain["accumulate"]
     trainer = instantiate(
-        plain, callbacks=[losses], plugins=plugins(), logger=False, max_epochs=-1,
-        max_steps=data.total_steps, num_sanity_val_steps=0, use_distributed_sampler=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        default_root_dir=str(run_dir),
+        plain, callbacks=[losses, ProgressBar(lines=5)], plugins=plugins(), logger=False,
+        max_epochs=-1, max_steps=data.total_steps, num_sanity_val_steps=0,
+        use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=str(run_dir),
     )  # fmt: skip
     leave_signals(trainer)
     say(f"lr=auto: {data.total_steps} steps with rates from {LOWEST:g} to {HIGHEST:g}")
