@@ -1,11 +1,12 @@
 """What each objective learns in the same time: k-NN and logistic regression on held-out labelled
 images, by class token, mean patch and both.
 
-python benchmarks/learning.py [--objectives dino,infonce,...] [--seconds 150] [--seeds 0]
+python benchmarks/learning.py [--objectives dino,dino@4,infonce,...] [--seconds 150] [--seeds 0]
     [--data photos | DIR] [--size 48] [--model xcit_micro_4_p8] [--batch 32]
     [--words "augment.num_local=2 ..."] [--teacher runs/demo] [--out runs/learning]
 
-A few steps, in turn, tell how many fit into the time; then each is `ssl-xcit pretrain` with the
+NAME@N is an objective with N local crops an image instead of none. A few steps, in turn, tell how
+many fit into the time; then each is `ssl-xcit pretrain` with the
 recipe of the built-in photographs, of so many steps. DIR has one folder a class (such as what
 debian_pictures.py makes); pretraining sees all of its images without labels, k-NN is measured on
 each fifth with the other four, regression on one. Random weights, a colour histogram and raw pixels
@@ -37,7 +38,10 @@ from ssl_xcit.eval.features.extract import FeatureSet
 from ssl_xcit.eval.features.extractor import FeatureExtractor
 from ssl_xcit.models.weights import load_backbone
 
-OBJECTIVES = ["dino", "infonce", "simdino", "swav", "region", "dinov2"]
+OBJECTIVES = [
+    "dino", "dino@4", "infonce", "infonce@4", "simdino", "simdino@4", "swav", "swav@4", "region",
+    "ibot", "dinov2",
+]  # fmt: skip
 KINDS = ["cls", "patch", "cls_patch"]
 PROBE_STEPS, TURNS = 20, 2  # to measure how many fit into the time
 FOLDS = 5  # of the images of a folder
@@ -45,11 +49,14 @@ PIXELS = 16  # side of the image of raw pixels
 
 
 def words(args: argparse.Namespace, objective: str, seed: int, steps: int, name: str) -> list[str]:
-    images = len(labelled(args).train)
+    pair = labelled(args)
+    images = len(pair.train) + len(pair.test) * (args.data != "photos")
+    objective, _, num_local = objective.partition("@")
     data = [] if args.data == "photos" else [f"data.root={args.data}", "experiment=photos"]
     return [
         "pretrain", *data, f"objective={objective}", f"model={args.model}", f"seed={seed}",
         f"augment.global_size={args.size}", f"augment.local_size={args.size // 2}",
+        f"augment.num_local={num_local or 0}",
         f"batch_size={args.batch}", f"epochs={steps * args.batch / images + 1e-3}",
         f"out={args.out}", f"name={name}", "report=null", "callbacks.online=null",
         "callbacks.snapshots=null", "eval_data=none", "callbacks.metrics.every_steps=5",

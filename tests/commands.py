@@ -20,7 +20,8 @@ EVALUATION = [  # k-NN and a short linear probe
 SMALL = [
     "epochs=0.05", "batch_size=8", "num_workers=0", "model.embed_dim=32", "model.depth=1",
     "model.num_heads=2", "augment.global_size=32", "augment.local_size=16",
-    "objective.num_prototypes=32", "objective.head.hidden_dim=16",
+    "augment.num_local=4", "objective=dino", "objective.num_prototypes=32",
+    "objective.head.hidden_dim=16",
     "objective.head.bottleneck_dim=8", "callbacks.metrics.every_steps=2",
     "callbacks.online.every_steps=4", "callbacks.online.max_images=100",
     "callbacks.checkpoints.every_steps=3", "callbacks.online.eval_budget=null",

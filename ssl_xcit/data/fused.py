@@ -85,7 +85,7 @@ class FusedMultiCrop(Recipe):
         order, factors = generator.random((2, num_views, 4))
 
         scales = np.array([self.global_scale] * 2 + [self.local_scale] * self.num_local)
-        low, high = self.blur_radius
+        low, high = self.blur_std()
         return Views(
             boxes=draw_boxes(height, width, scales, shares, aspects, np.stack((top, left))),
             flip=flip < 0.5,

@@ -49,6 +49,7 @@ Jitter = Annotated[
 ]
 Probabilities = Annotated[Sequence[Share], Len(3, 3), Words("3 probabilities, 0 to 1")]
 STAGED = ("global_size", "local_size", "num_local")  # what may change with the step
+BLUR_SIZE = 224  # global crops that `blur_radius` is for
 
 
 class Replaced(NamedTuple):
@@ -106,8 +107,7 @@ class Recipe:
     grey_prob: Share = 0.2  # probability of grey
     # probability of blur for global crop 1, global crop 2, local crops
     blur_prob: Probabilities = (1.0, 0.1, 0.5)
-    # standard deviation of the blur in pixels of the crop; the reference's is for crops of 224
-    # pixels
+    # standard deviation of the blur in pixels where global crops have 224, in proportion elsewhere
     blur_radius: Radius = (0.1, 2.0)
     solarise_prob: Probabilities = (0.0, 0.2, 0.0)  # as `blur_prob`, for solarisation
     # parts of the run that have other numbers, each `until` a share of it; the rest is as above.
@@ -134,6 +134,11 @@ class Recipe:
                 )
             self.parts.append((until, replace(self, stages=(), **numbers)))
             last = until
+
+    def blur_std(self) -> tuple[float, float]:
+        """Return the lowest and the highest standard deviation of the blur in pixels."""
+        low, high = self.blur_radius
+        return low * self.global_size / BLUR_SIZE, high * self.global_size / BLUR_SIZE
 
     def at(self, share: float) -> "Recipe":
         """Return the recipe of the stage, or this one."""
@@ -206,7 +211,7 @@ class TorchvisionMultiCrop(Recipe):
                     v2.RandomHorizontalFlip(0.5),
                     v2.RandomApply([v2.ColorJitter(*self.jitter)], p=self.jitter_prob),
                     v2.RandomGrayscale(self.grey_prob),
-                    RandomBlur(self.blur_prob[which], self.blur_radius),
+                    RandomBlur(self.blur_prob[which], self.blur_std()),
                     v2.RandomSolarize(128, p=self.solarise_prob[which]),
                 ]
             )

@@ -20,7 +20,8 @@ TOY = [
     "~callbacks.online", "callbacks.snapshots=null", "report=null", "trainer=cpu",
     "trainer.precision=32-true", "model.embed_dim=32", "model.depth=2", "model.num_heads=2",
     "model.drop_path=0.2", "augment.global_size=32", "augment.local_size=16",
-    "objective.num_prototypes=32", "objective.head.hidden_dim=16",
+    "augment.num_local=4", "objective=dino", "objective.num_prototypes=32",
+    "objective.head.hidden_dim=16",
     "objective.head.bottleneck_dim=8", "callbacks.metrics.every_steps=3",
     "callbacks.checkpoints.every_steps=5", "+callbacks.record._target_=tricks.Record",
 ]  # fmt: skip

@@ -9,7 +9,8 @@ PHOTOS = [
     "pretrain", "epochs=1.5", "batch_size=16", "num_workers=0", "eval_data=none",
     "~callbacks.online", "trainer=cpu", "trainer.precision=32-true", "model.embed_dim=64",
     "model.depth=2", "model.num_heads=2", "augment.global_size=32", "augment.local_size=16",
-    "augment.num_local=2", "objective.num_prototypes=128", "objective.head.hidden_dim=64",
+    "augment.num_local=2", "objective=dino", "objective.num_prototypes=128",
+    "objective.head.hidden_dim=64",
     "objective.head.bottleneck_dim=32", "callbacks.metrics.every_steps=5", "report=null",
 ]  # fmt: skip
 UNIFORM, ONE, ALIKE = "a uniform distribution", "one prototype", "nearly the same"
