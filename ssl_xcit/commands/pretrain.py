@@ -98,7 +98,7 @@ def main(settings: PretrainSettings) -> None:
     if pair is not None:
         check_labelled(pair, preprocess)
     module = make_module(settings, plan, preprocess, start)
-    if settings.compile:  # SyncBatchNorm, which several GPUs have, breaks a program in two
+    if settings.compile:  # SharedBatchNorm, which several ranks have, breaks a program in two
         for network in (module.student, module.teacher):
             network.compile_backbone(plan.objective.takes_patches, trainer.world_size == 1)
     evaluate = instantiate(settings.evaluation)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int64
 from torch.utils.data import Sampler
 
-_ORDER, _CROPS, _STEP, _WINDOW, _FALLBACK = range(5)  # purposes of random bits
+_ORDER, _CROPS, _STEP, _WINDOW, _FALLBACK, _DEPTH = range(6)  # purposes of random bits
 NEIGHBOURS = 4  # tried in place of a bad image before any other
 
 
@@ -96,8 +96,13 @@ def fallback_index(seed: int, position: int, wanted: int, attempt: int, num_imag
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:
-    """Return the seed of stochastic depth at a step on a rank, in [0, 2^63)."""
+    """Return the seed of what a rank draws for its images at a step, in [0, 2^63)."""
     return int(_bits(seed, _STEP, rank, step).random_raw()) >> 1
+
+
+def depth_seed(seed: int, step: int) -> int:
+    """Return the seed of stochastic depth at a step, of all ranks, in [0, 2^63)."""
+    return int(_bits(seed, _DEPTH, step).random_raw()) >> 1
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -30,21 +30,37 @@ def scaled(layer: nn.Linear | nn.Conv2d, gain: Float[Tensor, " C"] | None) -> tu
     return layer.weight * gain.view(-1, *[1] * (layer.weight.ndim - 1)), layer.bias * gain
 
 
+class BatchPart(NamedTuple):
+    """Which images of a step's batch a pass computes: of `total`, `size` from `start`."""
+
+    start: int
+    size: int
+    total: int
+
+
 class DropPath(nn.Module):
     """A residual connection with stochastic depth: a sample keeps its branch with probability
     1 - rate, scaled by 1 / (1 - rate).
+
+    Samples are drawn for the whole batch of a step, of which a pass takes its part (see
+    `compute_part`): with the same seed an image is treated alike however a batch is split over
+    ranks and parts.
     """
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
+        self.part: BatchPart | None = None  # None: a pass has all of it
 
     def draw(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B 1 1"] | None:
         """The factor of each sample's branch: 0 or 1 / (1 - rate); None for ones."""
         if not self.training or self.rate == 0.0:
             return None
         keep = 1.0 - self.rate
-        return x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+        start, size, total = self.part or (0, len(x), len(x))
+        views = len(x) // size  # of each image, one after another
+        factors = x.new_empty(views, total, 1, 1).bernoulli_(keep).div_(keep)
+        return factors[:, start : start + size].flatten(0, 1)
 
     def forward(
         self, x: Float[Tensor, "B N C"], branch: Float[Tensor, "B N C"]
@@ -70,6 +86,15 @@ class DropPath(nn.Module):
                 change = branch(x.index_select(0, kept)).to(x.dtype)
                 return x.index_add(0, kept, change, alpha=1.0 / (1.0 - self.rate))
         return x + branch(x) * factor
+
+
+def compute_part(module: nn.Module, part: BatchPart) -> None:
+    """Tell stochastic depth which images of the step's batch the next passes have: batches of
+    `part.size` images, or of as many views of each, view by view.
+    """
+    for inner in module.modules():
+        if isinstance(inner, DropPath):
+            inner.part = part
 
 
 class MLP(nn.Module):

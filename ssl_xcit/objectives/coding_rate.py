@@ -14,7 +14,7 @@ from torch.linalg import vecdot
 from torch.nn.functional import normalize
 
 from ssl_xcit.objectives.prototype_loss import check_views
-from ssl_xcit.objectives.ranks import gathered_with_grad
+from ssl_xcit.utils.ranks import gathered_with_grad
 
 
 def coding_rate(z: Float[Tensor, "m D"], eps: float = 0.05) -> Float[Tensor, ""]:

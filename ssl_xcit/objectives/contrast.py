@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.objectives.prototype_loss import check_views
-from ssl_xcit.objectives.ranks import gathered, rank
+from ssl_xcit.utils.ranks import gathered, rank
 
 
 def info_nce(

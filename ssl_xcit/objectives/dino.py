@@ -28,9 +28,9 @@ from ssl_xcit.objectives.objective import (
     concatenated,
 )
 from ssl_xcit.objectives.prototype_loss import prototype_loss
-from ssl_xcit.objectives.ranks import summed_, world_size
 from ssl_xcit.objectives.sinkhorn import check_prototypes, sinkhorn_knopp
 from ssl_xcit.objectives.temperature import LinearByEpoch
+from ssl_xcit.utils.ranks import summed_, world_size
 from ssl_xcit.utils.validation import NonNegative, Positive, Share
 
 
@@ -55,12 +55,12 @@ class Center(nn.Module):
 
     def targets(self, logits: Float[Tensor, "G B K"], temperature: float) -> Float[Tensor, "G B K"]:
         """softmax((logits - center) / temperature), with the center of the steps before."""
-        return ((logits.float() - self.center) / temperature).softmax(dim=-1)
+        return ((logits.to(self.center.dtype) - self.center) / temperature).softmax(dim=-1)
 
     @torch.no_grad()
     def update_(self, logits: Float[Tensor, "G B K"]) -> None:
         """Update the mean with this step's logits of all ranks."""
-        self.move_to_(summed_(logits.float().mean(dim=(0, 1))) / world_size())
+        self.move_to_(summed_(logits.to(self.center.dtype).mean(dim=(0, 1))) / world_size())
 
     @torch.no_grad()
     def move_to_(self, mean: Float[Tensor, " K"]) -> None:

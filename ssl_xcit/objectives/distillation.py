@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ssl_xcit.errors import UserError
 from ssl_xcit.objectives.objective import Clip, Embedded, Inputs, Objective, RunLength
 from ssl_xcit.objectives.queue import EmbeddingQueue, check_queue
-from ssl_xcit.objectives.ranks import gathered
 from ssl_xcit.objectives.similarity import patch_similarity_loss, queue_similarity_loss
+from ssl_xcit.utils.ranks import gathered
 from ssl_xcit.utils.validation import NonNegative, Positive, Share, Text
 
 

@@ -16,7 +16,7 @@ from ssl_xcit.objectives.esvit import tokens
 from ssl_xcit.objectives.ibot_loss import ibot_loss
 from ssl_xcit.objectives.masking import check_ratio, patch_weights, sample_masks
 from ssl_xcit.objectives.objective import Embedded, Inputs, Objective, PatchMask, RunLength
-from ssl_xcit.objectives.ranks import summed_
+from ssl_xcit.utils.ranks import summed_
 from ssl_xcit.utils.validation import Share
 
 
@@ -121,7 +121,9 @@ class IBOT(Objective):
         """Move the center by the masked patches of all ranks, of which there may be none."""
         if self.prototypes.centering != "mean":
             return
-        logits = torch.cat([part.logits[0] for part in parts]).float()
+        logits = torch.cat([part.logits[0] for part in parts]).to(
+            self.prototypes.center.center.dtype
+        )
         total = summed_(torch.cat((logits.sum(dim=0), logits.new_tensor([len(logits)]))))
         if total[-1] > 0:
             self.prototypes.center.move_to_(total[:-1] / total[-1])

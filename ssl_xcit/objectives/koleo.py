@@ -9,7 +9,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.objectives.ranks import gathered_with_grad, rank
+from ssl_xcit.utils.ranks import gathered_with_grad, rank
 
 EPS = 1e-8  # added to distances
 

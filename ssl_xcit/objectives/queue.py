@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.objectives.ranks import gathered
+from ssl_xcit.utils.ranks import gathered
 
 
 def check_queue(size: int, batch_size: int, key: str = "objective") -> None:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.objectives.ranks import gathered
+from ssl_xcit.utils.ranks import gathered
 
 
 @torch.no_grad()

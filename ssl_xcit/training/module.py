@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ssl_xcit.data.order import step_seed
+from ssl_xcit.data.order import depth_seed, step_seed
 from ssl_xcit.errors import RunFailed
+from ssl_xcit.models.layers import BatchPart, compute_part
+from ssl_xcit.models.shared_batch_norm import share_batch_norm
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.objectives.objective import Embedded, Objective, PatchMask, Signs, concatenated
 from ssl_xcit.training.memory import advice, is_out_of_memory
@@ -154,6 +156,11 @@ class Pretraining(lightning.LightningModule):
         self.output: StepOutput | None = None
         self.health: HealthMonitor | None = None
 
+    def setup(self, stage: str) -> None:
+        """Share BatchNorm's statistics between ranks, before the strategy wraps the module."""
+        if self.trainer.world_size > 1:
+            share_batch_norm(self)
+
     def on_train_start(self) -> None:
         """Take the buffers of the networks where they are trained."""
         self.guard.begin()
@@ -190,11 +197,18 @@ class Pretraining(lightning.LightningModule):
 
         optimizer.zero_grad()
         parts = list(zip(*(v.chunk(self.accumulate, dim=1) for v in views), strict=True))
-        made = []
+        images, made = views[0].shape[1], []
+        first = self.global_rank * images
         for n, part in enumerate(parts, start=1):
-            share = part[0].shape[1] / views[0].shape[1]
+            count = part[0].shape[1]
+            of_batch = BatchPart(first, count, images * self.trainer.world_size)
             with self.guard.no_sync_if(n < len(parts)):
-                made.append(self.forward_backward(list(part), step, share, released == 0.0))
+                made.append(
+                    self.forward_backward(
+                        list(part), step, of_batch, count / images, released == 0.0
+                    )
+                )
+            first += count
         loss = torch.stack([part.loss for part in made]).sum()
         losses = {k: torch.stack([p.losses[k] for p in made]).sum() for k in made[0].losses}
         targets = [part.targets for part in made]
@@ -217,9 +231,14 @@ class Pretraining(lightning.LightningModule):
         return output
 
     def forward_backward(
-        self, views: list[Tensor], step: int, share: float, frozen: bool = False
+        self,
+        views: list[Tensor],
+        step: int,
+        of_batch: BatchPart,
+        share: float,
+        frozen: bool = False,
     ) -> MicrobatchOutput:
-        """Forward and backward of a part of the batch, `share` of it; not through a frozen
+        """Forward and backward of a part of the batch, `share` of this rank's; not through a frozen
         backbone, unless ranks exchange all gradients.
         """
         objective, patches = self.objective, self.objective.takes_patches
@@ -228,6 +247,8 @@ class Pretraining(lightning.LightningModule):
             of_all, of_global = inputs.views, inputs.views[:1]
             seen = self.teacher.embedded(of_global, patches) if objective.takes_teacher else None
             targets = objective.targets(self.teacher.head, seen, inputs, step)
+        compute_part(self.student.backbone, of_batch)
+        seed_step(depth_seed(self.seed, step), self.device)
         with torch.set_grad_enabled(not frozen or self.trainer.world_size > 1):
             token = objective.mask_token(self.student.head)
             embedded = self.student.embedded(of_all, patches, inputs.mask, token)

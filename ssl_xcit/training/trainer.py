@@ -73,7 +73,6 @@ def make_trainer(
             max_epochs=-1,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
-            sync_batchnorm=not on_cpu,  # torch has it for GPUs; without several it does nothing
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ssl_xcit.data.order import step_seed
 from ssl_xcit.errors import RunFailed
+from ssl_xcit.models.shared_batch_norm import share_batch_norm
 from ssl_xcit.training.memory import advice, is_out_of_memory
 from ssl_xcit.training.optim import clip_all_
 from ssl_xcit.training.step_guard import Diagnosis, StepGuard, seed_step
@@ -75,6 +76,11 @@ class Transfer(lightning.LightningModule):
         self.accumulate = accumulate
         self.guard = StepGuard(self, (task,), max_skipped)
         self.output: TransferOutput | None = None
+
+    def setup(self, stage: str) -> None:
+        """Share BatchNorm's statistics between ranks, before the strategy wraps the module."""
+        if self.trainer.world_size > 1:
+            share_batch_norm(self)
 
     def on_train_start(self) -> None:
         """Take the buffers of the network where it is trained; frozen parts do not train."""

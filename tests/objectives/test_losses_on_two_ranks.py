@@ -10,8 +10,8 @@ from ssl_xcit.objectives.coding_rate import simdino_loss
 from ssl_xcit.objectives.contrast import info_nce
 from ssl_xcit.objectives.koleo import koleo_loss
 from ssl_xcit.objectives.queue import EmbeddingQueue
-from ssl_xcit.objectives.ranks import gathered, summed_, world_size
 from ssl_xcit.objectives.sinkhorn import sinkhorn_knopp
+from ssl_xcit.utils.ranks import gathered, summed_, world_size
 
 V, G, B, D = 4, 2, 8, 6
 

@@ -1,0 +1,114 @@
+"""BatchNorm of parts of a batch on several processes, against torch's of the whole batch."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from ssl_xcit.models.layers import BatchPart, DropPath, compute_part
+from ssl_xcit.models.shared_batch_norm import SharedBatchNorm, share_batch_norm
+
+PARTS = [slice(0, 3), slice(3, 8)]  # of 8 images: ranks need not have as many
+CASES = {
+    "float64": (torch.float64, 1e-11),
+    "float32": (torch.float32, 2e-5),
+    "bfloat16": (torch.bfloat16, 2e-2),
+}
+
+
+class Layers(nn.Module):
+    """As in XCiT's stem and in the projection head."""
+
+    def __init__(self):
+        super().__init__()
+        self.images = nn.Sequential(nn.BatchNorm2d(4), nn.GELU())
+        self.rows = nn.BatchNorm1d(4, affine=False)
+
+    def forward(self, x):
+        """Images that are not around 0, then rows."""
+        return self.rows(self.images(x).mean(dim=(2, 3)).to(self.rows.running_mean.dtype)).to(
+            x.dtype
+        )
+
+
+def results(dtype, part, shared):
+    """Rows, and gradients of images and parameters; state after two steps."""
+    torch.manual_seed(0)
+    layers = Layers()
+    nn.init.normal_(layers.images[0].weight)
+    layers = layers.to(torch.promote_types(dtype, torch.float32))
+    x = (torch.randn(8, 4, 5, 3) * 0.5 + torch.tensor([0.0, 1.0, -5.0, 3.0]).view(4, 1, 1)).to(
+        dtype
+    )
+    x = x.to(memory_format=torch.channels_last)[part].clone().requires_grad_()
+    weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)).to(dtype)[part]
+    if shared:
+        share_batch_norm(layers)
+        assert isinstance(layers.images[0], SharedBatchNorm)
+    for _ in range(2):
+        layers.zero_grad()
+        x.grad = None
+        out = layers(x)
+        (out * weight).sum().backward()
+    state = {name: value.clone() for name, value in layers.state_dict().items()}
+    grads = {name: p.grad for name, p in layers.named_parameters()}
+    return {"out": out.detach(), "dx": x.grad, "state": state, "grads": grads}
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    made = {name: results(dtype, PARTS[rank], True) for name, (dtype, _) in CASES.items()}
+    torch.save(made, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.get_context("forkserver").set_forkserver_preload(["torch", "jaxtyping"])
+    mp.start_processes(work, (str(folder),), nprocs=2, start_method="forkserver")
+    return [torch.load(folder / f"{i}.pt") for i in (0, 1)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parts_are_normalised_as_the_whole_batch(of_ranks, name):
+    """Outputs, gradients and running statistics, which all ranks hold alike."""
+    dtype, tolerance = CASES[name]
+    whole = results(dtype, slice(None), False)
+    ours, theirs = (made[name] for made in of_ranks)
+
+    def near(a, b):
+        assert (a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1.0)
+
+    for key in ("out", "dx"):
+        near(torch.cat((ours[key], theirs[key])), whole[key])
+    for key, grad in whole["grads"].items():
+        near(ours["grads"][key] + theirs["grads"][key], grad)
+    assert ours["state"].keys() == whole["state"].keys()
+    for key, value in whole["state"].items():
+        near(ours["state"][key], value)
+        assert torch.equal(ours["state"][key], theirs["state"][key])
+
+
+def test_stochastic_depth_is_of_an_image_however_a_batch_is_split():
+    """8 images with 2 views each, as one batch and as parts."""
+    layer = DropPath(0.5)
+    x = torch.zeros(2, 8, 3, 4)
+
+    def drawn(part, of_batch):
+        torch.manual_seed(3)
+        alone = copy.deepcopy(layer)
+        if of_batch is not None:
+            compute_part(alone, of_batch)
+        return alone.draw(x[:, part].flatten(0, 1)).unflatten(0, (2, -1))
+
+    whole = drawn(slice(None), None)
+    assert torch.equal(drawn(slice(None), BatchPart(0, 8, 8)), whole)
+    for part in PARTS:
+        of_part = BatchPart(part.start, part.stop - part.start, 8)
+        assert torch.equal(drawn(part, of_part), whole[:, part])
+    assert set(whole.unique().tolist()) == {0.0, 2.0}

@@ -1,0 +1,124 @@
+"""Row 15: a batch on 2 and 4 ranks, against one: the same losses and weights after 50 steps."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hydra import compose, initialize_config_module
+
+from ssl_xcit.data.decode import RGB
+from ssl_xcit.training.build import make_module
+from ssl_xcit.training.plan import make_plan
+from ssl_xcit.training.settings import PretrainSettings
+from ssl_xcit.utils.ranks import summed_
+from ssl_xcit.utils.validation import parse
+
+STEPS, BATCH = 50, 8
+TOY = [
+    "experiment=photos", f"batch_size={BATCH}", f"epochs={STEPS}", "model.embed_dim=16",
+    "model.depth=1", "model.num_heads=2", "model.drop_path=0.3", "augment.num_local=2",
+    "objective_defaults.hidden_dim=32",
+]  # fmt: skip
+OBJECTIVES = {
+    "dino": ["objective.num_prototypes=64", "objective.koleo=0.1"],
+    "swav": ["objective.num_prototypes=8"],
+    "infonce": ["objective.queue=16"],
+    "simdino": [],
+    "region": [
+        "objective.terms.dino.num_prototypes=64",
+        "objective.terms.region.num_prototypes=64",
+    ],
+}
+
+
+def trained(objective, dtype, rank=0, ranks=1):
+    """(losses over the batch, weights of student and teacher) after 50 steps on this rank's part."""
+    with initialize_config_module("ssl_xcit.conf", version_base="1.3"):
+        cfg = compose("pretrain", [*TOY, f"objective={objective}", *OBJECTIVES[objective]])
+    settings = parse(PretrainSettings, cfg)
+    module = make_module(settings, make_plan(settings, BATCH, 1), RGB).to(dtype)
+
+    def backward(loss):
+        loss.backward()
+        for p in module.student.parameters():  # as DistributedDataParallel does
+            if p.grad is not None:
+                summed_(p.grad).div_(ranks)
+
+    def agreed(decision, all):
+        return bool(summed_(torch.tensor(float(decision))))
+
+    trainer = SimpleNamespace(world_size=ranks, global_rank=rank, global_step=0)
+    trainer.strategy = SimpleNamespace(reduce_boolean_decision=agreed)
+    module._trainer = trainer
+    optimizer = module.configure_optimizers()
+    module.optimizers = lambda: optimizer
+    module.manual_backward = backward
+    module.setup("fit")
+    module.on_train_start()
+    losses, own = [], slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(STEPS):
+        trainer.global_step = step
+        images = torch.randn(1, BATCH, 3, 1, 1, generator=generator, dtype=torch.float64)
+        views = [
+            (images + torch.randn(2, BATCH, 3, side, side, generator=generator)).to(dtype)[:, own]
+            for side in (32, 16)
+        ]
+        losses.append(summed_(module.step(views).loss.clone()).div(ranks).item())
+    return losses, {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def work(rank, ranks, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    names = OBJECTIVES if ranks == 2 else ["dino"]
+    made = {name: trained(name, torch.float64, rank, ranks) for name in names}
+    made["float32"] = trained("dino", torch.float32, rank, ranks)
+    torch.save(made, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    return {ranks: on_ranks(ranks, tmp_path_factory.mktemp("ranks")) for ranks in (2, 4)}
+
+
+def on_ranks(ranks, folder):
+    mp.get_context("forkserver").set_forkserver_preload(["torch", "jaxtyping"])
+    mp.start_processes(work, (ranks, str(folder)), nprocs=ranks, start_method="forkserver")
+    return [torch.load(folder / f"{i}.pt") for i in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def of_one():
+    made = {name: trained(name, torch.float64) for name in OBJECTIVES}
+    return {**made, "float32": trained("dino", torch.float32)}
+
+
+def difference(ours, theirs):
+    """The largest, to the largest value of the tensor or to 1: where a BatchNorm follows, as in
+    contrast, the gradient of the last LayerNorm's shift is rounding, and AdamW makes steps of it.
+    """
+    return max(
+        ((ours[name] - value).abs().max() / value.abs().max().clamp_min(1.0)).item()
+        for name, value in theirs.items()
+        if value.is_floating_point()
+    )
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [*((2, name) for name in [*OBJECTIVES, "float32"]), (4, "dino"), (4, "float32")],
+)
+def test_row_15_ranks_learn_what_one_learns(of_ranks, of_one, ranks, name):
+    losses, weights = of_one[name]
+    tolerance = 1e-4 if name == "float32" else 1e-10
+    every = of_ranks[ranks]
+    for made in every:
+        assert made[name][0] == pytest.approx(losses, rel=tolerance)
+        assert difference(made[name][1], weights) < tolerance
+        assert difference(made[name][1], every[0][name][1]) == 0.0
+    print(f"{name} on {ranks} ranks: {difference(every[0][name][1], weights):.1e}")
