@@ -20,6 +20,7 @@ from ssl_xcit.objectives.objective import Embedded, Objective, PatchMask, Signs,
 from ssl_xcit.training.memory import advice, is_out_of_memory
 from ssl_xcit.training.optim import clip_all_, clip_each_, ema_update_, parameter_groups
 from ssl_xcit.training.step_guard import Diagnosis, StepGuard, seed_step
+from ssl_xcit.utils.ranks import averaged
 
 Schedule = Callable[[int], float]
 MOST_PROGRAMS = 64  # of a compiled backbone, one a shape
@@ -88,7 +89,7 @@ class Network(nn.Module):
 class StepOutput(NamedTuple):
     """What a training step leaves for callbacks, in `Pretraining.output`."""
 
-    loss: Float[Tensor, ""]
+    loss: Float[Tensor, ""]  # mean over ranks
     grad_norm: Float[Tensor, ""]  # over all trainable tensors, before clipping
     grad_norms: Float[Tensor, " P"]  # of each
     losses: Mapping[str, Float[Tensor, ""]]  # parts of the loss, where it has some
@@ -209,8 +210,9 @@ class Pretraining(lightning.LightningModule):
                     )
                 )
             first += count
-        loss = torch.stack([part.loss for part in made]).sum()
         losses = {k: torch.stack([p.losses[k] for p in made]).sum() for k in made[0].losses}
+        losses = averaged({"": torch.stack([part.loss for part in made]).sum(), **losses})
+        loss = losses.pop("")
         targets = [part.targets for part in made]
         features = concatenated([part.features for part in made])
         if released == 0.0:  # no gradient, so no moments and no decay either

@@ -73,14 +73,11 @@ class StepGuard:
         return trainer.strategy.block_backward_sync()  # type: ignore[attr-defined]
 
     def is_finite(self, output: Outcome) -> bool:
-        """Whether a step may be taken: one rank alone must not leave the others waiting."""
-        bad: bool | Tensor = not torch.isfinite(output.loss + output.grad_norm)
-        trainer = self.module.trainer
-        if trainer.world_size > 1:
-            bad = trainer.strategy.reduce_boolean_decision(bool(bad), all=False)
-        if not bad:
+        """Whether a step may be taken. Both numbers are the same on all ranks, and so is this."""
+        good = bool(torch.isfinite(output.loss + output.grad_norm))
+        if good:
             self.in_a_row = 0
-        return not bad
+        return good
 
     def skip(self, step: int, optimizer: Any, output: Outcome, diagnosis: Diagnosis) -> None:
         """Count the step, and change nothing.

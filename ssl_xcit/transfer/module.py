@@ -19,6 +19,7 @@ from ssl_xcit.training.step_guard import Diagnosis, StepGuard, seed_step
 from ssl_xcit.transfer.dataset import TransferBatch
 from ssl_xcit.transfer.task import Task
 from ssl_xcit.transfer.weights_ema import weights_ema
+from ssl_xcit.utils.ranks import averaged
 
 Schedule = Callable[[int], float]
 
@@ -133,6 +134,7 @@ class Transfer(lightning.LightningModule):
                 self.manual_backward(share * torch.stack(list(of_part.values())).sum())
             for name, value in of_part.items():
                 losses[name] = losses.get(name, 0.0) + share * value.detach()
+        losses = averaged(losses)
         grad_norms = clip_all_(self.task.parameters(), self.clip_norm)
         loss = torch.stack(list(losses.values())).sum()
         output = TransferOutput(loss, grad_norms.norm(), grad_norms, losses)

@@ -5,11 +5,12 @@ rows of all, has its value over the whole batch as the mean over ranks, and the 
 averages is the one of a single process with the whole batch.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -49,6 +50,14 @@ def summed_(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def averaged(values: Mapping[str, Float[Tensor, ""]]) -> dict[str, Tensor]:
+    """Means over ranks, without gradient: what a batch that is split over them has as a whole."""
+    if world_size() == 1:
+        return dict(values)
+    means = summed_(torch.stack([value.detach() for value in values.values()])) / world_size()
+    return dict(zip(values, means, strict=True))
 
 
 class Gathered(torch.autograd.Function):
