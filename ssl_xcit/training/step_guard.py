@@ -140,8 +140,8 @@ class StepGuard:
         differs = [f"{k} {before[k]} (now {now[k]})" for k in before if before[k] != now.get(k)]
         if differs and self.module.trainer.is_global_zero:
             log.warning(
-                "this run goes on with the same images at each step, but not bit for bit: it had "
-                "%s", ", ".join(differs),
+                "this run goes on with the same images at each step, and the same numbers within "
+                "rounding: it had %s", ", ".join(differs),
             )  # fmt: skip
 
     def made_with(self) -> dict[str, Any]:

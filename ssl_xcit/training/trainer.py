@@ -20,6 +20,7 @@ from ssl_xcit.training.checkpoint import CheckpointFiles, SaveCheckpoints
 from ssl_xcit.training.loggers import FailsafeLogger
 from ssl_xcit.training.metrics import CSVMetrics, LogMetrics
 from ssl_xcit.training.preemption import StopOnSignal
+from ssl_xcit.training.same_ranks import SameRanks
 from ssl_xcit.training.settings import RunSettings, TrainerSettings
 from ssl_xcit.utils.validation import Node, as_plain
 
@@ -66,7 +67,12 @@ def make_trainer(
         trainer = instantiate(
             lightning_settings,
             # what is done at a step is done before the step is saved
-            callbacks=[*(c for c in callbacks if c is not checkpoints), checkpoints, stop],
+            callbacks=[
+                SameRanks(as_plain(settings)),
+                *(c for c in callbacks if c is not checkpoints),
+                checkpoints,
+                stop,
+            ],
             plugins=plugins(),
             logger=[CSVMetrics(run_dir), *loggers],
             default_root_dir=str(run_dir),

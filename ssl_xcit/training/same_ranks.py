@@ -1,0 +1,64 @@
+"""Ranks that were started apart, as by srun or torchrun, must train the same run."""
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from itertools import chain
+from typing import Any
+
+import lightning
+import torch.distributed as dist
+
+from ssl_xcit.errors import UserError
+
+PACKAGES = ("ssl-xcit", "torch", "lightning", "numpy")
+OWN = ("run_id",)  # settings that each rank may have its own of
+SHOWN = 5  # of the differences
+
+
+def flattened(node: object, key: str = "") -> dict[str, str]:
+    """Values by dotted key, as text."""
+    if not isinstance(node, Mapping) or not node:
+        return {key: repr(node)}
+    parts = (
+        flattened(value, f"{key}.{name}" if key else str(name)) for name, value in node.items()
+    )
+    return dict(chain.from_iterable(part.items() for part in parts))
+
+
+class SameRanks(lightning.Callback):
+    """Before training, compare what ranks were told and what they run on.
+
+    Args:
+        settings: of the run, as plain data.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]):
+        self.facts = {
+            **{k: v for k, v in flattened(settings).items() if k not in OWN},
+            "Python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        }
+
+    def setup(self, trainer: lightning.Trainer, *_: object, **__: object) -> None:
+        """On all ranks alike.
+
+        Raises:
+            UserError: names the first rank that differs from rank 0, and in what.
+        """
+        if trainer.world_size == 1:
+            return
+        every: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(every, self.facts)
+        for rank, facts in enumerate(every):
+            keys = [k for k in every[0] | facts if facts.get(k) != every[0].get(k)]
+            if keys:
+                differences = ", ".join(
+                    f"{k} {facts.get(k, 'not set')} (rank 0: {every[0].get(k, 'not set')})"
+                    for k in keys[:SHOWN]
+                )
+                more = f" and {len(keys) - SHOWN} more" * (len(keys) > SHOWN)
+                raise UserError(
+                    f"rank {rank} was started with {differences}{more}: all ranks need the same "
+                    "command and the same packages"
+                )
