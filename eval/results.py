@@ -123,7 +123,8 @@ def difference_table(evaluation: Evaluation, first: str, second: str) -> Table:
 def print_all(evaluation: Evaluation, title: str, rows: Sequence[str], per_class: bool) -> None:
     """Print the table, differences where there are several backbones, classes on request."""
     # of several the table of differences has them
-    print_table(evaluation.results, title, evaluation.intervals if len(rows) == 1 else None)
+    intervals = evaluation.intervals if len(rows) == 1 else None
+    print_table(evaluation.results, title, intervals, evaluation.chosen)
     for second in rows[1:]:
         if differences(evaluation, rows[0], second):
             console().print(difference_table(evaluation, rows[0], second))

@@ -27,6 +27,8 @@ def test_pretrain_then_eval(capsys):
     out = capsys.readouterr().out
     assert "next: ssl-xcit eval ckpt=runs/run" in out
     assert "1,494 images" in out
+    kind = r"(class token|mean patch token|class and mean patch token)"
+    assert re.search(rf"features: k-NN {kind}, linear probe {kind}\n", out)
     folder = Path("runs/run")
     assert {p.name for p in folder.iterdir()} == {
         "checkpoints", "config.yaml", "images.npz", "metrics.csv", "run.json", "summary.json",

@@ -187,7 +187,11 @@ def conclude(
             device=str(trainer.strategy.root_device),
             max_pixels=data.dataset.preprocess.max_pixels,
         )
-        measured = {"results": evaluation.results, "intervals": evaluation.intervals}
+        measured = {
+            "results": evaluation.results,
+            "intervals": evaluation.intervals,
+            "chosen": evaluation.chosen,
+        }
         for missing in evaluation.left_out.values():
             for name, why in missing.items():
                 log.warning("%s is left out: %s", name, why)
@@ -216,7 +220,7 @@ def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
         say(f"not healthy: {summary['health']}; see metrics.csv")
     if summary["results"]:
         title = f"{summary['model']} on {summary['data']}"
-        print_table(summary["results"], title, summary.get("intervals"))
+        print_table(summary["results"], title, summary.get("intervals"), summary.get("chosen"))
         follow_up = f"ssl-xcit eval ckpt={run_dir}"
     else:
         say(NO_LABELS)

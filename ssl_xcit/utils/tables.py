@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -31,6 +32,15 @@ TITLES = {
     "mean_class_F1": "F1, mean of the classes",
     "miou": "mIoU",
     "pixel_accuracy": "right pixels",
+}
+
+EVALUATORS = {"knn": "k-NN", "linear": "linear probe", "logistic": "logistic regression"}
+FEATURES = {
+    "cls": "class token",
+    "patch": "mean patch token",
+    "cls_patch": "class and mean patch token",
+    "last4": "last four blocks",
+    "last4_patch": "last four blocks and mean patch token",
 }
 
 
@@ -66,9 +76,28 @@ def title_of(metric: str) -> str:
     return metric.replace("knn_k", "k-NN ").replace("_t", ", T ", metric.startswith("knn"))
 
 
-def print_table(results: Results, title: str, intervals: Intervals | None = None) -> None:
-    """In percent where nothing else is said; the interval is the last column's."""
+def print_table(
+    results: Results,
+    title: str,
+    intervals: Intervals | None = None,
+    chosen: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """In percent where nothing else is said; the interval is the last column's, and so are the
+    features that evaluators chose (row -> evaluator -> its settings), which are named below.
+    """
     console().print(results_table(results, title, intervals))
+    kinds = features_line((chosen or {}).get(list(results)[-1], {}))
+    if kinds:
+        console().print(kinds)
+
+
+def features_line(chosen: Mapping[str, Mapping[str, Any]]) -> str:
+    """`features: k-NN mean patch token, ...`; empty where there was no choice."""
+    kinds = {name: str(settings["kind"]) for name, settings in chosen.items() if "kind" in settings}
+    named = [
+        f"{EVALUATORS.get(name, name)} {FEATURES.get(kind, kind)}" for name, kind in kinds.items()
+    ]
+    return f"features: {', '.join(named)}" if named else ""
 
 
 def console() -> PlainConsole:
