@@ -1,9 +1,9 @@
-"""Going on from good features with a fresh head: what k-NN does on the way, with the recipe's
+"""Going on with DINO from good features with a fresh head: what k-NN does on the way, with the recipe's
 defaults for a run from scratch, and with experiment=continue.
 
     python benchmarks/continuing.py [--ckpt RUN] [--seeds 3] [--epochs 4]
 
-Without --ckpt a run on the built-in photographs is made first, as `make demo` does (minutes).
+Without --ckpt a run on the built-in photographs is made first, as long as `make demo`.
 """
 
 import argparse
@@ -24,7 +24,9 @@ WAYS = {
     "as from scratch": ["init.freeze_epochs=0"],
     "experiment=continue": ["experiment=[photos,continue]"],
 }
+DINO = ["objective=dino", "augment.num_local=4"]
 COMMON = [
+    *DINO,
     "report=null", "callbacks.snapshots=null", "callbacks.online.eval_budget=null",
     "callbacks.online.every_steps=10", "callbacks.online.max_images=1000",
     *(f"evaluation.evaluators.{name}=null"
@@ -57,7 +59,7 @@ def main():
         folder = Path(temporary)
         ckpt = arguments.ckpt
         if ckpt is None:
-            run(["name=first", "report=null"], folder)
+            run(["name=first", "report=null", "epochs=13", *DINO], folder)
             ckpt = folder / "first"
         print(f"k-NN (20) before: {final(ckpt):.1f}\n")
         print("| from there | seed | lowest on the way | at the end |\n|---|---:|---:|---:|")
