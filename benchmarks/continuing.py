@@ -1,5 +1,5 @@
-"""Going on with DINO from good features with a fresh head: what k-NN does on the way, with the recipe's
-defaults for a run from scratch, and with experiment=continue.
+"""Going on with DINO from good features with a fresh head: what k-NN does on the way, with the
+recipe's defaults for a run from scratch, and with experiment=continue.
 
     python benchmarks/continuing.py [--ckpt RUN] [--seeds 3] [--epochs 4]
 

@@ -80,8 +80,8 @@ def load_teacher(path: Path, which: str, temperature: float | None) -> Teacher:
     center = state.get(f"objective.terms.{term}.center.center") if term else center_of(state)
     if "last_layer.weight_v" not in weights or center is None:
         raise UserError(
-            f"prototypes: {path} has no projection head; attention, pca, channels and neighbours "
-            "need none"
+            f"prototypes: {path} has no head with prototypes; attention, pca, channels and "
+            "neighbours need none"
         )
     hidden, width = weights["mlp.0.weight"].shape
     number, bottleneck = weights["last_layer.weight_v"].shape

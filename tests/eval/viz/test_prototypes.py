@@ -120,11 +120,11 @@ def test_each_is_shown_by_its_images(own, capsys):
 
 def test_a_checkpoint_without_a_head(own, capsys, refused):
     words = ["visualize", "ckpt=net.pth", *OWN, *QUICK]
-    said = "net.pth has no projection head; attention, pca, channels and neighbours"
+    said = "net.pth has no head with prototypes; attention, pca, channels and neighbours"
     refused(said, *words, "kinds=[prototypes]")
     assert not Path("visualize").exists()
     assert run(*words, "kinds=[neighbours,prototypes]") == 0
-    assert "has no projection head" in capsys.readouterr().err
+    assert "has no head with prototypes" in capsys.readouterr().err
     assert list(results("visualize")["net"]) == ["neighbours"]
     assert run("visualize", "kinds=[prototypes,pca]", "ckpt=net.pth", "images=own") == 0
     assert list(results("visualize")["net"]) == ["pca"]  # and no data set was needed
