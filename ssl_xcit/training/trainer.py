@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -90,8 +91,28 @@ def make_trainer(
         raise
     leave_signals(trainer)
     if isinstance(trainer.strategy, DDPStrategy):
-        trainer.strategy._timeout = timedelta(seconds=settings.collective_timeout)
+        timeout = timedelta(seconds=settings.collective_timeout)
+        trainer.strategy._timeout = timeout
+        meet_again(trainer, timeout)
     return trainer, stop
+
+
+def meet_again(trainer: lightning.Trainer, timeout: timedelta) -> None:
+    """Let ranks that torchrun has started again find each other, and not the ports of those that
+    were killed, which the store that torchrun (2.14) shares with its ranks still holds.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, trainer.world_size, False, timeout)
+    dist.init_process_group(
+        "gloo" if trainer.strategy.root_device.type == "cpu" else "nccl",
+        store=dist.PrefixStore(f"restart-{restart}", store),
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+        timeout=timeout,
+    )
 
 
 def plugins() -> list[Any]:

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
-from runs import STEPS, Place, assert_equal_runs, trick
+from runs import HERE, STEPS, Place, assert_equal_runs, trick
 
 # two processes on two cores: they take turns, and a step takes a while
 TWO = ["trainer.devices=2", "collective_timeout=20"]
@@ -98,6 +101,29 @@ def test_row_26_a_rank_is_stopped(place, accident):
     holding.unlink()
     assert "collective_timeout" in run.ends(1, timeout=30)
     wait_for_end(other)
+
+
+def test_row_26_torchrun_starts_again_what_was_killed(place, whole_two):
+    """A rank is killed; all begin again from the newest checkpoint, and end as if nothing was."""
+    ssl_xcit = Path(sys.executable).with_name("ssl-xcit")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
+        "--no-python", ssl_xcit, *place.words, *TWO, "name=x", *trick("Slow", seconds=0.05),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    with subprocess.Popen(
+        command, cwd=place.folder, env=environment, stderr=subprocess.PIPE
+    ) as run:
+        deadline = time.monotonic() + 120
+        while "step-000010.ckpt" not in place.checkpoints():
+            assert run.poll() is None, run.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(place.records(1)[-1]["pid"], signal.SIGKILL)
+        said = run.communicate(timeout=200)[1].decode()
+    assert run.returncode == 0, said
+    assert len({record["pid"] for record in place.records(1)}) == 2
+    assert_equal_runs(place, whole_two, 0)
 
 
 def test_row_15_two_ranks_learn_what_one_learns(whole, whole_two):
