@@ -24,7 +24,7 @@ WAYS = {
     "as from scratch": ["init.freeze_epochs=0"],
     "experiment=continue": ["experiment=[photos,continue]"],
 }
-DINO = ["objective=dino", "augment.num_local=4"]
+DINO = ["objective=dino", "augment.num_local=4", "evaluation=published"]
 COMMON = [
     *DINO,
     "report=null", "callbacks.snapshots=null", "callbacks.online.eval_budget=null",

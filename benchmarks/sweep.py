@@ -15,6 +15,7 @@ from ssl_xcit.sweeps import trial as trials
 GRID = ["optim.lr=1e-4,1e-3,1e-2,1e-1", "objective.teacher_temp=0.04,0.07"]
 SPACE = ["optim.lr=tag(log,interval(1e-4,1e-1))", "objective.teacher_temp=0.04,0.07"]
 COMMON = [
+    "objective=dino",
     "model.embed_dim=64", "model.depth=2", "model.num_heads=2", "augment.global_size=32",
     "augment.local_size=16", "augment.num_local=2", "trainer.precision=32-true",
     "callbacks.snapshots=null", "callbacks.online.eval_budget=null", "evaluation.baselines=null",

@@ -16,6 +16,7 @@ from ssl_xcit.utils.tables import (
     Results,
     cell_text,
     console,
+    features_lines,
     interval_text,
     metrics_of,
     print_table,
@@ -175,6 +176,8 @@ def markdown(evaluation: Evaluation, title: str, rows: Sequence[str], about: Seq
             continue
         lines += ["", literal(f"{second} - {rows[0]} (paired):"), ""]
         lines += table_lines(DIFFERENCE_HEADINGS, difference_rows(paired, 2))
+    for words in features_lines(evaluation.chosen):
+        lines += ["", literal(words)]
     for row in rows:
         for metric, classes in chosen_classes(evaluation, row).items():
             lines += ["", literal(f"{row}, {title_of(metric)}, by class:"), ""]

@@ -28,7 +28,7 @@ def test_pretrain_then_eval(capsys):
     assert "next: ssl-xcit eval ckpt=runs/run" in out
     assert "1,494 images" in out
     kind = r"(class token|mean patch token|class and mean patch token)"
-    assert re.search(rf"features: k-NN {kind}, linear probe {kind}\n", out)
+    assert re.search(rf"features of pretrained: k-NN {kind}, linear probe {kind}\n", out)
     folder = Path("runs/run")
     assert {p.name for p in folder.iterdir()} == {
         "checkpoints", "config.yaml", "images.npz", "metrics.csv", "run.json", "summary.json",

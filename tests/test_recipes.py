@@ -187,7 +187,7 @@ def test_a_head_is_kept_with_its_center():
         (["model.embed_dim=64"], "add model.embed_dim=32"),
         (["model.in_chans=1"], "add model.in_chans=3"),
         (["init.head=some"], "init.head=some"),
-        (["init.head=kept"], "has no projection head; init.head=fresh"),
+        (["init.head=kept"], "has no projection head of DINO; init.head=fresh"),
         (["init.ckpt=none.pth"], "none.pth: no such file"),
         (["init.ckpt=xcit_nano_12_p8"], "name of an architecture"),
         (["init.freeze_epochs=-1"], "init.freeze_epochs=-1"),

@@ -24,7 +24,7 @@ ROWS = {
     12: ("disk full while saving", "old checkpoints intact, training continues; the third failure in a row exits 1"),
     13: ("keep the last few and milestones", "exactly those are kept; nothing is deleted before the new one is verified"),
     14: ("resumed with another number of workers", "bit-identical"),
-    15: ("resumed with another world size", "the same images at each step; losses and weights equal within rounding, which is said"),
+    15: ("resumed with another world size", "the same images at each step; losses and weights equal within rounding; said not to be bit-exact"),
     16: ("resumed with changed settings", "refused with a list of differences, exit 2"),
     17: ("resumed around an epoch boundary and an online evaluation, with accumulation", "bit-identical"),
     18: ("images used across a crash", "the same multiset of images"),

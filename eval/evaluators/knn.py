@@ -118,6 +118,7 @@ class KNN(Evaluator):
     def best_kind(self, features: FeatureSet, classes: Labels, num_classes: int) -> str:
         """The kind that classifies training images best, of one the only one; kept in `chosen`."""
         kinds = features.usable(self.kinds)
+        self.chosen = {"kind": kinds[0]}
         if len(kinds) == 1:
             return kinds[0]
         rows = np.array(evenly_spaced(len(classes), VAL_IMAGES))

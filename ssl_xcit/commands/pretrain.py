@@ -221,7 +221,11 @@ def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
     if summary["results"]:
         title = f"{summary['model']} on {summary['data']}"
         print_table(summary["results"], title, summary.get("intervals"), summary.get("chosen"))
-        follow_up = f"ssl-xcit eval ckpt={run_dir}"
+        choices = about_run(run_dir).get("choices") or {}
+        protocol = str(choices.get("evaluation", "standard"))
+        follow_up = f"ssl-xcit eval ckpt={run_dir}" + f" evaluation={protocol}" * (
+            protocol != "standard"
+        )
     else:
         say(NO_LABELS)
         follow_up = f"ssl-xcit eval ckpt={run_dir} eval_data.root=DIR"

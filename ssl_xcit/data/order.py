@@ -95,9 +95,11 @@ def fallback_index(seed: int, position: int, wanted: int, attempt: int, num_imag
     return int(bits.random_raw() % num_images)
 
 
-def step_seed(seed: int, rank: int, step: int) -> int:
-    """Return the seed of what a rank draws for its images at a step, in [0, 2^63)."""
-    return int(_bits(seed, _STEP, rank, step).random_raw()) >> 1
+def step_seed(seed: int, part: int, step: int) -> int:
+    """Return the seed of what is drawn for a part of a step's batch, known by a number such as that
+    of its first image, in [0, 2^63).
+    """
+    return int(_bits(seed, _STEP, part, step).random_raw()) >> 1
 
 
 def depth_seed(seed: int, step: int) -> int:

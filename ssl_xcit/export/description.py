@@ -123,6 +123,7 @@ def describe(which: str, path: Path, run_dir: Path | None, model: str) -> dict[s
         "sha256": digest,
         "which": which,
         **measurements(which, path, run_dir, digest),
+        "objective": (run.get("choices") or {}).get("objective"),
         "overrides": None if overrides is None else [last_parts(str(o)) for o in overrides],
         "steps": int(step[1]) if step else None,
         "epochs": round(int(step[1]) / epoch_steps, 2) if step and epoch_steps else None,

@@ -28,6 +28,10 @@ from ssl_xcit.models.timm_keys import to_timm_names
 from ssl_xcit.utils.tables import format_value, interval_text, title_of
 from ssl_xcit.utils.terminal import literal, printable
 
+OF_FEATURES = (
+    "k-NN and probes are of the features that tell training images best: class token, mean patch "
+    "token or both."
+)
 CARD = """---
 library_name: transformers
 pipeline_tag: {pipeline}
@@ -198,9 +202,12 @@ def card(weights: Weights, name: str, pushed: str | None) -> str:
         title = f"Test images of {data}, in %:" if K else f"Frozen features on {data}, in %:"
         head = [title, "", "| | | 95 % |"]
         numbers = "\n".join([*head, "|---|---:|---|", *rows, ""])
+        if not K:
+            numbers += f"\n{OF_FEATURES}\n"
     width = weights.backbone.embed_dim
     of_run = weights.about.get("overrides") is not None
-    trained = "" if K else ", pretrained without labels by DINO (arXiv:2104.14294) with ssl_xcit"
+    objective = weights.about.get("objective") or "dino"
+    trained = "" if K else f", pretrained without labels with ssl_xcit (objective={objective})"
     several = weights.about_task().get("multi_label", False)
     classes = f"{'any' if several else 'one'} of {K:,} classes for each image"
     buffers = dict(weights.backbone.named_buffers())

@@ -50,17 +50,21 @@ class DropPath(nn.Module):
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
-        self.part: BatchPart | None = None  # None: a pass has all of it
+        self.rows: Tensor | None = (
+            None  # its images among all of the step; None: it has all of them
+        )
+        self.total = 0  # images of the step
 
     def draw(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B 1 1"] | None:
         """The factor of each sample's branch: 0 or 1 / (1 - rate); None for ones."""
         if not self.training or self.rate == 0.0:
             return None
         keep = 1.0 - self.rate
-        start, size, total = self.part or (0, len(x), len(x))
-        views = len(x) // size  # of each image, one after another
-        factors = x.new_empty(views, total, 1, 1).bernoulli_(keep).div_(keep)
-        return factors[:, start : start + size].flatten(0, 1)
+        if self.rows is None:
+            return x.new_empty(len(x), 1, 1).bernoulli_(keep).div_(keep)
+        views = len(x) // len(self.rows)  # of each image, one after another
+        factors = x.new_empty(views, self.total, 1, 1).bernoulli_(keep).div_(keep)
+        return factors.index_select(1, self.rows).flatten(0, 1)
 
     def forward(
         self, x: Float[Tensor, "B N C"], branch: Float[Tensor, "B N C"]
@@ -88,13 +92,19 @@ class DropPath(nn.Module):
         return x + branch(x) * factor
 
 
-def compute_part(module: nn.Module, part: BatchPart) -> None:
+def compute_part(
+    module: nn.Module, part: BatchPart | None, device: torch.device | None = None
+) -> None:
     """Tell stochastic depth which images of the step's batch the next passes have: batches of
-    `part.size` images, or of as many views of each, view by view.
+    `part.size` images, or of as many views of each, view by view; None: all. They are a tensor, so
+    that a compiled program serves all parts of one size.
     """
+    rows = None
+    if part is not None:
+        rows = torch.arange(part.start, part.start + part.size, device=device)
     for inner in module.modules():
         if isinstance(inner, DropPath):
-            inner.part = part
+            inner.rows, inner.total = rows, part.total if part is not None else 0
 
 
 class MLP(nn.Module):

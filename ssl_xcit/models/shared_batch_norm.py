@@ -16,7 +16,8 @@ aten = torch.ops.aten
 
 
 class SharedBatchNorm(_BatchNorm):
-    """BatchNorm over the batches of a group of ranks, of any size each; the state is BatchNorm's.
+    """BatchNorm over the batches of a group of ranks, of one image or more each; the state is
+    BatchNorm's.
 
     Each training pass exchanges a mean and a variance a channel forward, and two sums backward.
 

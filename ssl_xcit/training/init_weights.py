@@ -64,7 +64,8 @@ def read_start(
     start = load_training(path, init.which)
     if init.head == "kept" and start.head is None:
         raise UserError(
-            f"init.head=kept: {path} has no projection head; init.head=fresh makes a new one"
+            f"init.head=kept: {path} has no projection head of DINO; init.head=fresh makes a new "
+            "one"
         )
     num_prototypes = len(start.head["last_layer.weight_v"]) if start.head is not None else None
     return noted(settings, sha256_of(path), num_prototypes), start

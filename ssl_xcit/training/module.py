@@ -193,7 +193,6 @@ class Pretraining(lightning.LightningModule):
         for group, share, decay in zip(optimizer.param_groups, shares, decays, strict=True):
             group["lr"] = lr * share
             group["weight_decay"] = decay
-        seed_step(step_seed(self.seed, self.global_rank, step), self.device)
         self.guard.keep()
 
         optimizer.zero_grad()
@@ -211,7 +210,8 @@ class Pretraining(lightning.LightningModule):
                 )
             first += count
         losses = {k: torch.stack([p.losses[k] for p in made]).sum() for k in made[0].losses}
-        losses = averaged({"": torch.stack([part.loss for part in made]).sum(), **losses})
+        self.guard.own_loss = torch.stack([part.loss for part in made]).sum()
+        losses = averaged({"": self.guard.own_loss, **losses})
         loss = losses.pop("")
         targets = [part.targets for part in made]
         features = concatenated([part.features for part in made])
@@ -244,18 +244,20 @@ class Pretraining(lightning.LightningModule):
         backbone, unless ranks exchange all gradients.
         """
         objective, patches = self.objective, self.objective.takes_patches
+        seed_step(step_seed(self.seed, of_batch.start, step), self.device)
         with torch.no_grad():
             inputs = objective.inputs(views, self.student.backbone.patch_size, step)
             of_all, of_global = inputs.views, inputs.views[:1]
             seen = self.teacher.embedded(of_global, patches) if objective.takes_teacher else None
             targets = objective.targets(self.teacher.head, seen, inputs, step)
-        compute_part(self.student.backbone, of_batch)
+        compute_part(self.student.backbone, of_batch, self.device)
         seed_step(depth_seed(self.seed, step), self.device)
         with torch.set_grad_enabled(not frozen or self.trainer.world_size > 1):
             token = objective.mask_token(self.student.head)
             embedded = self.student.embedded(of_all, patches, inputs.mask, token)
         loss, losses = objective.loss(self.student.head, embedded, targets, step)
         self.manual_backward(share * loss)
+        compute_part(self.student.backbone, None)
         parts = {name: share * part.detach() for name, part in losses.items()}
         features = seen.cls if seen is not None else embedded.cls[: len(views[0])].detach()
         return MicrobatchOutput(share * loss.detach(), parts, targets, features)

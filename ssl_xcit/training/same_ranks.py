@@ -10,9 +10,10 @@ import lightning
 import torch.distributed as dist
 
 from ssl_xcit.errors import UserError
+from ssl_xcit.training.settings import place_keys
 
 PACKAGES = ("ssl-xcit", "torch", "lightning", "numpy")
-OWN = ("run_id",)  # settings that each rank may have its own of
+OWN = ("run_id", "num_workers")  # settings that each rank may have its own of, as of places
 SHOWN = 5  # of the differences
 
 
@@ -34,8 +35,13 @@ class SameRanks(lightning.Callback):
     """
 
     def __init__(self, settings: Mapping[str, Any]):
+        own = {*OWN, *place_keys(settings)}
         self.facts = {
-            **{k: v for k, v in flattened(settings).items() if k not in OWN},
+            **{
+                k: v
+                for k, v in flattened(settings).items()
+                if k not in own and not k.startswith(tuple(f"{key}." for key in own))
+            },
             "Python": platform.python_version(),
             **{name: version(name) for name in PACKAGES},
         }

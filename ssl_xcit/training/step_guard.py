@@ -55,6 +55,7 @@ class StepGuard:
         self.networks = networks
         self.max_skipped = max_skipped
         self.skipped = self.in_a_row = 0
+        self.own_loss = torch.zeros(())  # of this rank's images
         self.buffers = BufferSnapshot(*networks)
 
     def begin(self) -> None:
@@ -111,6 +112,7 @@ class StepGuard:
             "step": step + 1,
             "rank": rank,
             "loss": output.loss.item(),
+            "own_loss": self.own_loss.item(),
             "images": names_of_batch(trainer),
             "lr": lr,
             **diagnosis.values,
@@ -140,8 +142,8 @@ class StepGuard:
         differs = [f"{k} {before[k]} (now {now[k]})" for k in before if before[k] != now.get(k)]
         if differs and self.module.trainer.is_global_zero:
             log.warning(
-                "this run goes on with the same images at each step, and the same numbers within "
-                "rounding: it had %s", ", ".join(differs),
+                "this run goes on with the same images at each step, but not bit for bit (what N "
+                "ranks share: docs/cluster.md): it had %s", ", ".join(differs),
             )  # fmt: skip
 
     def made_with(self) -> dict[str, Any]:

@@ -98,11 +98,13 @@ def make_trainer(
 
 
 def meet_again(trainer: lightning.Trainer, timeout: timedelta) -> None:
-    """Let ranks that torchrun has started again find each other, and not the ports of those that
-    were killed, which the store that torchrun (2.14) shares with its ranks still holds.
+    """Let ranks that torchrun has started again on one machine find each other, and not the ports
+    of those that were killed, which the store that torchrun (2.14) shares with them still holds.
+    On several machines each counts its own restarts (docs/cluster.md).
     """
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restart == "0" or not shared or os.environ.get("GROUP_WORLD_SIZE") != "1":
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, trainer.world_size, False, timeout)

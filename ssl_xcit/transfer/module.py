@@ -134,6 +134,7 @@ class Transfer(lightning.LightningModule):
                 self.manual_backward(share * torch.stack(list(of_part.values())).sum())
             for name, value in of_part.items():
                 losses[name] = losses.get(name, 0.0) + share * value.detach()
+        self.guard.own_loss = torch.stack(list(losses.values())).sum()
         losses = averaged(losses)
         grad_norms = clip_all_(self.task.parameters(), self.clip_norm)
         loss = torch.stack(list(losses.values())).sum()

@@ -34,7 +34,14 @@ TITLES = {
     "pixel_accuracy": "right pixels",
 }
 
-EVALUATORS = {"knn": "k-NN", "linear": "linear probe", "logistic": "logistic regression"}
+BASELINES = ("random weights", "colour histogram")  # rows that are there for comparison
+EVALUATORS = {
+    "knn": "k-NN",
+    "linear": "linear probe",
+    "logistic": "logistic regression",
+    "several_labels": "labels",
+    "regression": "numbers",
+}
 FEATURES = {
     "cls": "class token",
     "patch": "mean patch token",
@@ -82,22 +89,23 @@ def print_table(
     intervals: Intervals | None = None,
     chosen: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """In percent where nothing else is said; the interval is the last column's, and so are the
-    features that evaluators chose (row -> evaluator -> its settings), which are named below.
+    """In percent where nothing else is said; the interval is the last column's. Below are the
+    features that evaluators took, by row and evaluator.
     """
     console().print(results_table(results, title, intervals))
-    kinds = features_line((chosen or {}).get(list(results)[-1], {}))
-    if kinds:
-        console().print(kinds)
+    for line in features_lines(chosen or {}):
+        console().print(line)
 
 
-def features_line(chosen: Mapping[str, Mapping[str, Any]]) -> str:
-    """`features: k-NN mean patch token, ...`; empty where there was no choice."""
-    kinds = {name: str(settings["kind"]) for name, settings in chosen.items() if "kind" in settings}
-    named = [
-        f"{EVALUATORS.get(name, name)} {FEATURES.get(kind, kind)}" for name, kind in kinds.items()
-    ]
-    return f"features: {', '.join(named)}" if named else ""
+def features_lines(chosen: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """`features of pretrained: k-NN mean patch token, ...`, a line for each row but baselines."""
+    lines = []
+    for row, evaluators in chosen.items():
+        kinds = {name: str(v["kind"]) for name, v in evaluators.items() if "kind" in v}
+        named = [f"{EVALUATORS.get(k, k)} {FEATURES.get(kind, kind)}" for k, kind in kinds.items()]
+        if named and row not in BASELINES:
+            lines.append(f"features of {row}: {', '.join(named)}")
+    return lines
 
 
 def console() -> PlainConsole:

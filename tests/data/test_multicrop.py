@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 from ssl_xcit.data.decode import RGB, open_picture
 from ssl_xcit.data.fused import FusedMultiCrop
-from ssl_xcit.data.multicrop import TorchvisionMultiCrop
+from ssl_xcit.data.multicrop import Recipe, TorchvisionMultiCrop
 from ssl_xcit.data.preprocess import normalise, resize_center_crop, to_views
 
 
@@ -98,3 +98,9 @@ def test_a_png_of_a_hundred_bytes_takes_no_memory_in_evaluation():
     content = encoded(Image.new("RGB", (60_000, 1), (9, 8, 7)))
     use = "assert (resize_center_crop(decode(content), 256, 224) == [9, 8, 7]).all()"
     assert peak_memory(content, use) < 50_000  # KiB
+
+
+def test_blur_is_in_proportion_to_the_crops():
+    assert Recipe(global_size=224).blur_std() == (0.1, 2.0)
+    assert Recipe(global_size=56, blur_radius=(0.2, 1.0)).blur_std() == (0.05, 0.25)
+    assert Recipe(stages=[{"until": 0.5, "global_size": 112}]).at(0.1).blur_std() == (0.05, 1.0)

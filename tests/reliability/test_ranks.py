@@ -72,11 +72,11 @@ def wait_for_end(pid, seconds=10):
 
 
 def test_row_15_another_world_size(place, whole):
-    """The same global batch: the same images at each step; said to equal within rounding."""
+    """The same global batch: the same images at each step; said not to be bit-exact."""
     place.killed_at(22, *trick("Slow", seconds=0.02))
     assert min(r["step"] for r in place.records(0)) == 1
     saved = int(place.checkpoints()[-1][5:11])
-    assert "within rounding: it had devices 1 (now 2)" in place(*TWO, timeout=120)
+    assert "it had devices 1 (now 2)" in place(*TWO, timeout=120)
     expected = {r["step"]: r["images"] for r in whole.records()}
     others = {r["step"]: r["images"] for r in place.records(1)}
     last = {r["step"]: r["images"] for r in place.records(0)}

@@ -224,3 +224,29 @@ def test_a_copy_of_a_compiled_network_runs_its_own_backbone():
     network.compile_backbone()
     assert deepcopy(network).compiled is None
     assert network.compiled is not None
+
+
+def test_stochastic_depth_is_the_same_in_parts_and_whole(handful, tmp_path):
+    """What each part drops is what the whole batch drops, image by image."""
+    drawn = []
+    for accumulate in (1, 3):
+        module = make(drop_path=0.5, steps=2)
+        module.accumulate = accumulate
+        layer, found = module.student.backbone.blocks[0].drop_path, []
+        draw = layer.draw
+
+        def kept(x, draw=draw, found=found):
+            found.append(factor := draw(x))
+            return factor
+
+        layer.draw = kept
+        fit(module, handful, 1, tmp_path)
+        passes = len(found) // accumulate  # branches of the block, each for two resolutions
+        parts = [found[n * passes : (n + 1) * passes] for n in range(accumulate)]
+        drawn.append(
+            [torch.cat([p[i].unflatten(0, (2, -1)) for p in parts], 1) for i in range(passes)]
+        )
+        assert layer.rows is None
+    for whole, in_parts in zip(*drawn, strict=True):
+        assert torch.equal(whole, in_parts)
+    assert {v for factor in drawn[0] for v in factor.unique().tolist()} == {0.0, 2.0}
