@@ -46,7 +46,7 @@ class SameRanks(lightning.Callback):
             **{name: version(name) for name in PACKAGES},
         }
 
-    def setup(self, trainer: lightning.Trainer, *_: object, **__: object) -> None:
+    def setup(self, trainer: Any, *_: object, **__: object) -> None:
         """On all ranks alike.
 
         Raises:
