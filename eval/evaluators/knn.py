@@ -116,7 +116,7 @@ class KNN(Evaluator):
                 yield f"knn_k{k}{suffix}", Estimate(names[winner] == features.test_labels)
 
     def best_kind(self, features: FeatureSet, classes: Labels, num_classes: int) -> str:
-        """The kind that classifies training images best, of one the only one; kept in `chosen`."""
+        """The kind that classifies training images best, of one that one; kept in `chosen`."""
         kinds = features.usable(self.kinds)
         self.chosen = {"kind": kinds[0]}
         if len(kinds) == 1:

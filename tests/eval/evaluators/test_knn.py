@@ -172,4 +172,4 @@ def test_the_kind_is_taken_that_classifies_training_images_best():
     assert float(measured) == pytest.approx(100 * expected.mean())
     alone = KNN(k=20, kinds="cls")
     assert float(dict(alone(features))["knn_k20"]) < float(measured)
-    assert alone.chosen == {}
+    assert alone.chosen == {"kind": "cls"}
