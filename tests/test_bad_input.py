@@ -41,7 +41,10 @@ BAD = [
     (["check", "data.root=caf\udce9"], r"caf\udce9: no such folder"),
     (["pretrain", "model=xcit_smal_12_p16"], "did you mean xcit_small_12_p16?"),
     (["pretrain", "data=imagnet"], "did you mean imagenet?"),
-    (["pretrain", "evaluation=fast"], "evaluation=fast: no such option; there are head, published, standard"),
+    (
+        ["pretrain", "evaluation=fast"],
+        "evaluation=fast: no such option; there are head, published, standard",
+    ),
     (["pretrain", "~evaluation"], "evaluation is needed: add evaluation=...; removed by ~"),
     (["pretrian"], "did you mean pretrain?"),
     (["pretrain", "data=folder"], "data.root is needed"),
