@@ -12,7 +12,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.objectives.objective import Clip, Embedded, Inputs, Objective, RunLength
+from ssl_xcit.objectives.objective import (
+    Clip,
+    Embedded,
+    Inputs,
+    Objective,
+    RunLength,
+    Table,
+    chosen_by_length,
+)
 from ssl_xcit.objectives.queue import EmbeddingQueue, check_queue
 from ssl_xcit.objectives.similarity import patch_similarity_loss, queue_similarity_loss
 from ssl_xcit.utils.ranks import gathered
@@ -55,8 +63,12 @@ class Distillation(Objective):
         temperature: of both softmaxes.
         queue: embeddings of earlier images that similarities are to; at least a batch.
         local_weight: weight of the similarities of patches (0: none).
+        center: subtract the queue's mean from the teacher's embeddings first: without it those of
+            all images are alike, and their similarities say little.
         mixup: mix images of a batch in pairs, with shares from 0 to 1.
-        ema: of the student, see `Objective`; the average is what is evaluated.
+        ema: of the student, see `Objective`; the average is what is evaluated. Null: from the
+            table.
+        by_steps_and_images: see `chosen_by_length`.
         clip_norm: see `Objective`.
         clip: likewise.
 
@@ -77,12 +89,16 @@ class Distillation(Objective):
         temperature: Positive = 0.07,
         queue: Annotated[int, Ge(1)] = 4096,
         local_weight: NonNegative = 1.0,
+        center: bool = True,
         mixup: bool = True,
-        ema: Share = 0.99,
+        ema: Share | None = None,
+        by_steps_and_images: Table = (),
         clip_norm: Positive = 3.0,
         clip: Clip = "module",
     ):
-        super().__init__(length, ema, clip_norm, clip)
+        table = f"{length.key}.by_steps_and_images"
+        chosen = chosen_by_length({"ema": ema}, by_steps_and_images, table, length)
+        super().__init__(length, chosen["ema"], clip_norm, clip)
         if teacher is None:
             raise UserError(
                 f"{length.key}.teacher is needed: timm/NAME, a run folder or a checkpoint, such as "
@@ -94,6 +110,7 @@ class Distillation(Objective):
         self.temperature = temperature
         self.local_weight = local_weight
         self.takes_patches = local_weight > 0
+        self.center = center
         self.mixup = mixup
         self.queue = EmbeddingQueue(queue, self.frozen_teacher.width)
         self.register_buffer("teacher_sha256", digest_of(self.frozen_teacher))
@@ -131,12 +148,13 @@ class Distillation(Objective):
         """Of each global view with its own target; local views have those of all global ones."""
         G = len(targets.embeddings)
         bank = torch.cat((self.queue.filled(), gathered(targets.embeddings[0])))
+        mean = bank.mean(dim=0) if self.center else torch.zeros_like(bank[0])
+        bank, theirs = bank - mean, targets.embeddings - mean
         ours = head(student.cls)
         pairs = [(v, v) for v in range(G)]
         pairs += [(v, g) for v in range(G, len(ours)) for g in range(G)]
         of_pairs = [
-            queue_similarity_loss(ours[v], targets.embeddings[g], bank, self.temperature)
-            for v, g in pairs
+            queue_similarity_loss(ours[v], theirs[g], bank, self.temperature) for v, g in pairs
         ]
         losses = {"global": torch.stack(of_pairs).mean()}
         if targets.patches is not None:

@@ -172,12 +172,13 @@ def teacher_of(backbone, size=None):
     return TeacherBackbone(backbone.eval(), Preprocess(), size, Preprocess())
 
 
-def test_distillation_by_a_loop():
+@pytest.mark.parametrize("center", [True, False])
+def test_distillation_by_a_loop(center):
     torch.manual_seed(0)
     teacher = teacher_of(XCiT(16, 1, 2, 8))
     objective = Distillation(
         LENGTH, partial(ProjectionHead, num_layers=1, batch_norm=False), lambda *_: teacher,
-        teacher="x", queue=6, local_weight=0.3, mixup=False,
+        teacher="x", queue=6, local_weight=0.3, center=center, mixup=False, ema=0.9,
     )  # fmt: skip
     project, views = objective.make_head(5), [torch.randn(2, 4, 3, 24, 24)]
     student = embedded(3)
@@ -190,9 +191,10 @@ def test_distillation_by_a_loop():
         assert torch.allclose(targets.patches[g], features[g].patches.movedim(1, -1), atol=1e-5)
     loss, parts = objective.loss(project, student, targets, 0)
     bank = torch.cat((rows, features[0].cls))
+    mean = bank.mean(dim=0) * center
     pairs = [(0, 0), (1, 1), (2, 0), (2, 1)]
     terms = [
-        queue_similarity_loss(project(student.cls[v]), features[g].cls, bank, 0.07)
+        queue_similarity_loss(project(student.cls[v]), features[g].cls - mean, bank - mean, 0.07)
         for v, g in pairs
     ]
     patches = project(student.patches[0].movedim(2, -1))
@@ -213,7 +215,9 @@ def test_a_run_does_not_go_on_with_another_teacher():
     for seed in (0, 1):
         torch.manual_seed(seed)
         teacher = teacher_of(XCiT(16, 1, 2, 8))
-        made.append(Distillation(LENGTH, projection, lambda *_, t=teacher: t, "x", queue=6))
+        made.append(
+            Distillation(LENGTH, projection, lambda *_, t=teacher: t, "x", queue=6, ema=0.9)
+        )
     made[0].load_state_dict(made[0].state_dict())
     with pytest.raises(UserError, match=r"begun with other weights of objective\.teacher"):
         made[1].load_state_dict(made[0].state_dict())
@@ -228,7 +232,7 @@ def test_advice_names_settings_that_there_are():
 
 def test_mixed_images_are_mixed_alike_at_all_sizes():
     objective = Distillation(
-        LENGTH, projection, lambda *_: teacher_of(XCiT(16, 1, 2, 8)), teacher="x", queue=6
+        LENGTH, projection, lambda *_: teacher_of(XCiT(16, 1, 2, 8)), teacher="x", queue=6, ema=0.9
     )
     large = torch.arange(4.0)[None, :, None, None, None].expand(2, 4, 3, 8, 8)
     torch.manual_seed(3)
@@ -266,7 +270,7 @@ def test_what_an_objective_refuses(tmp_path):
     with pytest.raises(UserError, match=r"objective\.queue=3 does not hold a batch of 4"):
         InfoNCE(LENGTH, projection, queue=3, ema=0.9)
     with pytest.raises(UserError, match=r"objective\.queue=3 does not hold a batch of 4"):
-        Distillation(LENGTH, projection, lambda *_: None, teacher="x", queue=3)
+        Distillation(LENGTH, projection, lambda *_: None, teacher="x", queue=3, ema=0.9)
     with pytest.raises(UserError, match=r"trainer\.accumulate=4: an image is told"):
         InfoNCE(LENGTH._replace(accumulate=4), projection, ema=0.9)
     with pytest.raises(UserError, match=r"the same share of the 4 rows"):
