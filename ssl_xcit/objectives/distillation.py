@@ -63,8 +63,6 @@ class Distillation(Objective):
         temperature: of both softmaxes.
         queue: embeddings of earlier images that similarities are to; at least a batch.
         local_weight: weight of the similarities of patches (0: none).
-        center: subtract the queue's mean from the teacher's embeddings first: without it those of
-            all images are alike, and their similarities say little.
         mixup: mix images of a batch in pairs, with shares from 0 to 1.
         ema: of the student, see `Objective`; the average is what is evaluated. Null: from the
             table.
@@ -89,28 +87,26 @@ class Distillation(Objective):
         temperature: Positive = 0.07,
         queue: Annotated[int, Ge(1)] = 4096,
         local_weight: NonNegative = 1.0,
-        center: bool = True,
         mixup: bool = True,
         ema: Share | None = None,
         by_steps_and_images: Table = (),
         clip_norm: Positive = 3.0,
         clip: Clip = "module",
     ):
-        table = f"{length.key}.by_steps_and_images"
-        chosen = chosen_by_length({"ema": ema}, by_steps_and_images, table, length)
-        super().__init__(length, chosen["ema"], clip_norm, clip)
         if teacher is None:
             raise UserError(
                 f"{length.key}.teacher is needed: timm/NAME, a run folder or a checkpoint, such as "
                 f"{length.key}.teacher=timm/vit_small_patch14_dinov2.lvd142m"
             )
+        table = f"{length.key}.by_steps_and_images"
+        chosen = chosen_by_length({"ema": ema}, by_steps_and_images, table, length)
+        super().__init__(length, chosen["ema"], clip_norm, clip)
         check_queue(queue, length.batch_size, length.key)
         self.frozen_teacher = load_teacher(str(teacher), teacher_ckpt)
         self.new_head = head
         self.temperature = temperature
         self.local_weight = local_weight
         self.takes_patches = local_weight > 0
-        self.center = center
         self.mixup = mixup
         self.queue = EmbeddingQueue(queue, self.frozen_teacher.width)
         self.register_buffer("teacher_sha256", digest_of(self.frozen_teacher))
@@ -148,13 +144,12 @@ class Distillation(Objective):
         """Of each global view with its own target; local views have those of all global ones."""
         G = len(targets.embeddings)
         bank = torch.cat((self.queue.filled(), gathered(targets.embeddings[0])))
-        mean = bank.mean(dim=0) if self.center else torch.zeros_like(bank[0])
-        bank, theirs = bank - mean, targets.embeddings - mean
         ours = head(student.cls)
         pairs = [(v, v) for v in range(G)]
         pairs += [(v, g) for v in range(G, len(ours)) for g in range(G)]
         of_pairs = [
-            queue_similarity_loss(ours[v], theirs[g], bank, self.temperature) for v, g in pairs
+            queue_similarity_loss(ours[v], targets.embeddings[g], bank, self.temperature)
+            for v, g in pairs
         ]
         losses = {"global": torch.stack(of_pairs).mean()}
         if targets.patches is not None:
