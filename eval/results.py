@@ -125,13 +125,18 @@ def print_all(evaluation: Evaluation, title: str, rows: Sequence[str], per_class
     """Print the table, differences where there are several backbones, classes on request."""
     # of several the table of differences has them
     intervals = evaluation.intervals if len(rows) == 1 else None
-    print_table(evaluation.results, title, intervals, evaluation.chosen)
+    print_table(evaluation.results, title, intervals, chosen_of(evaluation, rows))
     for second in rows[1:]:
         if differences(evaluation, rows[0], second):
             console().print(difference_table(evaluation, rows[0], second))
     for row in rows if per_class else ():
         for metric, classes in chosen_classes(evaluation, row).items():
             console().print(class_table(f"{row}, {title_of(metric)}", classes))
+
+
+def chosen_of(evaluation: Evaluation, rows: Sequence[str]) -> dict[str, Any]:
+    """What evaluators chose for these rows."""
+    return {row: evaluation.chosen[row] for row in rows if row in evaluation.chosen}
 
 
 def chosen_classes(evaluation: Evaluation, row: str) -> dict[str, ByClass]:
@@ -176,7 +181,7 @@ def markdown(evaluation: Evaluation, title: str, rows: Sequence[str], about: Seq
             continue
         lines += ["", literal(f"{second} - {rows[0]} (paired):"), ""]
         lines += table_lines(DIFFERENCE_HEADINGS, difference_rows(paired, 2))
-    for words in features_lines(evaluation.chosen):
+    for words in features_lines(chosen_of(evaluation, rows)):
         lines += ["", literal(words)]
     for row in rows:
         for metric, classes in chosen_classes(evaluation, row).items():

@@ -220,7 +220,9 @@ def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
         say(f"not healthy: {summary['health']}; see metrics.csv")
     if summary["results"]:
         title = f"{summary['model']} on {summary['data']}"
-        print_table(summary["results"], title, summary.get("intervals"), summary.get("chosen"))
+        own = list(summary["results"])[-1]  # behind the baselines
+        chosen = {own: (summary.get("chosen") or {}).get(own, {})}
+        print_table(summary["results"], title, summary.get("intervals"), chosen)
         choices = about_run(run_dir).get("choices") or {}
         protocol = str(choices.get("evaluation", "standard"))
         follow_up = f"ssl-xcit eval ckpt={run_dir}" + f" evaluation={protocol}" * (

@@ -1,7 +1,7 @@
 """Layers of both kinds of blocks: MLP, stochastic depth, recomputation, initial values."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ class DropPath(nn.Module):
     1 - rate, scaled by 1 / (1 - rate).
 
     Samples are drawn for the whole batch of a step, of which a pass takes its part (see
-    `compute_part`): with the same seed an image is treated alike however a batch is split over
+    `computing`): with the same seed an image is treated alike however a batch is split over
     ranks and parts.
     """
 
@@ -92,19 +92,21 @@ class DropPath(nn.Module):
         return x + branch(x) * factor
 
 
-def compute_part(
-    module: nn.Module, part: BatchPart | None, device: torch.device | None = None
-) -> None:
-    """Tell stochastic depth which images of the step's batch the next passes have: batches of
-    `part.size` images, or of as many views of each, view by view; None: all. They are a tensor, so
-    that a compiled program serves all parts of one size.
+@contextlib.contextmanager
+def computing(module: nn.Module, part: BatchPart, device: torch.device) -> Iterator[None]:
+    """Let stochastic depth know which images of the step's batch passes inside have: batches of
+    `part.size` images, or of as many views of each, view by view. They are a tensor, so that a
+    compiled program serves all parts of one size.
     """
-    rows = None
-    if part is not None:
-        rows = torch.arange(part.start, part.start + part.size, device=device)
-    for inner in module.modules():
-        if isinstance(inner, DropPath):
-            inner.rows, inner.total = rows, part.total if part is not None else 0
+    layers = [inner for inner in module.modules() if isinstance(inner, DropPath)]
+    rows = torch.arange(part.start, part.start + part.size, device=device)
+    for layer in layers:
+        layer.rows, layer.total = rows, part.total
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.rows = None
 
 
 class MLP(nn.Module):

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ssl_xcit.data.order import depth_seed, step_seed
 from ssl_xcit.errors import RunFailed
-from ssl_xcit.models.layers import BatchPart, compute_part
+from ssl_xcit.models.layers import BatchPart, computing
 from ssl_xcit.models.shared_batch_norm import share_batch_norm
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.objectives.objective import Embedded, Objective, PatchMask, Signs, concatenated
@@ -203,11 +203,7 @@ class Pretraining(lightning.LightningModule):
             count = part[0].shape[1]
             of_batch = BatchPart(first, count, images * self.trainer.world_size)
             with self.guard.no_sync_if(n < len(parts)):
-                made.append(
-                    self.forward_backward(
-                        list(part), step, of_batch, count / images, released == 0.0
-                    )
-                )
+                made.append(self.forward_backward(list(part), step, of_batch, released == 0.0))
             first += count
         losses = {k: torch.stack([p.losses[k] for p in made]).sum() for k in made[0].losses}
         self.guard.own_loss = torch.stack([part.loss for part in made]).sum()
@@ -237,12 +233,12 @@ class Pretraining(lightning.LightningModule):
         views: list[Tensor],
         step: int,
         of_batch: BatchPart,
-        share: float,
         frozen: bool = False,
     ) -> MicrobatchOutput:
-        """Forward and backward of a part of the batch, `share` of this rank's; not through a frozen
-        backbone, unless ranks exchange all gradients.
+        """Forward and backward of a part of the batch; not through a frozen backbone, unless ranks
+        exchange all gradients.
         """
+        share = of_batch.size * self.trainer.world_size / of_batch.total  # of this rank's
         objective, patches = self.objective, self.objective.takes_patches
         seed_step(step_seed(self.seed, of_batch.start, step), self.device)
         with torch.no_grad():
@@ -250,14 +246,13 @@ class Pretraining(lightning.LightningModule):
             of_all, of_global = inputs.views, inputs.views[:1]
             seen = self.teacher.embedded(of_global, patches) if objective.takes_teacher else None
             targets = objective.targets(self.teacher.head, seen, inputs, step)
-        compute_part(self.student.backbone, of_batch, self.device)
         seed_step(depth_seed(self.seed, step), self.device)
-        with torch.set_grad_enabled(not frozen or self.trainer.world_size > 1):
-            token = objective.mask_token(self.student.head)
-            embedded = self.student.embedded(of_all, patches, inputs.mask, token)
-        loss, losses = objective.loss(self.student.head, embedded, targets, step)
-        self.manual_backward(share * loss)
-        compute_part(self.student.backbone, None)
+        with computing(self.student.backbone, of_batch, self.device):
+            with torch.set_grad_enabled(not frozen or self.trainer.world_size > 1):
+                token = objective.mask_token(self.student.head)
+                embedded = self.student.embedded(of_all, patches, inputs.mask, token)
+            loss, losses = objective.loss(self.student.head, embedded, targets, step)
+            self.manual_backward(share * loss)
         parts = {name: share * part.detach() for name, part in losses.items()}
         features = seen.cls if seen is not None else embedded.cls[: len(views[0])].detach()
         return MicrobatchOutput(share * loss.detach(), parts, targets, features)

@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
-from itertools import chain
 from typing import Any
 
 import lightning
@@ -11,20 +10,11 @@ import torch.distributed as dist
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.training.settings import place_keys
+from ssl_xcit.utils.validation import flat
 
 PACKAGES = ("ssl-xcit", "torch", "lightning", "numpy")
 OWN = ("run_id", "num_workers")  # settings that each rank may have its own of, as of places
 SHOWN = 5  # of the differences
-
-
-def flattened(node: object, key: str = "") -> dict[str, str]:
-    """Values by dotted key, as text."""
-    if not isinstance(node, Mapping) or not node:
-        return {key: repr(node)}
-    parts = (
-        flattened(value, f"{key}.{name}" if key else str(name)) for name, value in node.items()
-    )
-    return dict(chain.from_iterable(part.items() for part in parts))
 
 
 class SameRanks(lightning.Callback):
@@ -35,16 +25,11 @@ class SameRanks(lightning.Callback):
     """
 
     def __init__(self, settings: Mapping[str, Any]):
-        own = {*OWN, *place_keys(settings)}
-        self.facts = {
-            **{
-                k: v
-                for k, v in flattened(settings).items()
-                if k not in own and not k.startswith(tuple(f"{key}." for key in own))
-            },
-            "Python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        }
+        own = (*OWN, *place_keys(settings))
+        within = tuple(f"{key}." for key in own)
+        told = {k: v for k, v in flat(settings) if k not in own and not k.startswith(within)}
+        versions = {name: version(name) for name in PACKAGES}
+        self.facts = {**told, "Python": platform.python_version(), **versions}
 
     def setup(self, trainer: Any, *_: object, **__: object) -> None:
         """On all ranks alike.

@@ -34,7 +34,6 @@ TITLES = {
     "pixel_accuracy": "right pixels",
 }
 
-BASELINES = ("random weights", "colour histogram")  # rows that are there for comparison
 EVALUATORS = {
     "knn": "k-NN",
     "linear": "linear probe",
@@ -98,12 +97,12 @@ def print_table(
 
 
 def features_lines(chosen: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """`features of pretrained: k-NN mean patch token, ...`, a line for each row but baselines."""
+    """`features of pretrained: k-NN mean patch token, ...`, a line a row."""
     lines = []
     for row, evaluators in chosen.items():
         kinds = {name: str(v["kind"]) for name, v in evaluators.items() if "kind" in v}
         named = [f"{EVALUATORS.get(k, k)} {FEATURES.get(kind, kind)}" for k, kind in kinds.items()]
-        if named and row not in BASELINES:
+        if named:
             lines.append(f"features of {row}: {', '.join(named)}")
     return lines
 

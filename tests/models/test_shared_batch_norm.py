@@ -1,14 +1,12 @@
 """BatchNorm of parts of a batch on several processes, against torch's of the whole batch."""
 
-import copy
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from ssl_xcit.models.layers import BatchPart, DropPath, compute_part
+from ssl_xcit.models.layers import BatchPart, DropPath, computing
 from ssl_xcit.models.shared_batch_norm import SharedBatchNorm, share_batch_norm
 
 PARTS = [slice(0, 3), slice(3, 8)]  # of 8 images: ranks need not have as many
@@ -101,12 +99,11 @@ def test_stochastic_depth_is_of_an_image_however_a_batch_is_split():
 
     def drawn(part, of_batch):
         torch.manual_seed(3)
-        alone = copy.deepcopy(layer)
-        if of_batch is not None:
-            compute_part(alone, of_batch)
-        return alone.draw(x[:, part].flatten(0, 1)).unflatten(0, (2, -1))
+        with computing(layer, of_batch, x.device):
+            return layer.draw(x[:, part].flatten(0, 1)).unflatten(0, (2, -1))
 
-    whole = drawn(slice(None), None)
+    torch.manual_seed(3)
+    whole = layer.draw(x.flatten(0, 1)).unflatten(0, (2, -1))
     assert torch.equal(drawn(slice(None), BatchPart(0, 8, 8)), whole)
     for part in PARTS:
         of_part = BatchPart(part.start, part.stop - part.start, 8)

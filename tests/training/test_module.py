@@ -250,3 +250,18 @@ def test_stochastic_depth_is_the_same_in_parts_and_whole(handful, tmp_path):
     for whole, in_parts in zip(*drawn, strict=True):
         assert torch.equal(whole, in_parts)
     assert {v for factor in drawn[0] for v in factor.unique().tolist()} == {0.0, 2.0}
+
+
+def test_each_part_of_a_batch_draws_its_own_masks(handful, tmp_path):
+    """What an objective draws for its images, such as masks and mixtures."""
+    module, drawn = make(drop_path=0.5, steps=2), []
+    module.accumulate = 4
+    inputs = module.objective.inputs
+
+    def drawing(*args):
+        drawn.append(torch.rand(()).item())
+        return inputs(*args)
+
+    module.objective.inputs = drawing
+    fit(module, handful, 2, tmp_path)
+    assert len(set(drawn)) == len(drawn) == 8
