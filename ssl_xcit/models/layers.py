@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, layer_norm, linear
 from torch.utils.checkpoint import checkpoint
+
+from ssl_xcit.utils.ranks import BatchPart
 
 LAYER_NORM_EPS = 1e-6
 
@@ -28,14 +30,6 @@ def scaled(layer: nn.Linear | nn.Conv2d, gain: Float[Tensor, " C"] | None) -> tu
     if gain is None:
         return layer.weight, layer.bias
     return layer.weight * gain.view(-1, *[1] * (layer.weight.ndim - 1)), layer.bias * gain
-
-
-class BatchPart(NamedTuple):
-    """Which images of a step's batch a pass computes: of `total`, `size` from `start`."""
-
-    start: int
-    size: int
-    total: int
 
 
 class DropPath(nn.Module):

@@ -23,7 +23,7 @@ from ssl_xcit.objectives.objective import (
 )
 from ssl_xcit.objectives.queue import EmbeddingQueue, check_queue
 from ssl_xcit.objectives.similarity import patch_similarity_loss, queue_similarity_loss
-from ssl_xcit.utils.ranks import gathered
+from ssl_xcit.utils.ranks import BatchPart, gathered
 from ssl_xcit.utils.validation import NonNegative, Positive, Share, Text
 
 
@@ -116,13 +116,16 @@ class Distillation(Objective):
         """A projection to the teacher's width."""
         return self.new_head(embed_dim, self.frozen_teacher.width)
 
-    def inputs(self, views: list[Tensor], patch_size: int, step: int) -> Inputs:
-        """Views mixed with those of other images, in all resolutions alike (mixup,
-        arXiv:1710.09412).
+    def inputs(self, views: list[Tensor], patch_size: int, step: int, part: BatchPart) -> Inputs:
+        """Views mixed with those of the other image of each pair, in all resolutions alike (mixup,
+        arXiv:1710.09412). Pairs are neighbours in the batch, whose order is random; an image whose
+        neighbour is in another part stays as it is.
         """
         if not self.mixup:
             return Inputs(views)
-        others = torch.randperm(views[0].shape[1])
+        others = (torch.arange(part.start, part.start + part.size) ^ 1) - part.start
+        alone = (others < 0) | (others >= part.size)
+        others = torch.where(alone, torch.arange(part.size), others)
         share = float(torch.rand(()))
         return Inputs([view.lerp(view[:, others.to(view.device)], share) for view in views])
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from ssl_xcit.objectives.esvit import tokens
 from ssl_xcit.objectives.ibot_loss import ibot_loss
 from ssl_xcit.objectives.masking import check_ratio, patch_weights, sample_masks
 from ssl_xcit.objectives.objective import Embedded, Inputs, Objective, PatchMask, RunLength
-from ssl_xcit.utils.ranks import summed_
+from ssl_xcit.utils.ranks import BatchPart, summed_
 from ssl_xcit.utils.validation import Share
 
 
@@ -83,12 +84,15 @@ class IBOT(Objective):
         """A projection with K prototypes, and the mask token."""
         return self.new_head(self.prototypes.make_head(embed_dim), embed_dim)
 
-    def inputs(self, views: list[Tensor], patch_size: int, step: int) -> Inputs:
+    def inputs(self, views: list[Tensor], patch_size: int, step: int, part: BatchPart) -> Inputs:
         """Masks for the student's global views, drawn from torch's generator."""
         G, B, _, height, width = views[0].shape
+        own = np.arange(G * part.total).reshape(G, -1)[:, part.start : part.start + B]
         grid = math.ceil(height / patch_size), math.ceil(width / patch_size)
         probability = self.probability if step >= self.start_step else 0.0
-        masks = sample_masks(G * B, grid, self.ratio, probability, None, self.blocks)
+        masks = sample_masks(
+            G * part.total, grid, self.ratio, probability, None, self.blocks, own.ravel()
+        )
         return Inputs(
             views, PatchMask(masks.unflatten(0, (G, B)).to(views[0].device), self.exclude_masked)
         )

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ssl_xcit.errors import UserError
@@ -26,7 +26,8 @@ def sample_masks(
     probability: float,
     generator: torch.Generator | None,
     blocks: bool,
-) -> Bool[Tensor, "B h w"]:
+    own: Int64[np.ndarray, " n"] | None = None,
+) -> Bool[Tensor, "n h w"]:
     """Masks on the CPU, true where a patch is masked.
 
     An image has a mask with the given probability: of B images, probability * B have one, rounded
@@ -35,12 +36,13 @@ def sample_masks(
     patches, which may be none where the ratio is small.
 
     Args:
-        num_images: B.
+        num_images: B, of all ranks and parts of a batch.
         grid: rows h and columns w of patches.
         ratio: lowest and highest share of an image's patches that are masked (iBOT: 0.1 to 0.5).
         probability: of an image to have a mask (iBOT: 0.5).
         generator: of which one number is drawn; None: torch's global one.
         blocks: mask rectangles; otherwise single patches at random.
+        own: images whose masks are wanted; None: all. The others' do not change them.
 
     Raises:
         UserError: a ratio or the probability is not within 0 to 1, or the lowest ratio is above the
@@ -49,15 +51,19 @@ def sample_masks(
     check_ratio(ratio, probability)
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
     rng = np.random.Generator(np.random.Philox(seed))
-    masks = np.zeros((num_images, *grid), dtype=np.bool_)
     num_masked = math.floor(num_images * probability + rng.random())
     low, high = ratio
-    shares = (np.arange(num_masked) + rng.random(num_masked)) / max(num_masked, 1)
-    for image, share in zip(rng.permutation(num_images), shares, strict=False):
-        count = round((low + (high - low) * float(share)) * masks[image].size)
+    shares = np.zeros(num_images)
+    spread = (np.arange(num_masked) + rng.random(num_masked)) / max(num_masked, 1)
+    shares[rng.permutation(num_images)[:num_masked]] = low + (high - low) * spread
+    own = np.arange(num_images) if own is None else own
+    masks = np.zeros((len(own), *grid), dtype=np.bool_)
+    for mask, image in zip(masks, own, strict=True):
+        count = round(float(shares[image]) * mask.size)
+        of_image = np.random.Generator(np.random.Philox(key=[seed, image]))
         if blocks:
-            mask_blocks_(masks[image], count, rng)
-        mask_patches_(masks[image], count, rng)
+            mask_blocks_(mask, count, of_image)
+        mask_patches_(mask, count, of_image)
     return torch.from_numpy(masks)
 
 

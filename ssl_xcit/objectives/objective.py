@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
+from ssl_xcit.utils.ranks import BatchPart
 from ssl_xcit.utils.validation import Positive, Share
 
 Clip = Literal["tensor", "module"]
@@ -112,8 +113,10 @@ class Objective(nn.Module, ABC):
     def make_head(self, embed_dim: int) -> nn.Module:
         """Return what is trained beside the backbone, of width `embed_dim`; fresh weights."""
 
-    def inputs(self, views: list[Views], patch_size: int, step: int) -> Inputs:
-        """What student and teacher see of a batch."""
+    def inputs(self, views: list[Views], patch_size: int, step: int, part: BatchPart) -> Inputs:
+        """What student and teacher see of a part of the batch. All parts of a step begin with the
+        same seed: what is drawn for an image must not depend on how the batch is split.
+        """
         return Inputs(views)
 
     def mask_token(self, head: nn.Module) -> Float[Tensor, " C"] | None:

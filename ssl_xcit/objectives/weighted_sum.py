@@ -17,6 +17,7 @@ from ssl_xcit.objectives.objective import (
     Table,
     chosen_by_length,
 )
+from ssl_xcit.utils.ranks import BatchPart
 from ssl_xcit.utils.validation import NonNegative, Positive, Share
 
 
@@ -84,11 +85,11 @@ class WeightedSum(Objective):
             )
         return nn.ModuleDict(heads)
 
-    def inputs(self, views: list[Tensor], patch_size: int, step: int) -> Inputs:
+    def inputs(self, views: list[Tensor], patch_size: int, step: int, part: BatchPart) -> Inputs:
         """As all terms want them, one after another; the mask of the one that has one."""
         mask = None
         for term in self.terms.values():
-            views, of_term = term.inputs(views, patch_size, step)
+            views, of_term = term.inputs(views, patch_size, step, part)
             mask = of_term or mask
         return Inputs(views, mask)
 

@@ -100,7 +100,8 @@ class TeacherBackbone(FrozenNetwork):
     def __call__(
         self, images: Float[Tensor, "B channels H W"], patches: bool
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B h w D"] | None]:
-        """Embeddings of images as the student sees them, in float32: on a GPU computed in bfloat16.
+        """Embeddings of images as the student sees them, in the images' type: on a GPU computed in
+        bfloat16.
 
         Raises:
             UserError: patches are asked for of a network whose features are no grid.
@@ -114,7 +115,8 @@ class TeacherBackbone(FrozenNetwork):
             else:
                 embeddings = network.forward_head(features, pre_logits=True)
                 grid = self.grid_of(features, images) if patches else None
-        return embeddings.float(), grid.float() if patches and grid is not None else None
+        grid = None if grid is None or not patches else grid.to(images.dtype)
+        return embeddings.to(images.dtype), grid
 
     def grid_of(self, features: Tensor, images: Tensor) -> Float[Tensor, "B h w D"]:
         """Patch tokens of timm's models in their places: of those with tokens (B, N, D), their

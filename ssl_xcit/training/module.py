@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 
 from ssl_xcit.data.order import depth_seed, step_seed
 from ssl_xcit.errors import RunFailed
-from ssl_xcit.models.layers import BatchPart, computing
+from ssl_xcit.models.layers import computing
 from ssl_xcit.models.shared_batch_norm import share_batch_norm
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.objectives.objective import Embedded, Objective, PatchMask, Signs, concatenated
 from ssl_xcit.training.memory import advice, is_out_of_memory
 from ssl_xcit.training.optim import clip_all_, clip_each_, ema_update_, parameter_groups
 from ssl_xcit.training.step_guard import Diagnosis, StepGuard, seed_step
-from ssl_xcit.utils.ranks import averaged
+from ssl_xcit.utils.ranks import BatchPart, averaged
 
 Schedule = Callable[[int], float]
 MOST_PROGRAMS = 64  # of a compiled backbone, one a shape
@@ -240,9 +240,9 @@ class Pretraining(lightning.LightningModule):
         """
         share = of_batch.size * self.trainer.world_size / of_batch.total  # of this rank's
         objective, patches = self.objective, self.objective.takes_patches
-        seed_step(step_seed(self.seed, of_batch.start, step), self.device)
+        seed_step(step_seed(self.seed, 0, step), self.device)
         with torch.no_grad():
-            inputs = objective.inputs(views, self.student.backbone.patch_size, step)
+            inputs = objective.inputs(views, self.student.backbone.patch_size, step, of_batch)
             of_all, of_global = inputs.views, inputs.views[:1]
             seen = self.teacher.embedded(of_global, patches) if objective.takes_teacher else None
             targets = objective.targets(self.teacher.head, seen, inputs, step)

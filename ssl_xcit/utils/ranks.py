@@ -1,4 +1,5 @@
-"""Collectives for losses over the batch of all ranks; without a process group they do nothing.
+"""A batch split over ranks: whose images are whose, and collectives, which do nothing without a
+process group.
 
 Each rank has the same number of rows. A loss that is a mean over its own rows, computed from the
 rows of all, has its value over the whole batch as the mean over ranks, and the gradient that DDP
@@ -6,13 +7,21 @@ averages is the one of a single process with the whole batch.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+class BatchPart(NamedTuple):
+    """Which images of a step's batch a pass computes: of `total`, `size` from `start`."""
+
+    start: int
+    size: int
+    total: int
 
 
 def world_size() -> int:

@@ -6,8 +6,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from ssl_xcit.models.layers import BatchPart, DropPath, computing
+from ssl_xcit.models.layers import DropPath, computing
 from ssl_xcit.models.shared_batch_norm import SharedBatchNorm, share_batch_norm
+from ssl_xcit.utils.ranks import BatchPart
 
 PARTS = [slice(0, 3), slice(3, 8)]  # of 8 images: ranks need not have as many
 CASES = {

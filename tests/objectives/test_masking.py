@@ -67,6 +67,15 @@ def test_masks_are_those_of_the_generator():
     assert torch.equal(sample_masks(*arguments[:4], None, True), first)
 
 
+def test_parts_of_a_batch_have_the_masks_of_the_whole():
+    arguments = ((8, 8), (0.1, 0.5), 0.7, True)
+    whole = masks_of(3, 12, *arguments)
+    for own in ([0, 1, 2], [5, 3], [11]):
+        generator = torch.Generator().manual_seed(3)
+        part = sample_masks(12, *arguments[:3], generator, True, np.array(own))
+        assert torch.equal(part, whole[own])
+
+
 def edges(masks):
     """Share of pairs of neighbouring patches of which one only is masked."""
     rows, columns = masks[:, 1:] ^ masks[:, :-1], masks[..., 1:] ^ masks[..., :-1]

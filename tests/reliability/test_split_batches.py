@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from hydra import compose, initialize_config_module
 
 from ssl_xcit.data.decode import RGB
+from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.training.build import make_module
 from ssl_xcit.training.plan import make_plan
 from ssl_xcit.training.settings import PretrainSettings
@@ -30,15 +31,32 @@ OBJECTIVES = {
         "objective.terms.dino.num_prototypes=64",
         "objective.terms.region.num_prototypes=64",
     ],
+    "ibot": [
+        "objective.terms.dino.num_prototypes=64",
+        "objective.terms.ibot.start=0.2",
+        "objective.terms.ibot.prototypes.num_prototypes=64",
+    ],
+    "distillation": ["objective.queue=16", "objective.teacher=TEACHER"],
 }
 
 
-def trained(objective, dtype, rank=0, ranks=1):
+def write_teacher(file):
+    torch.manual_seed(5)
+    backbone = XCiT(32, 1, 2, 8)
+    state = {f"teacher.backbone.{k}": v for k, v in backbone.state_dict().items()}
+    content = {"state_dict": state, "architecture": backbone.architecture, "preprocess": {}}
+    torch.save(content, file)
+
+
+def trained(objective, dtype, teacher, rank=0, ranks=1):
     """Losses over the batch, and student and teacher after 50 steps on this rank's part."""
+    words = [w.replace("TEACHER", str(teacher)) for w in OBJECTIVES[objective]]
     with initialize_config_module("ssl_xcit.conf", version_base="1.3"):
-        cfg = compose("pretrain", [*TOY, f"objective={objective}", *OBJECTIVES[objective]])
+        cfg = compose("pretrain", [*TOY, f"objective={objective}", *words])
     settings = parse(PretrainSettings, cfg)
     module = make_module(settings, make_plan(settings, BATCH, 1), RGB).to(dtype)
+    if objective == "distillation":
+        module.objective.frozen_teacher.network.to(dtype)
 
     def backward(loss):
         loss.backward()
@@ -66,31 +84,39 @@ def trained(objective, dtype, rank=0, ranks=1):
     return losses, {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def work(rank, ranks, folder):
+def work(rank, ranks, folder, teacher):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
     names = OBJECTIVES if ranks == 2 else ["dino"]
-    made = {name: trained(name, torch.float64, rank, ranks) for name in names}
-    made["float32"] = trained("dino", torch.float32, rank, ranks)
+    made = {name: trained(name, torch.float64, teacher, rank, ranks) for name in names}
+    made["float32"] = trained("dino", torch.float32, teacher, rank, ranks)
     torch.save(made, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def of_ranks(tmp_path_factory):
-    return {ranks: on_ranks(ranks, tmp_path_factory.mktemp("ranks")) for ranks in (2, 4)}
+def teacher(tmp_path_factory):
+    file = tmp_path_factory.mktemp("teacher") / "teacher.ckpt"
+    write_teacher(file)
+    return file
 
 
-def on_ranks(ranks, folder):
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory, teacher):
+    folders = {ranks: tmp_path_factory.mktemp("ranks") for ranks in (2, 4)}
+    return {ranks: on_ranks(ranks, folder, teacher) for ranks, folder in folders.items()}
+
+
+def on_ranks(ranks, folder, teacher):
     mp.get_context("forkserver").set_forkserver_preload(["torch", "jaxtyping"])
-    mp.start_processes(work, (ranks, str(folder)), nprocs=ranks, start_method="forkserver")
+    mp.start_processes(work, (ranks, str(folder), teacher), nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"{i}.pt") for i in range(ranks)]
 
 
 @pytest.fixture(scope="module")
-def of_one():
-    made = {name: trained(name, torch.float64) for name in OBJECTIVES}
-    return {**made, "float32": trained("dino", torch.float32)}
+def of_one(teacher):
+    made = {name: trained(name, torch.float64, teacher) for name in OBJECTIVES}
+    return {**made, "float32": trained("dino", torch.float32, teacher)}
 
 
 def difference(ours, theirs):

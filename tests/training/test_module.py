@@ -252,16 +252,22 @@ def test_stochastic_depth_is_the_same_in_parts_and_whole(handful, tmp_path):
     assert {v for factor in drawn[0] for v in factor.unique().tolist()} == {0.0, 2.0}
 
 
-def test_each_part_of_a_batch_draws_its_own_masks(handful, tmp_path):
+def test_parts_of_a_batch_draw_from_one_seed_for_their_own_images(handful, tmp_path):
     """What an objective draws for its images, such as masks and mixtures."""
-    module, drawn = make(drop_path=0.5, steps=2), []
+    module, drawn, parts = make(drop_path=0.5, steps=2), [], []
     module.accumulate = 4
     inputs = module.objective.inputs
 
-    def drawing(*args):
+    def drawing(views, patch_size, step, part):
         drawn.append(torch.rand(()).item())
-        return inputs(*args)
+        parts.append(part)
+        return inputs(views, patch_size, step, part)
 
     module.objective.inputs = drawing
     fit(module, handful, 2, tmp_path)
-    assert len(set(drawn)) == len(drawn) == 8
+    assert drawn == [drawn[0]] * 4 + [drawn[4]] * 4
+    assert drawn[0] != drawn[4]
+    total = parts[0].total
+    for of_step in (parts[:4], parts[4:]):
+        images = [i for p in of_step for i in range(p.start, p.start + p.size)]
+        assert images == list(range(total))

@@ -30,6 +30,7 @@ from ssl_xcit.objectives.similarity import patch_similarity_loss, queue_similari
 from ssl_xcit.objectives.sinkhorn import sinkhorn_knopp
 from ssl_xcit.objectives.weighted_sum import WeightedSum
 from ssl_xcit.training.frozen_teacher import TeacherBackbone, load_frozen_teacher
+from ssl_xcit.utils.ranks import BatchPart
 
 LENGTH = RunLength(100, 4, 25.0, 100, 4.0)
 SMALL = [word for word in NO_ONLINE if not word.startswith(("objective", "epochs"))]
@@ -136,10 +137,10 @@ def test_masked_patches_by_a_loop():
     objective = IBOT(LENGTH, MaskedHead, prototypes, ratio=(0.2, 0.6), probability=0.75, start=0.5)
     student_head, teacher_head = objective.make_head(5), objective.make_head(5)
     views = [torch.zeros(2, 4, 3, 24, 24), torch.zeros(2, 4, 3, 16, 16)]
-    early = objective.inputs(views, 8, 49)
+    early = objective.inputs(views, 8, 49, BatchPart(0, 4, 4))
     assert not early.mask.masked.any()  # half of the run is 50 steps
     torch.manual_seed(0)
-    inputs = objective.inputs(views, 8, 50)
+    inputs = objective.inputs(views, 8, 50, BatchPart(0, 4, 4))
     masked = inputs.mask.masked
     assert masked.shape == (2, 4, 3, 3)
     assert masked.flatten(2).any(-1).sum() == 6
@@ -234,11 +235,21 @@ def test_mixed_images_are_mixed_alike_at_all_sizes():
     )
     large = torch.arange(4.0)[None, :, None, None, None].expand(2, 4, 3, 8, 8)
     torch.manual_seed(3)
-    mixed = objective.inputs([large, large[..., :4, :4]], 8, 0).views
+    mixed = objective.inputs([large, large[..., :4, :4]], 8, 0, BatchPart(0, 4, 4)).views
     assert torch.equal(mixed[0][..., :4, :4], mixed[1])
     assert not torch.equal(mixed[0], large)
-    assert mixed[0].min() >= 0
-    assert mixed[0].max() <= 3
+    pairs = mixed[0][0, :, 0, 0, 0]
+    assert pairs[:2].sum() == pytest.approx(1.0)  # 0 with 1, and 2 with 3
+    assert pairs[2:].sum() == pytest.approx(5.0)
+    for start, stop in ((0, 2), (2, 4)):  # on two ranks
+        torch.manual_seed(3)
+        part = BatchPart(start, stop - start, 4)
+        assert torch.equal(
+            objective.inputs([large[:, start:stop]], 8, 0, part).views[0][0],
+            mixed[0][0, start:stop],
+        )
+    odd = objective.inputs([large[:, 1:4]], 8, 0, BatchPart(1, 3, 4)).views[0][0]
+    assert (odd[0] == 1.0).all()  # its neighbour is elsewhere
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
