@@ -59,6 +59,12 @@ BAD = [
     (["pretrain", "trainer.precision=16-mixed"], "bf16-mixed"),
     (["pretrain", "compile=true", "checkpoint_blocks=true"], "set one of them"),
     (["pretrain", "trainer.accelerator=abacus"], "abacus"),
+    (["pretrain", "trainer=slurm", "nodes=4"], "there is no sbatch here"),
+    (["pretrain", "trainer=slurm", "nodes=0"], "nodes=0"),
+    (["pretrain", "nodes=4"], "nodes"),
+    *([] if torch.cuda.is_available() else [
+        (["pretrain", "trainer.gradient_exchange=bfloat16"], "is for GPUs"),
+    ]),
     *([] if torch.cuda.is_available() else [(["pretrain", "trainer=ddp"], "trainer: ")]),
     (["pretrain", "model.patch_size=7"], "4, 8 and 16"),
     (["pretrain", "epochs=abc"], "epochs=abc"),

@@ -176,11 +176,13 @@ def extract(
     title: str | None = None,
 ) -> tuple[Parts, Rows]:
     """The backbone's parts of every readable image, in the source's order, and which; see `batches`
-    and `XCiT.parts`. With `extractor.ranks` each takes a share, and all get the whole. Raises
-    RunFailed where a feature is not finite (names the image), UserError where no image can be read.
+    and `XCiT.parts`. With `extractor.ranks` they take batches in turns, the same ones as a single
+    process, and all get the whole, to the last bit the same. Raises RunFailed where a feature is
+    not finite (names the image), UserError where no image can be read.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if extractor.ranks else (0, 1)
-    share = np.array_split(np.arange(len(source)), ranks)[rank]
+    turn = np.arange(len(source)) // extractor.batch_size % ranks
+    share = np.flatnonzero(turn == rank)
     mine = Subset(source, share) if extractor.ranks else source
     empty = np.zeros((0, extractor.backbone.embed_dim), np.float32)
     collected: dict[str, list[np.ndarray]] = {name: [empty] for name in parts}
@@ -195,8 +197,9 @@ def extract(
     if extractor.ranks:
         shares: list[Any] = [None] * ranks
         dist.all_gather_object(shares, (whole, good))
-        whole = {name: np.concatenate([part[name] for part, _ in shares]) for name in parts}
-        good = np.concatenate([mask for _, mask in shares])
+        order = np.argsort(np.concatenate([np.flatnonzero(turn == r) for r in range(ranks)]))
+        whole = {name: np.concatenate([part[name] for part, _ in shares])[order] for name in parts}
+        good = np.concatenate([mask for _, mask in shares])[order]
     rows = np.flatnonzero(good)
     if not len(rows):
         raise UserError(f"none of {len(source):,} images can be read, such as {source.name(0)}")

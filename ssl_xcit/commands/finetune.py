@@ -25,7 +25,7 @@ from ssl_xcit.training.run_dir import (
     versions,
 )
 from ssl_xcit.training.run_name import SMALL_MODEL, run_name
-from ssl_xcit.training.session import is_finished, leave_report, run_to_the_end, train
+from ssl_xcit.training.session import is_finished, leave_report, run_to_the_end, submitted, train
 from ssl_xcit.training.settings import FinetuneSettings
 from ssl_xcit.training.trainer import make_trainer, runs_on_cpu
 from ssl_xcit.transfer.build import make_augment, make_task, make_transfer, make_transfer_plan
@@ -71,6 +71,8 @@ def main(settings: FinetuneSettings) -> None:
     check_transfer(data, preprocess)
     augment = make_augment(settings, preprocess)
     chosen = with_fraction(data.train, settings.label_fraction, settings.seed)
+    if submitted(settings, run_dir):
+        return
     trainer, stop = make_trainer(settings, run_dir, str(settings.run_id))
     plan = make_transfer_plan(settings, len(chosen.images), trainer.world_size)
     task = make_task(settings, start, chosen, preprocess, recorded)

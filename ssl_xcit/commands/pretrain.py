@@ -41,7 +41,7 @@ from ssl_xcit.training.run_dir import (
     versions,
 )
 from ssl_xcit.training.run_name import run_name
-from ssl_xcit.training.session import is_finished, leave_report, run_to_the_end, train
+from ssl_xcit.training.session import is_finished, leave_report, run_to_the_end, submitted, train
 from ssl_xcit.training.settings import PretrainSettings
 from ssl_xcit.training.trainer import make_trainer, runs_on_cpu
 from ssl_xcit.utils.files import write_json
@@ -89,6 +89,8 @@ def main(settings: PretrainSettings) -> None:
         return
     settings = replace(settings, run_id=settings.run_id or run_id_of(run_dir))
     note = augment.check(preprocess.channels)
+    if submitted(settings, run_dir):
+        return
     trainer, stop = make_trainer(settings, run_dir, str(settings.run_id))
     begun = about_run(run_dir).get("plan") if is_begun(run_dir) else None
     plan = make_plan(settings, len(source), trainer.world_size, begun)

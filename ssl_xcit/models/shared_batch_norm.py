@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ssl_xcit.utils.validation import BatchNormScope
+
 aten = torch.ops.aten
 
 
@@ -116,10 +118,15 @@ class SharedNormalisation(torch.autograd.Function):
         return dx, d_gain.to(weight.dtype), d_shift.to(weight.dtype), None, None
 
 
-def share_batch_norm(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Let every BatchNorm inside a module take the statistics of a group of ranks (None: all);
-    names, parameters and buffers stay.
+def share_batch_norm(
+    module: nn.Module, scope: BatchNormScope = "global", ranks_per_node: int = 1
+) -> None:
+    """Let every BatchNorm inside a module take the statistics of all ranks, or of those of its
+    machine, or leave it with its own; names, parameters and buffers stay. For all ranks to call.
     """
+    if scope == "local":
+        return
+    group = dist.new_subgroups(ranks_per_node)[0] if scope == "node" else None
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, _BatchNorm) and not isinstance(child, SharedBatchNorm):

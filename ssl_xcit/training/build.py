@@ -46,6 +46,7 @@ def make_module(
         seed=settings.seed,
         accumulate=settings.trainer.accumulate,
         max_skipped=settings.max_skipped,
+        batch_norm=settings.trainer.batch_norm,
     )
     if start is not None and settings.init.head == "kept":
         start_state(plan.objective, start)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ssl_xcit.errors import RunFailed
 from ssl_xcit.objectives.objective import ALIKE, EMBEDDINGS_ALIKE, ONE_PROTOTYPE, UNIFORM
 from ssl_xcit.utils.files import write_json
+from ssl_xcit.utils.ranks import averaged, gathered, rank
 from ssl_xcit.utils.validation import Count
 
 log = logging.getLogger(__name__)
@@ -106,8 +107,11 @@ def block_of(name: str) -> int:
 
 
 def teacher_entropy(targets: Float[Tensor, "G B K"]) -> dict[str, float]:
-    """Mean entropy of the teacher's rows in nats, and over ln K: 1 is uniform, 0 is one-hot."""
-    entropy = torch.special.entr(targets).sum(-1).mean().item()
+    """Mean entropy of the teacher's rows on all ranks in nats, and over ln K: 1 is uniform, 0 is
+    one-hot.
+    """
+    own = torch.special.entr(targets).sum(-1).mean()
+    entropy = averaged({"": own})[""].item()
     return {
         "teacher_entropy": entropy,
         "teacher_entropy_share": entropy / math.log(targets.shape[-1]),
@@ -171,17 +175,21 @@ class Health(lightning.Callback):
         module.health = self
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: object) -> None:
-        """Keep the first global view of each image, but not of steps that were skipped."""
+        """Keep the first global view of each image of all ranks, but not of steps that were
+        skipped.
+        """
         if not module.guard.in_a_row:
-            self.features.add(module.output.features[0].float())
+            self.features.add(gathered(module.output.features[0].float()))
             signs = module.output.signs
             if signs.rows is not None:
-                self.favourites.add(signs.rows[0].argmax(-1, keepdim=True))
+                self.favourites.add(gathered(signs.rows[0].argmax(-1, keepdim=True)))
             if signs.embeddings is not None:
-                self.embeddings.add(signs.embeddings.float())
+                self.embeddings.add(gathered(signs.embeddings.float()))
 
     def report(self, module: Any, step: int) -> dict[str, float]:
-        """Values for the log; sets `verdict`. None before the first step that was not skipped."""
+        """Values for the log, the same on all ranks, which all ask for them; sets `verdict`. None
+        before the first step that was not skipped.
+        """
         if self.features.rows is None:
             return {}
         rows = module.output.signs.rows
@@ -230,12 +238,14 @@ class Health(lightning.Callback):
             RunFailed: for the worse, and that is to end the run.
         """
         if self.verdict == HEALTHY:
-            log.warning("step %d: the run is healthy again", step)
+            if rank() == 0:
+                log.warning("step %d: the run is healthy again", step)
             return
         text = f"step {step}: {self.verdict}: {advice}"
         if self.stop_on_collapse:
             raise RunFailed(f"{text}; stopped, as callbacks.health.stop_on_collapse asks")
-        log.warning("%s; callbacks.health.stop_on_collapse=true would stop here", text)
+        if rank() == 0:
+            log.warning("%s; callbacks.health.stop_on_collapse=true would stop here", text)
 
     def state_dict(self) -> dict[str, Any]:
         """The queues, so that a run that goes on reports as one that was not stopped."""

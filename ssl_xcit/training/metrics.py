@@ -134,13 +134,16 @@ class LogMetrics(lightning.Callback):
         busy, images = time.perf_counter() - self.began, data.batch_size * trainer.world_size
         for clock in (self.report, self.whole):
             clock.add(busy, data.running_loader.waited, images)
-        if not reporting or not trainer.is_global_zero:
+        if not reporting:
+            return
+        of_module = module.report(step)  # of all ranks
+        if not trainer.is_global_zero:
             return
         metrics = {
             "epoch": data.passes(step),
             "loss": module.output.loss.item(),
             "grad_norm": module.output.grad_norm.item(),
-            **module.report(step),
+            **of_module,
             "images_per_second": self.report.images_per_second(),
             "data_wait": self.report.wait_share(),
             "bad_images": len(data.bad),

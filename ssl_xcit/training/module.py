@@ -21,6 +21,7 @@ from ssl_xcit.training.memory import advice, is_out_of_memory
 from ssl_xcit.training.optim import clip_all_, clip_each_, ema_update_, parameter_groups
 from ssl_xcit.training.step_guard import Diagnosis, StepGuard, seed_step
 from ssl_xcit.utils.ranks import BatchPart, averaged
+from ssl_xcit.utils.validation import BatchNormScope
 
 Schedule = Callable[[int], float]
 MOST_PROGRAMS = 64  # of a compiled backbone, one a shape
@@ -129,6 +130,7 @@ class Pretraining(lightning.LightningModule):
         accumulate: parts of the batch that are computed one after another: less memory, the same
             gradient but for what compares images: BatchNorm, and losses between images.
         max_skipped: steps in a row with a loss or gradient that is not finite that end the run.
+        batch_norm: whose images its statistics are of, see `share_batch_norm`.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class Pretraining(lightning.LightningModule):
         seed: int = 0,
         accumulate: int = 1,
         max_skipped: int = 5,
+        batch_norm: BatchNormScope = "global",
     ):
         super().__init__()
         self.automatic_optimization = False  # the step is written out below
@@ -153,6 +156,7 @@ class Pretraining(lightning.LightningModule):
         self.make_optimizer = optimizer
         self.seed = seed
         self.accumulate = accumulate
+        self.batch_norm: BatchNormScope = batch_norm
         self.guard = StepGuard(self, (student, teacher), max_skipped)
         self.output: StepOutput | None = None
         self.health: HealthMonitor | None = None
@@ -160,7 +164,7 @@ class Pretraining(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """Share BatchNorm's statistics between ranks, before the strategy wraps the module."""
         if self.trainer.world_size > 1:
-            share_batch_norm(self)
+            share_batch_norm(self, self.batch_norm, self.trainer.num_devices)
 
     def on_train_start(self) -> None:
         """Take the buffers of the networks where they are trained."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch.distributed as dist
 from hydra.utils import instantiate
 
 from ssl_xcit.errors import RunFailed
@@ -22,11 +23,23 @@ from ssl_xcit.training.plan import RunPlan
 from ssl_xcit.training.preemption import StopOnSignal, Stopped, requeue
 from ssl_xcit.training.run_dir import DataRecord, disk_trouble, write_settings
 from ssl_xcit.training.settings import RunSettings
+from ssl_xcit.training.slurm import in_job
 from ssl_xcit.training.trainer import kill_children, watched_child
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import as_plain
 
 log = logging.getLogger(__name__)
+
+
+def submitted(settings: RunSettings, run_dir: Path) -> bool:
+    """Give the run to a cluster if `trainer.submit` is set; whether it was, so not trained here."""
+    if settings.trainer.submit is None or in_job():
+        return False
+    words = [sys.executable, "-m", "ssl_xcit", *sys.argv[1:]]
+    if not settings.name:
+        words.append(f"name='{run_dir.name}'")
+    instantiate(settings.trainer.submit)(run_dir, words)
+    return True
 
 
 def run_to_the_end(
@@ -83,6 +96,15 @@ def train(
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except RuntimeError as error:
         kill_children(trainer)
+        if isinstance(error, dist.DistStoreError | dist.DistNetworkError):
+            environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+            place = f"{environment.main_address}:{environment.main_port}"
+            reason = str(error).splitlines()[0]
+            raise RunFailed(
+                f"rank {trainer.global_rank}: the {trainer.world_size} ranks did not meet at "
+                f"{place} within {settings.collective_timeout:g} s (collective_timeout): were all "
+                f"of them started, and can each machine reach that address? ({reason})"
+            ) from error
         if trainer.world_size > 1 and re.search("gloo|nccl", str(error), re.I):
             raise RunFailed(
                 f"rank {trainer.global_rank}: another rank has ended, or has not answered for "

@@ -15,6 +15,7 @@ from ssl_xcit.utils.validation import (
     LINKED,
     PLACE,
     REST,
+    BatchNormScope,
     Count,
     DropRate,
     Network,
@@ -66,7 +67,10 @@ class TrainerSettings:
     num_nodes: Annotated[Count, FREE]
     strategy: Annotated[Any, FREE]
     accumulate: Count
+    batch_norm: BatchNormScope
+    gradient_exchange: Literal["float32", "bfloat16"]
     precision: Text
+    submit: Annotated[Node | None, FREE]
     options: Annotated[Mapping[str, Any], REST]
 
 

@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.training.checkpoint import CheckpointFiles, SaveCheckpoints
@@ -52,6 +53,10 @@ def make_trainer(
             f"trainer.devices={devices}: this machine has {cores} CPU cores and no GPU; "
             "set trainer.devices=1"
         )
+    if on_cpu and settings.trainer.gradient_exchange == "bfloat16":
+        raise UserError(
+            "trainer.gradient_exchange=bfloat16 is for GPUs (NCCL): leave it at float32"
+        )
     callbacks = [c for c in instantiate(settings.callbacks).values() if c is not None]
     checkpoints = next((c for c in callbacks if isinstance(c, SaveCheckpoints)), None)
     if checkpoints is None or not any(isinstance(c, LogMetrics) for c in callbacks):
@@ -63,7 +68,8 @@ def make_trainer(
         make_logger(name, node, run_dir, run_id) for name, node in (settings.logger or {}).items()
     ]
     lightning_settings = as_plain(settings.trainer)
-    del lightning_settings["accumulate"]
+    for ours in ("accumulate", "batch_norm", "gradient_exchange", "submit"):
+        del lightning_settings[ours]
     try:
         trainer = instantiate(
             lightning_settings,
@@ -93,8 +99,19 @@ def make_trainer(
     if isinstance(trainer.strategy, DDPStrategy):
         timeout = timedelta(seconds=settings.collective_timeout)
         trainer.strategy._timeout = timeout
+        exchange_gradients(trainer.strategy, settings.trainer)
         meet_again(trainer, timeout)
     return trainer, stop
+
+
+def exchange_gradients(strategy: DDPStrategy, settings: TrainerSettings) -> None:
+    """Let gradients lie in the memory that is exchanged, and send buffers at each step only where
+    BatchNorm's differ.
+    """
+    own = {"gradient_as_bucket_view": True, "broadcast_buffers": settings.batch_norm != "global"}
+    strategy._ddp_kwargs = own | strategy._ddp_kwargs
+    if settings.gradient_exchange == "bfloat16":
+        strategy._ddp_comm_hook = bf16_compress_hook
 
 
 def meet_again(trainer: lightning.Trainer, timeout: timedelta) -> None:

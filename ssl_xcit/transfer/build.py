@@ -168,6 +168,7 @@ def make_transfer(settings: FinetuneSettings, plan: RunPlan, task: Task) -> Tran
         settings.seed,
         settings.trainer.accumulate,
         settings.max_skipped,
+        settings.trainer.batch_norm,
     )
     try:
         module.configure_optimizers()

@@ -20,6 +20,7 @@ from ssl_xcit.transfer.dataset import TransferBatch
 from ssl_xcit.transfer.task import Task
 from ssl_xcit.transfer.weights_ema import weights_ema
 from ssl_xcit.utils.ranks import averaged
+from ssl_xcit.utils.validation import BatchNormScope
 
 Schedule = Callable[[int], float]
 
@@ -48,6 +49,7 @@ class Transfer(lightning.LightningModule):
         accumulate: parts of the batch that are computed one after another: less memory, the same
             gradient but for BatchNorm and for losses that count objects.
         max_skipped: steps in a row with a loss or gradient that is not finite that end the run.
+        batch_norm: whose images its statistics are of, see `share_batch_norm`.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Transfer(lightning.LightningModule):
         seed: int = 0,
         accumulate: int = 1,
         max_skipped: int = 5,
+        batch_norm: BatchNormScope = "global",
     ):
         super().__init__()
         assert isinstance(task, nn.Module)
@@ -75,13 +78,14 @@ class Transfer(lightning.LightningModule):
         self.clip_norm = clip_norm
         self.seed = seed
         self.accumulate = accumulate
+        self.batch_norm: BatchNormScope = batch_norm
         self.guard = StepGuard(self, (task,), max_skipped)
         self.output: TransferOutput | None = None
 
     def setup(self, stage: str) -> None:
         """Share BatchNorm's statistics between ranks, before the strategy wraps the module."""
         if self.trainer.world_size > 1:
-            share_batch_norm(self)
+            share_batch_norm(self, self.batch_norm, self.trainer.num_devices)
 
     def on_train_start(self) -> None:
         """Take the buffers of the network where it is trained; frozen parts do not train."""

@@ -31,6 +31,7 @@ Share = Annotated[float, Ge(0), Le(1)]
 DropRate = Annotated[float, Ge(0), Lt(1)]
 Workers = Annotated[int, Ge(0)] | None
 Network = Literal["teacher", "student"]
+BatchNormScope = Literal["global", "node", "local"]
 Node = Mapping[str, Any]  # what hydra.utils.instantiate takes
 T = TypeVar("T")
 

@@ -33,7 +33,7 @@ class Layers(nn.Module):
         )
 
 
-def results(dtype, part, shared):
+def results(dtype, part, shared, *scope):
     """Rows, and gradients of images and parameters; state after two steps."""
     torch.manual_seed(0)
     layers = Layers()
@@ -45,7 +45,7 @@ def results(dtype, part, shared):
     x = x.to(memory_format=torch.channels_last)[part].clone().requires_grad_()
     weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)).to(dtype)[part]
     if shared:
-        share_batch_norm(layers)
+        share_batch_norm(layers, *scope)
         assert isinstance(layers.images[0], SharedBatchNorm)
     for _ in range(2):
         layers.zero_grad()
@@ -62,6 +62,14 @@ def work(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     made = {name: results(dtype, PARTS[rank], True) for name, (dtype, _) in CASES.items()}
     torch.save(made, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def work_of_machines(rank, folder):
+    """Two machines of two ranks, each with all images."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=4)
+    torch.save(results(torch.float64, PARTS[rank % 2], True, "node", 2), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -91,6 +99,25 @@ def test_parts_are_normalised_as_the_whole_batch(of_ranks, name):
     for key, value in whole["state"].items():
         near(ours["state"][key], value)
         assert torch.equal(ours["state"][key], theirs["state"][key])
+
+
+def test_ranks_of_one_machine_have_statistics_of_their_own(tmp_path):
+    """Two machines of two ranks, each with all 8 images: as one process with them."""
+    mp.start_processes(work_of_machines, (str(tmp_path),), nprocs=4, start_method="forkserver")
+    made = [torch.load(tmp_path / f"{i}.pt") for i in range(4)]
+    whole = results(torch.float64, slice(None), False)
+    for first in (0, 2):
+        out = torch.cat((made[first]["out"], made[first + 1]["out"]))
+        assert torch.allclose(out, whole["out"], rtol=0, atol=1e-11)
+    for rank in made:
+        for key, value in whole["state"].items():
+            assert torch.allclose(rank["state"][key], value, rtol=0, atol=1e-11)
+
+
+def test_ranks_may_keep_to_their_own_images():
+    layers = Layers()
+    share_batch_norm(layers, "local")
+    assert not any(isinstance(m, SharedBatchNorm) for m in layers.modules())
 
 
 def test_stochastic_depth_is_of_an_image_however_a_batch_is_split():

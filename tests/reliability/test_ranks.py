@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def test_two_ranks_hold_the_same_weights(whole_two):
 
 
 @pytest.mark.parametrize("who", ["first", "other", "both"])
-def test_row_05_sigterm(place, whole_two, who):
+def test_row_05_sigterm(place, whole, whole_two, who):
     """To one rank or to all, 0.3 s apart: the same step is saved by all, within 10 s."""
     run, holding, other = held(place)
     targets = {"first": [run.pid], "other": [other], "both": [run.pid, other]}[who]
@@ -51,9 +52,10 @@ def test_row_05_sigterm(place, whole_two, who):
     wait_for_end(other)
     assert place.checkpoints()[-1] == "step-000008.ckpt"
     assert [r["step"] for r in place.records(1)] == [r["step"] for r in place.records(0)]
+    if who == "other":
+        assert_goes_on_with(place, 1, whole, whole_two)
     if who == "both":
-        place(*TWO, timeout=120)
-        assert_equal_runs(place, whole_two, 0)
+        assert_goes_on_with(place, 2, whole, whole_two)
         # BatchNorm's running statistics of the others are not saved: they are used nowhere
         assert_equal_runs(place, whole_two, 1, without=("before", "hash"))
 
@@ -93,14 +95,50 @@ def test_row_19_a_nan_on_one_rank(place):
     assert [r["state"] for r in place.records(0)] == [r["state"] for r in place.records(1)]
 
 
+@pytest.mark.parametrize("devices", [2, 1])
 @pytest.mark.parametrize("accident", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
-def test_row_26_a_rank_is_stopped(place, accident):
-    """The other exits 1 within the collective timeout, and leaves no process behind."""
+def test_row_26_a_rank_is_stopped(place, whole, whole_two, accident, devices):
+    """The other exits 1 within the collective timeout, and leaves no process behind; with as many
+    ranks or with another number the run goes on as if nothing was.
+    """
     run, holding, other = held(place)
     os.kill(other, accident)
     holding.unlink()
     assert "collective_timeout" in run.ends(1, timeout=30)
     wait_for_end(other)
+    assert_goes_on_with(place, devices, whole, whole_two)
+
+
+def assert_goes_on_with(place, devices, whole, whole_two):
+    """The same command with so many ranks: bit for bit, or the same images and the same losses but
+    for rounding.
+    """
+    if devices == 2:
+        place(*TWO, timeout=120)
+        assert_equal_runs(place, whole_two, 0)
+        return
+    began = len(place.records(0))
+    assert "it had devices 2 (now 1)" in place()
+    expected = {r["step"]: r for r in whole.records()}
+    records = place.records(0)[began:]
+    assert records[0]["step"] <= 9
+    assert records[-1]["step"] == STEPS
+    for record in records:
+        same = expected[record["step"]]
+        assert record["images"] == same["images"]
+        near = pytest.approx(float.fromhex(same["loss"]), rel=1e-4)
+        assert float.fromhex(record["loss"]) == near
+
+
+def test_row_26_an_address_that_does_not_answer(place):
+    """The second machine of two, with nobody at the first."""
+    with socket.socket() as closed:
+        closed.bind(("localhost", 0))
+        port = str(closed.getsockname()[1])
+    environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "NODE_RANK": "1"}
+    more = ["trainer.num_nodes=2", "trainer.strategy=ddp", "collective_timeout=3"]
+    said = place(*more, status=1, env={**environment, "LOCAL_RANK": "0"})
+    assert f"rank 1: the 2 ranks did not meet at localhost:{port} within 3 s" in said
 
 
 def test_row_26_torchrun_starts_again_what_was_killed(place, whole_two):
@@ -123,6 +161,43 @@ def test_row_26_torchrun_starts_again_what_was_killed(place, whole_two):
         said = run.communicate(timeout=200)[1].decode()
     assert run.returncode == 0, said
     assert len({record["pid"] for record in place.records(1)}) == 2
+    assert_equal_runs(place, whole_two, 0)
+
+
+SRUN = """#!/bin/sh
+shift
+for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & done
+wait
+"""
+SBATCH = """#!/bin/sh
+export SLURM_JOB_ID=4711 SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_JOB_NAME=x SLURM_NODEID=0 SLURM_NODELIST=localhost
+sh "$2" > job.txt 2>&1
+echo 4711
+"""
+
+
+def test_trainer_slurm_trains_in_the_job(place, whole_two, tmp_path):
+    """With stand-ins for sbatch, which runs the script at once, and srun, which starts two."""
+    for name, script in (("srun", SRUN), ("sbatch", SBATCH)):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(script)
+        program.chmod(0o755)
+    words = ["trainer=slurm" if word == "trainer=cpu" else word for word in place.words]
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE),
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "ssl_xcit", *words, *TWO, "trainer.accelerator=cpu", "name=x"
+    ]  # fmt: skip
+    asked = subprocess.run(
+        command, cwd=place.folder, env=environment, capture_output=True, text=True, check=False
+    )
+    output = (place.folder / "job.txt").read_text()
+    assert asked.returncode == 0, asked.stderr
+    assert "job 4711 is queued, 1 x 2 GPUs" in asked.stdout
+    assert "40 steps" in output
     assert_equal_runs(place, whole_two, 0)
 
 
