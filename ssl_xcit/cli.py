@@ -288,12 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.argv = [program[0], command, *flags, *HydraConfig.get().overrides.task]
         os.environ["HYDRA_FULL_ERROR"] = "1" if debugging else "0"
         try:
-            missing = missing_keys(OmegaConf.to_container(cfg, resolve=False))
-            if missing:
-                raise UserError(f"{missing[0]} is needed: add {missing[0]}=...")
-            function = get_method(cfg.main)
-            set_up_logging()  # after the imports, which set up their own
-            function(settings_for(function, cfg))
+            call(cfg, set_up_logging)
         except KeyboardInterrupt:
             fail("interrupted", exit_code=130)
         except Exception as error:
@@ -339,9 +334,38 @@ def main(argv: Sequence[str] | None = None) -> None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
+def execute(command: str, arguments: Sequence[str]) -> Any:
+    """Run a command from Python: what its `main` returns. Nothing is printed of an error, and
+    logging is left to the caller, but for Lightning's advice, which is not for users.
+
+    Raises:
+        UserError: wrong settings; others as the command raises them.
+    """
+    try:
+        words = with_data(command, named(command, arguments))
+        return compose_and_run(
+            command, [quoted(w, False) for w in words], lambda cfg: call(cfg, quiet_lightning)
+        )
+    except Exception as error:
+        cause = understood(command, error)
+        if cause is error:
+            raise
+        raise cause from error
+
+
+def call(cfg: DictConfig, set_up: Callable[[], None]) -> Any:
+    """Call a command's `main` with its settings; returns what it returns."""
+    missing = missing_keys(OmegaConf.to_container(cfg, resolve=False))
+    if missing:
+        raise UserError(f"{missing[0]} is needed: add {missing[0]}=...")
+    function = get_method(cfg.main)
+    set_up()  # after the imports, which set up logging of their own
+    return function(settings_for(function, cfg))
+
+
 def compose_and_run(
-    command: str, overrides: Sequence[str], run: Callable[[DictConfig], None]
-) -> None:
+    command: str, overrides: Sequence[str], run: Callable[[DictConfig], Any]
+) -> Any:
     """As `hydra.main` does without options, which composes twice, 0.3 s each time."""
     GlobalHydra.instance().clear()
     with initialize_config_module(CONF, job_name=command, version_base="1.3"):
@@ -352,10 +376,10 @@ def compose_and_run(
         cfg = copy.deepcopy(cfg)
         with read_write(cfg), open_dict(cfg):
             del cfg["hydra"]
-        run(cfg)
+        return run(cfg)
 
 
-def settings_for(function: Callable[..., None], cfg: DictConfig) -> Any:
+def settings_for(function: Callable[..., Any], cfg: DictConfig) -> Any:
     """The settings as the class that a command's `main` is annotated with, checked."""
     hints = get_type_hints(function)
     wanted: Any = next(hint for name, hint in hints.items() if name != "return")
@@ -389,22 +413,33 @@ def set_up_logging() -> None:
     handler.setFormatter(OneLine("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    quiet_lightning()
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's advice to its own users."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
 
 
-def report(command: str, error: Exception) -> None:
-    """One line for what the user can mend (exit 2), a traceback for what we must (exit 1)."""
-    cause: BaseException = error
+def understood(command: str, error: BaseException) -> BaseException:
+    """The error behind those that Hydra makes of it; one of Hydra's own in our words."""
+    cause = error
     while cause.__cause__ is not None and type(cause).__module__.startswith(("hydra", "omegaconf")):
         if isinstance(cause, ConfigCompositionException):
             break  # its own words say more than what made it
         cause = cause.__cause__
-    hint = unseen(sys.argv[1:])
     if isinstance(cause, HydraException | OmegaConfBaseException):
-        fail(explain(command, str(cause)) + hint)
+        return UserError(explain(command, str(cause)))
+    return cause
+
+
+def report(command: str, error: Exception) -> None:
+    """One line for what the user can mend (exit 2), a traceback for what we must (exit 1)."""
+    cause = understood(command, error)
+    hint = unseen(sys.argv[1:])
     if isinstance(cause, UserError):
         removed = f"~{str(cause).partition(' ')[0]}"
         fail(f"{cause}{f'; removed by {removed}' if removed in sys.argv else ''}{hint}")

@@ -88,8 +88,10 @@ class EvalSettings:
     eval_data: Node | None = None
 
 
-def main(settings: EvalSettings) -> None:
-    """`ssl-xcit eval`: print tables, write `results.json` and `results.md`."""
+def main(settings: EvalSettings) -> Path | None:
+    """`ssl-xcit eval`: print tables, write `results.json`, whose path is returned (by the first of
+    several ranks), and `results.md`.
+    """
     if settings.evaluation is None:
         raise UserError("nothing to measure: add evaluation=standard")
     paths = [checkpoint_path(ckpt) for ckpt in checkpoints_in(settings.ckpt)]
@@ -99,8 +101,7 @@ def main(settings: EvalSettings) -> None:
     given = {k: v for k, v in asdict(settings.data).items() if v is not None}
     typed = {key_of(word).split(".")[0] for word in HydraConfig.get().overrides.task}
     if not typed & TYPED and (tasks := tasks_in(loaded, paths)):
-        measure_tasks(settings, paths, tasks, given)
-        return
+        return measure_tasks(settings, paths, tasks, given)
     if given:
         raise UserError(
             f"data.{next(iter(given))}: test images for the heads of runs of ssl-xcit finetune; "
@@ -141,7 +142,7 @@ def main(settings: EvalSettings) -> None:
         dist.barrier()
         dist.destroy_process_group()
         if rank:
-            return
+            return None
     subject = " and ".join(dict.fromkeys(models))
     title = f"{subject} on {pair.name}" if pair is not None else subject
     if any(evaluation.results.values()):
@@ -155,6 +156,7 @@ def main(settings: EvalSettings) -> None:
         for name, error in evaluation.left_out.get(row, {}).items():
             if name in named:  # it was named, so that it has no numbers is an error
                 raise type(error)(f"tasks: {name}: {error}")
+    return out
 
 
 def load(
@@ -188,10 +190,10 @@ def measure_tasks(
     paths: Sequence[Path],
     tasks: Mapping[str, Task],
     given: Mapping[str, Any],
-) -> None:
+) -> Path | None:
     """Measure tasks with their own heads, on images that are given or those of the first's run."""
     if int(os.environ.get("RANK", "0")):
-        return  # the first rank does it alone
+        return None  # the first rank does it alone
     backbones = [task.backbone for task in tasks.values()]
     check_comparable(paths, [of_weights(b.preprocess, settings.max_pixels) for b in backbones])
     kind = next(iter(tasks.values())).kind
@@ -240,6 +242,7 @@ def measure_tasks(
     }
     for path in write_results(evaluation, title, list(tasks), content, out):
         say(f"written: {path}")
+    return out
 
 
 def warn_left_out(evaluation: Evaluation) -> None:

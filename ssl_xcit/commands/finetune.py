@@ -44,7 +44,7 @@ from ssl_xcit.utils.validation import as_plain
 DETAILS = "evaluation.json"
 
 
-def main(settings: FinetuneSettings) -> None:
+def main(settings: FinetuneSettings) -> Path:
     """`ssl-xcit finetune`: whatever can be wrong is found before the run folder is made."""
     precision = precision_for(str(settings.trainer.precision), runs_on_cpu(settings.trainer))
     settings = replace(settings, trainer=replace(settings.trainer, precision=precision))
@@ -66,13 +66,13 @@ def main(settings: FinetuneSettings) -> None:
     go_on = settings.resume.data == "changed"
     record = check_same_data(run_dir, indices, preprocess, go_on)
     if is_finished(run_dir, finish):
-        return
+        return run_dir
     settings = replace(settings, run_id=settings.run_id or run_id_of(run_dir))
     check_transfer(data, preprocess)
     augment = make_augment(settings, preprocess)
     chosen = with_fraction(data.train, settings.label_fraction, settings.seed)
     if submitted(settings, run_dir):
-        return
+        return run_dir
     trainer, stop = make_trainer(settings, run_dir, str(settings.run_id))
     plan = make_transfer_plan(settings, len(chosen.images), trainer.world_size)
     task = make_task(settings, start, chosen, preprocess, recorded)
@@ -81,7 +81,7 @@ def main(settings: FinetuneSettings) -> None:
     workers = settings.num_workers
     with locked(run_dir, wanted=trainer.is_global_zero):
         if trainer.is_global_zero and is_finished(run_dir, finish):  # meanwhile
-            return
+            return run_dir
         batches = TrainingData(
             TransferDataset(chosen, augment, settings.seed, preprocess, settings.repeats),
             collate,
@@ -104,6 +104,7 @@ def main(settings: FinetuneSettings) -> None:
             ),
             lambda seconds: conclude(settings, trainer, module, data, plan, run_dir, seconds),
         )  # fmt: skip
+    return run_dir
 
 
 def announce(

@@ -54,8 +54,10 @@ log = logging.getLogger(__name__)
 NO_LABELS = "no labelled images, so no k-NN: name some with eval_data.root=DIR"
 
 
-def main(settings: PretrainSettings) -> None:
-    """`ssl-xcit pretrain`: whatever can be wrong is found before the run folder is made."""
+def main(settings: PretrainSettings) -> Path:
+    """`ssl-xcit pretrain`: whatever can be wrong is found before the run folder is made, which is
+    returned.
+    """
     on_cpu = runs_on_cpu(settings.trainer)
     precision = precision_for(str(settings.trainer.precision), on_cpu)
     settings = replace(settings, trainer=replace(settings.trainer, precision=precision))
@@ -69,7 +71,7 @@ def main(settings: PretrainSettings) -> None:
     plain = as_plain(settings)
     check_same_run(plain, run_dir)
     if not moved_paths(plain, run_dir) and is_finished(run_dir, finish):
-        return
+        return run_dir
     source: Source = instantiate(settings.data.source)
     pair: LabelledPair | None = instantiate(settings.eval_data) if settings.eval_data else None
     augment = instantiate(settings.augment)
@@ -86,11 +88,11 @@ def main(settings: PretrainSettings) -> None:
     if not record.changed and is_begun(run_dir) and elsewhere:
         say(f"{run_dir}: {', '.join(elsewhere)}: the same images, elsewhere")
     if is_finished(run_dir, finish):
-        return
+        return run_dir
     settings = replace(settings, run_id=settings.run_id or run_id_of(run_dir))
     note = augment.check(preprocess.channels)
     if submitted(settings, run_dir):
-        return
+        return run_dir
     trainer, stop = make_trainer(settings, run_dir, str(settings.run_id))
     begun = about_run(run_dir).get("plan") if is_begun(run_dir) else None
     plan = make_plan(settings, len(source), trainer.world_size, begun)
@@ -109,7 +111,7 @@ def main(settings: PretrainSettings) -> None:
     num_workers = settings.num_workers
     with locked(run_dir, wanted=trainer.is_global_zero):
         if trainer.is_global_zero and is_finished(run_dir, finish):  # meanwhile
-            return
+            return run_dir
 
         def crops(augment: MultiCrop, total_steps: int) -> TrainingData[Crops]:
             return multi_crop_data(
@@ -150,6 +152,7 @@ def main(settings: PretrainSettings) -> None:
                 settings, trainer, module, data, plan, evaluate, run_dir, seconds
             ),
         )
+    return run_dir
 
 
 def found_rate(

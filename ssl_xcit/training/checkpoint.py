@@ -2,9 +2,11 @@
 the newest by step is what a run goes on from.
 """
 
+import io
 import logging
 import os
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,28 +23,28 @@ from ssl_xcit.utils.validation import Count
 
 log = logging.getLogger(__name__)
 MAX_FAILURES = 3  # in a row end the run
+CHUNK = 1 << 20  # bytes that are hashed and written at a time
 
 
 class CheckpointFiles(CheckpointIO):
     """How Lightning writes and reads checkpoints: tensors and plain containers only, in files with
-    a checksum.
+    a checksum. A thread writes and verifies them, one after another, while training goes on.
 
     Attributes:
-        error: why the last file could not be written; None when it was.
+        last: what becomes of the last file on this rank; None: another rank writes it.
     """
 
     def __init__(self) -> None:
-        self.error: OSError | None = None
+        self.writer = ThreadPoolExecutor(
+            1, "checkpoint"
+        )  # its work is done before the process ends
+        self.last: Future[None] | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write and verify; a disk's error is kept in `error`, not raised, for other ranks wait."""
-        try:
-            write_checkpoint(checkpoint, Path(path))
-            self.error = None
-        except OSError as error:
-            self.error = error
+        """Take a copy as it is now, to be written."""
+        self.last = self.writer.submit(write_checkpoint, serialized(checkpoint), Path(path))
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -55,33 +57,47 @@ class CheckpointFiles(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def write_checkpoint(content: dict[str, Any], path: Path) -> None:
+def failure_of(writing: "Future[None] | None") -> OSError | None:
+    """Wait for a file to be written; why the disk would not have it, or None."""
+    error = None if writing is None else writing.exception()
+    if error is None or isinstance(error, OSError):
+        return error
+    raise error
+
+
+def serialized(content: dict[str, Any]) -> memoryview:
+    """A checkpoint as the bytes of its file.
+
+    Raises:
+        RunFailed: a callback's state is not plain data, and could not be loaded safely.
+    """
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    stream.seek(0)
+    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(stream):
+        raise RunFailed(
+            f"checkpoints hold tensors and plain containers only, and some callback's state has"
+            f" {', '.join(unsafe)}"
+        )
+    return stream.getbuffer()
+
+
+def write_checkpoint(content: memoryview, path: Path) -> None:
     """The file and its entry in the manifest, which comes first: a file with a name has one.
 
     Raises:
         OSError: the disk is full, or gives back something else than was written.
-        RunFailed: a callback's state is not plain data, and could not be loaded safely.
     """
     with replacing(path) as part:
         with part.open("wb") as file:
             hashing = HashingWriter(file)
-            stream: Any = hashing
-            try:
-                torch.save(content, stream)
-                file.flush()
-                os.fsync(file.fileno())
-            except Exception as error:
-                if hashing.error is not None:
-                    raise hashing.error from error
-                raise
+            for start in range(0, len(content), CHUNK):
+                hashing.write(content[start : start + CHUNK])
+            file.flush()
+            os.fsync(file.fileno())
             size, digest = file.tell(), hashing.sha256.hexdigest()
         if sha256_of(part) != digest:
             raise OSError(f"{path} reads back differently from what was written: a failing disk?")
-        if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(part):
-            raise RunFailed(
-                f"checkpoints hold tensors and plain containers only, and some callback's state has"
-                f" {', '.join(unsafe)}"
-            )
         match = re.search(r"\d+", path.stem)
         add_entry(path, Entry(int(match[0]) if match else 0, size, digest))
 
@@ -146,6 +162,7 @@ class SaveCheckpoints(lightning.Callback):
         self.last_tried = -1
         self.last_saved: int | None = None
         self.failures = 0
+        self.writing: tuple[int, Future[None] | None] | None = None  # step, what becomes of it
 
     def on_train_start(self, trainer: lightning.Trainer, *_: object) -> None:
         """What a run goes on from is saved already.
@@ -165,8 +182,11 @@ class SaveCheckpoints(lightning.Callback):
         """Save on the grid, but not while steps are skipped: the weights may be unsound."""
         guard = getattr(trainer.lightning_module, "guard", None)
         left_out = guard.in_a_row if guard is not None else 0
+        file = None if self.writing is None else self.writing[1]
+        if trainer.world_size == 1 and file is not None and file.done():
+            self.settle(trainer)  # so that what went wrong is said soon
         if trainer.global_step % self.every_steps == 0 and not left_out:
-            self.save(trainer)
+            self.begin(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, *_: object) -> None:
         """Save what the run ends with.
@@ -181,9 +201,8 @@ class SaveCheckpoints(lightning.Callback):
             )
 
     def save(self, trainer: lightning.Trainer) -> bool:
-        """Write this step's checkpoint, unless it is written, and drop the oldest ones.
-
-        All ranks call it at the same step.
+        """Write this step's checkpoint, unless it is written, and wait for it. All ranks call it at
+        the same step.
 
         Returns:
             Whether this step is saved.
@@ -191,32 +210,49 @@ class SaveCheckpoints(lightning.Callback):
         Raises:
             RunFailed: the third failure in a row.
         """
-        step = trainer.global_step
-        if self.last_tried == step:  # the same on every rank, which the disk need not be
-            return self.last_saved == step
-        self.last_tried = step
-        run_dir = Path(trainer.default_root_dir)
+        if self.last_tried != trainer.global_step:  # the same on every rank
+            self.begin(trainer)
+        self.settle(trainer)
+        return self.last_saved == trainer.global_step
+
+    def begin(self, trainer: lightning.Trainer) -> None:
+        """Let this step's checkpoint be written, behind the one before. All ranks call it."""
+        self.settle(trainer)
+        step = self.last_tried = trainer.global_step
         files: Any = trainer.strategy.checkpoint_io
-        trainer.save_checkpoint(run_dir / "checkpoints" / f"step-{step:06d}.ckpt")
-        failed = files.error is not None
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        trainer.save_checkpoint(folder / f"step-{step:06d}.ckpt")
+        self.writing = step, files.last
+
+    def settle(self, trainer: lightning.Trainer) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and drop the oldest ones.
+        All ranks call it.
+
+        Raises:
+            RunFailed: the third failure in a row.
+        """
+        if self.writing is None:
+            return
+        (step, file), self.writing = self.writing, None
+        error = failure_of(file)
+        failed = error is not None
         if trainer.world_size > 1:
             failed = trainer.strategy.reduce_boolean_decision(failed, all=False)
         if failed:
             self.failures += 1
             since = "nothing is saved yet" if self.last_saved is None else f"step {self.last_saved}"
-            trouble = f"the checkpoint of step {step} could not be written ({files.error})"
+            trouble = f"the checkpoint of step {step} could not be written ({error})"
             if self.failures >= MAX_FAILURES:
                 raise RunFailed(
                     f"{trouble}, the {MAX_FAILURES}rd failure in a row; newest checkpoint: {since}"
                 )
             if trainer.is_global_zero:
                 log.error("%s; training goes on; newest checkpoint: %s", trouble, since)
-            return False
+            return
         self.failures, self.last_saved = 0, step
         if trainer.is_global_zero:
-            self.drop(run_dir)
+            self.drop(Path(trainer.default_root_dir))
         trainer.strategy.barrier("checkpoint")
-        return True
 
     def drop(self, run_dir: Path) -> None:
         """All but the newest few and the milestones; the new one has been verified."""

@@ -13,6 +13,7 @@ import lightning
 import numpy as np
 import torch
 
+from ssl_xcit.training.checkpoint import failure_of
 from ssl_xcit.training.datamodule import data_of
 from ssl_xcit.utils.files import write_json
 
@@ -114,7 +115,7 @@ class PeriodicEvaluation(lightning.Callback):
             return
         trainer.save_checkpoint(self.best_file(trainer).with_name(BEST))
         files: Any = trainer.strategy.checkpoint_io
-        error: OSError | None = files.error
+        error = failure_of(files.last)
         if trainer.is_global_zero and error is None:
             content = {"step": trainer.global_step, "metric": self.best, "value": value}
             try:

@@ -167,28 +167,16 @@ def default_cache() -> Path:
 
 
 class HashingWriter:
-    """A binary file to append to, and the SHA-256 of its content.
-
-    `torch.save` turns an error of the disk into one of its own; `error` is the original.
-    """
+    """A binary file to append to, and the SHA-256 of its content."""
 
     def __init__(self, file: Any):
         self.file = file
         self.sha256 = hashlib.sha256()
-        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Append bytes."""
         self.sha256.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        """Flush the file."""
-        self.file.flush()
+        return int(self.file.write(data))
 
 
 def sha256_of(path: Path) -> str:
