@@ -133,7 +133,9 @@ def finetune(
         overrides: any setting, see `pretrain`; `transfer="segmentation"` chooses the task.
 
     Raises:
-        As `pretrain`.
+        UserError: see `pretrain`, as of the others.
+        RunFailed: likewise.
+        KeyboardInterrupt: likewise.
     """
     start = ckpt.folder if isinstance(ckpt, Run) else ckpt
     given = {"data.root": root, "ckpt": start}
@@ -145,7 +147,9 @@ def command(name: str, /, **overrides: Any) -> Any:
     """Run a command in this process with these settings, and return what its `main` returns.
 
     Raises:
-        See `pretrain`.
+        UserError: see `pretrain`, as of the others.
+        RunFailed: likewise.
+        KeyboardInterrupt: likewise.
     """
     try:
         return cli.execute(name, [f"{key}={written(value)}" for key, value in flat(overrides)])
