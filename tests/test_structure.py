@@ -17,10 +17,11 @@ ALLOWED = {  # room -> rooms that it may know, besides itself, utils and errors
     "models": set(),
     "objectives": set(),
     "training": {"objectives", "models", "data"},
+    "doctor": set(),
     "export": {"models", "data", "training", "transfer"},
     "sweeps": {"training"},
     "transfer": {"data", "models", "training"},
-    "commands": {"data", "models", "training", "export", "sweeps", "transfer"},
+    "commands": {"data", "doctor", "models", "training", "export", "sweeps", "transfer"},
     f"{EVAL}.features": set(),
     f"{EVAL}.evaluators": {f"{EVAL}.features"},
     f"{EVAL}.tasks": {f"{EVAL}.features", f"{EVAL}.evaluators"},
@@ -115,7 +116,8 @@ def test_data_models_and_objectives_know_no_lightning_and_no_hydra():
 
 def test_the_package_never_imports_eval_conf_wandb_or_faiss():
     for file in files("ssl_xcit"):
-        assert not libraries(file) & {"eval", "conf", "wandb", "faiss"}, file
+        ask = {"faiss"} if file.name == "probes.py" else set()  # whether it works
+        assert not libraries(file) & {"eval", "conf", "wandb", "faiss"} - ask, file
         ours = {".".join(name.split(".")[:2]) for name in imports(file)}
         assert not ours & {EVAL, "ssl_xcit.conf"}, file
 
