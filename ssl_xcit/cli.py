@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.training.run_name import SMALL_MODEL, key_of
+from ssl_xcit.utils.imports import without_unused
 from ssl_xcit.utils.terminal import OneLine, printable, say
 from ssl_xcit.utils.validation import missing_keys, parse
 
@@ -291,7 +292,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             missing = missing_keys(OmegaConf.to_container(cfg, resolve=False))
             if missing:
                 raise UserError(f"{missing[0]} is needed: add {missing[0]}=...")
-            function = get_method(cfg.main)
+            with without_unused():
+                function = get_method(cfg.main)
             set_up_logging()  # after the imports, which set up their own
             function(settings_for(function, cfg))
         except KeyboardInterrupt:

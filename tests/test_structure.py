@@ -152,11 +152,30 @@ except SystemExit: pass
 heavy = {'torch', 'lightning', 'faiss', 'wandb', 'torchvision', 'cv2'} & set(sys.modules)
 assert not heavy, heavy
 """
+LIGHT_DOCTOR = """
+import sys, ssl_xcit.commands.doctor
+heavy = {'torch', 'lightning', 'faiss', 'cv2', 'PIL', 'numpy', 'wandb'} & set(sys.modules)
+assert not heavy, heavy
+"""
+LIGHT_RUNS = """
+import sys, ssl_xcit.cli as c
+for words in (['pretrain', 'data.root=none'], ['eval', 'ckpt=none']):
+    try: c.main(words)
+    except SystemExit as end: assert end.code == 2, end.code
+assert 'lightning' in sys.modules
+heavy = {'transformers', 'matplotlib', 'sklearn', 'pandas', 'wandb', 'tensorboard', 'timm', 'onnx',
+         'datasets', 'huggingface_hub', 'plotly', 'optuna', 'openTSNE', 'skimage.io', 'av',
+         'IPython'} & set(sys.modules)
+assert not heavy, heavy
+"""
 
 
 @pytest.mark.parametrize(
-    "code", [NO_CHECKOUT, LIGHT_SWEEPS, LIGHT_HELP], ids=["no checkout", "sweeps", "help"]
+    "code",
+    [NO_CHECKOUT, LIGHT_SWEEPS, LIGHT_HELP, LIGHT_DOCTOR, LIGHT_RUNS],
+    ids=["no checkout", "sweeps", "help", "doctor", "runs"],
 )
 def test_what_is_imported(code):
-    """The checkout is no part of the package; what drives a sweep and asking for help are light."""
+    """The checkout is no part of the package; what drives a sweep and asking for help are
+    light; runs import no library that only others of their kind need."""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
