@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.training.run_name import SMALL_MODEL, key_of
+from ssl_xcit.utils.imports import without_unused
 from ssl_xcit.utils.terminal import OneLine, printable, say
 from ssl_xcit.utils.validation import missing_keys, parse
 
@@ -288,7 +289,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.argv = [program[0], command, *flags, *HydraConfig.get().overrides.task]
         os.environ["HYDRA_FULL_ERROR"] = "1" if debugging else "0"
         try:
-            call(cfg, set_up_logging)
+            with without_unused():
+                function = main_of(cfg)
+            set_up_logging()  # after the imports, which set up their own
+            function(settings_for(function, cfg))
         except KeyboardInterrupt:
             fail("interrupted", exit_code=130)
         except Exception as error:
@@ -341,11 +345,15 @@ def execute(command: str, arguments: Sequence[str]) -> Any:
     Raises:
         UserError: wrong settings; others as the command raises them.
     """
+
+    def run(cfg: DictConfig) -> Any:
+        function = main_of(cfg)
+        quiet_lightning()
+        return function(settings_for(function, cfg))
+
     try:
         words = with_data(command, named(command, arguments))
-        return compose_and_run(
-            command, [quoted(w, False) for w in words], lambda cfg: call(cfg, quiet_lightning)
-        )
+        return compose_and_run(command, [quoted(w, False) for w in words], run)
     except Exception as error:
         cause = understood(command, error)
         if cause is error:
@@ -353,14 +361,13 @@ def execute(command: str, arguments: Sequence[str]) -> Any:
         raise cause from error
 
 
-def call(cfg: DictConfig, set_up: Callable[[], None]) -> Any:
-    """Call a command's `main` with its settings; returns what it returns."""
+def main_of(cfg: DictConfig) -> Callable[..., Any]:
+    """Import the function that gets a command's settings; raises UserError where one is missing."""
     missing = missing_keys(OmegaConf.to_container(cfg, resolve=False))
     if missing:
         raise UserError(f"{missing[0]} is needed: add {missing[0]}=...")
-    function = get_method(cfg.main)
-    set_up()  # after the imports, which set up logging of their own
-    return function(settings_for(function, cfg))
+    function: Callable[..., Any] = get_method(cfg.main)
+    return function
 
 
 def compose_and_run(

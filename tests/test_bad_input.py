@@ -93,6 +93,7 @@ BAD = [
     (["stats", "data.root=few", "out=good.txt/x.json"], "no folder to write to"),
     (["shard", "data.root=few", "out=good.txt"], "no folder to write to"),
     (["check", "data.root=none"], "no such folder"),
+    (["doctor", "num_workers=-1"], "num_workers=-1 must be a whole number of at least 0"),
     (["stats", "data.root=broken"], "can be read"),
     (["stats", "data.root=few", "preprocess.channels=5"], "preprocess.channels=5"),
     (["shard", "data.root=few"], "out is needed"),

@@ -13,10 +13,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ssl_xcit.data.decode import RGB
-from ssl_xcit.data.loader import default_workers
 from ssl_xcit.data.preprocess import Preprocess, normalise
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.utils.hardware import default_workers
 
 Device = torch.device | str
 

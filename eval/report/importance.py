@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
-from sklearn.ensemble import RandomForestRegressor
 
 MIN_TRIALS = 4  # below, a forest says nothing
 TREES = 128
@@ -45,6 +44,8 @@ def importance(settings: Mapping[str, Sequence[str]], results: Sequence[float]) 
     if len(results) < MIN_TRIALS or not columns or np.ptp(results) == 0:
         return {}
     features = np.concatenate(list(columns.values()), axis=1)
+    from sklearn.ensemble import RandomForestRegressor  # here: sweeps need it, runs do not
+
     forest = RandomForestRegressor(TREES, random_state=0).fit(features, results)
     spreads, first = {}, 0
     for key, column in columns.items():

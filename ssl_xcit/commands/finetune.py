@@ -9,7 +9,6 @@ import lightning
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 
-from ssl_xcit.data.loader import default_workers
 from ssl_xcit.models.weights import model_name
 from ssl_xcit.training.datamodule import TrainingData
 from ssl_xcit.training.plan import RunPlan
@@ -36,7 +35,7 @@ from ssl_xcit.transfer.init_weights import read_start
 from ssl_xcit.transfer.module import Transfer
 from ssl_xcit.transfer.task import TransferData
 from ssl_xcit.utils.files import write_json
-from ssl_xcit.utils.hardware import precision_for
+from ssl_xcit.utils.hardware import default_workers, precision_for
 from ssl_xcit.utils.tables import print_table, shown_in_terminal
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import as_plain

@@ -15,7 +15,6 @@ from hydra.utils import instantiate
 
 from ssl_xcit.data.crop_dataset import check_images, check_labelled
 from ssl_xcit.data.identity import indices_of
-from ssl_xcit.data.loader import default_workers
 from ssl_xcit.data.multicrop import Crops, MultiCrop, Recipe, crops_at
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import LabelledPair, Source
@@ -45,7 +44,7 @@ from ssl_xcit.training.session import is_finished, leave_report, run_to_the_end,
 from ssl_xcit.training.settings import PretrainSettings
 from ssl_xcit.training.trainer import make_trainer, runs_on_cpu
 from ssl_xcit.utils.files import write_json
-from ssl_xcit.utils.hardware import check_compiler, precision_for
+from ssl_xcit.utils.hardware import check_compiler, default_workers, precision_for
 from ssl_xcit.utils.tables import print_table
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import as_plain

@@ -79,15 +79,6 @@ CAUSES = (  # the first whose pattern matches counts
 )
 
 
-def default_workers(devices: int = 1) -> int:
-    """Return a device's number of loader processes: its share of the cores less one, at most 12.
-    A rank that srun has started has cores of its own.
-    """
-    of_task = os.environ.get("SLURM_CPUS_PER_TASK", "") if "SLURM_PROCID" in os.environ else ""
-    cores = int(of_task) if of_task.isdecimal() else usable_cores() // max(devices, 1)
-    return min(12, max(0, cores - 1))
-
-
 def start_worker(worker_id: int) -> None:
     """Use one thread, and ignore Ctrl-C: workers must outlive it until the step is saved."""
     cv2.setNumThreads(1)  # torch uses one in workers by itself

@@ -11,12 +11,13 @@ from torch.utils.data import DataLoader
 
 from ssl_xcit.data.bad_samples import FILE, BadSamples
 from ssl_xcit.data.crop_dataset import MAX_REPLACEMENTS, CropDataset, stack
-from ssl_xcit.data.loader import ResilientLoader, default_workers, loader_options
+from ssl_xcit.data.loader import ResilientLoader, loader_options
 from ssl_xcit.data.multicrop import Crops, MultiCrop, Replaced
 from ssl_xcit.data.order import Positions
 from ssl_xcit.data.preprocess import Preprocess, to_views
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import RunFailed
+from ssl_xcit.utils.hardware import default_workers
 
 
 @runtime_checkable

@@ -11,9 +11,9 @@ import lightning
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ssl_xcit.data.loader import default_workers
 from ssl_xcit.training.datamodule import TrainingData, data_of
 from ssl_xcit.utils.files import replacing
+from ssl_xcit.utils.hardware import default_workers
 from ssl_xcit.utils.validation import Count, Share
 
 log = logging.getLogger(__name__)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ssl_xcit.data.decode import BadImage, decode
-from ssl_xcit.data.loader import default_workers, parallel_map
+from ssl_xcit.data.loader import parallel_map
 from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError
 from ssl_xcit.transfer.task import AnnotatedSource, Measure, Measured, Prepare, Target, Task
+from ssl_xcit.utils.hardware import default_workers
 from ssl_xcit.utils.terminal import track
 
 log = logging.getLogger(__name__)

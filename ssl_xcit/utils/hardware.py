@@ -7,10 +7,12 @@ import re
 import shlex
 import shutil
 from contextlib import suppress
+from pathlib import Path
 
 from ssl_xcit.errors import UserError
 
 log = logging.getLogger(__name__)
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def machine() -> dict[str, str]:
@@ -31,6 +33,14 @@ def processor() -> str:
         if match := re.search(r"model name\s*: (.+)", file.read(20_000)):
             return match[1]
     return platform.processor() or platform.machine()
+
+
+def processor_flags() -> str:
+    """Its instructions, where the system lists them."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        if match := re.search(r"(?:flags|Features)\s*: (.+)", file.read(20_000)):
+            return match[1]
+    return ""
 
 
 def has_bfloat16(on_cpu: bool) -> bool:
@@ -85,9 +95,53 @@ def check_compiler(on_cpu: bool) -> None:
 def usable_cores() -> int:
     """Cores that this process may run on, by affinity and by the container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        return max(1, min(cores or 1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such group, or `max`
-        return cores or 1
+    quota = cpu_quota()
+    return (cores or 1) if quota is None else max(1, min(cores or 1, int(quota)))
+
+
+def default_workers(devices: int = 1) -> int:
+    """Return a device's number of loader processes: its share of the cores less one, at most 12.
+    A rank that srun has started has cores of its own.
+    """
+    of_task = os.environ.get("SLURM_CPUS_PER_TASK", "") if "SLURM_PROCID" in os.environ else ""
+    cores = int(of_task) if of_task.isdecimal() else usable_cores() // max(devices, 1)
+    return min(12, max(0, cores - 1))
+
+
+def cpu_quota(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
+    """Cores' worth of time that cgroups leave to this process; None: all of it."""
+    quotas = []
+    for folder in cgroup_folders("cpu", root, own):
+        with suppress(OSError, ValueError):  # no such file, or `max`
+            quota, period = (folder / "cpu.max").read_text().split()
+            quotas.append(int(quota) / int(period))
+        with suppress(OSError, ValueError):  # version 1
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            quotas.append(int(quota) / int((folder / "cpu.cfs_period_us").read_text()))
+    return min((quota for quota in quotas if quota > 0), default=None)  # -1 is none
+
+
+def memory_limit(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int | None:
+    """Bytes that cgroups allow this process; None: as many as there are."""
+    limits = []
+    for folder in cgroup_folders("memory", root, own):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):
+                limits.append(int((folder / name).read_text()))
+    return min((limit for limit in limits if limit < 1 << 60), default=None)  # version 1's `max`
+
+
+def cgroup_folders(controller: str, root: Path, own: Path) -> list[Path]:
+    """Folders of this process's group and of all that it lies in, of cgroup versions 1 and 2; a
+    container often sees its own group as the root.
+    """
+    folders = [root, root / controller]
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            if names and controller not in names.split(","):
+                continue
+            group = Path(path.lstrip("/"))
+            top = root / controller if names else root
+            folders += [top / part for part in (group, *group.parents)]
+    return list(dict.fromkeys(folders))

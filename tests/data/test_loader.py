@@ -34,6 +34,7 @@ from ssl_xcit.data.order import Positions, image_at
 from ssl_xcit.data.sources import Files, Subset
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.training.datamodule import multi_crop_data
+from ssl_xcit.utils import hardware
 
 
 def batches(source, workers, start_step=0, steps=4, augment=None):
@@ -210,8 +211,8 @@ def test_small_images_are_said_once(photos_pair, caplog):
 
 
 def test_workers_share_the_cores_of_the_machine():
-    assert loading.default_workers(1) == min(12, max(0, loading.usable_cores() - 1))
-    assert loading.default_workers(10_000) == 0
+    assert hardware.default_workers(1) == min(12, max(0, hardware.usable_cores() - 1))
+    assert hardware.default_workers(10_000) == 0
 
 
 def accident(folder, at, harm):

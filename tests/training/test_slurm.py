@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from ssl_xcit.data.loader import default_workers
 from ssl_xcit.errors import UserError
 from ssl_xcit.training.slurm import in_job, submit
+from ssl_xcit.utils.hardware import default_workers
 
 
 @pytest.fixture

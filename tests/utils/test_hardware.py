@@ -46,3 +46,28 @@ def test_compiling_needs_a_compiler(monkeypatch):
     with pytest.raises(ValueError, match=r"no g\+\+"):
         hardware.check_compiler(on_cpu=True)
     hardware.check_compiler(on_cpu=False)
+
+
+V2 = {"job/cpu.max": "350000 100000", "cpu.max": "max 100000", "memory.max": "max",
+      "job/memory.max": "2000000000"}  # fmt: skip
+V1 = {"cpu/job/cpu.cfs_quota_us": "350000", "cpu/job/cpu.cfs_period_us": "100000",
+      "cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000",
+      "memory/job/memory.limit_in_bytes": "2000000000",
+      "memory/memory.limit_in_bytes": str(2**63 - 4096)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("files", "own"),
+    [(V2, "0::/job/step"), (V1, "4:memory:/job\n3:cpu,cpuacct:/job"), (V2, "0::/job")],
+)
+def test_limits_of_cgroups_of_both_versions(files, own, tmp_path):
+    for name, content in files.items():
+        path = tmp_path / "root" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\n")
+    (tmp_path / "own").write_text(f"{own}\n")
+    assert hardware.cpu_quota(tmp_path / "root", tmp_path / "own") == 3.5
+    assert hardware.memory_limit(tmp_path / "root", tmp_path / "own") == 2_000_000_000
+    (tmp_path / "own").write_text("0::/\n1:cpu:/\n2:memory:/\n")
+    assert hardware.cpu_quota(tmp_path / "root", tmp_path / "own") is None
+    assert hardware.memory_limit(tmp_path / "root", tmp_path / "own") is None

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64
 from scipy.stats import binomtest, norm
-from sklearn.metrics import average_precision_score
 
 from ssl_xcit.transfer.task import Measured, Target
 
@@ -210,6 +209,8 @@ def average_precisions(
     classes: Int64[np.ndarray, " present"],
 ) -> Float[np.ndarray, " present"]:
     """Return the average precision of each class, 0 to 1."""
+    from sklearn.metrics import average_precision_score  # here: it imports pandas, for most seconds
+
     return np.array([average_precision_score(truth[:, k], scores[:, k]) for k in classes])
 
 

@@ -1,0 +1,1 @@
+"""Examine the machine and the installation for `ssl-xcit doctor`."""
