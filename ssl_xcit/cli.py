@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import resources
@@ -340,16 +341,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def execute(command: str, arguments: Sequence[str]) -> Any:
     """Run a command from Python: what its `main` returns. Nothing is printed of an error, and
-    logging is left to the caller, but for Lightning's advice, which is not for users.
+    logging is left to the caller, but for Lightning's advice and warnings, which are not for users.
 
     Raises:
         UserError: wrong settings; others as the command raises them.
     """
 
     def run(cfg: DictConfig) -> Any:
-        function = main_of(cfg)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function = main_of(cfg)
         quiet_lightning()
-        return function(settings_for(function, cfg))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            return function(settings_for(function, cfg))
 
     try:
         words = with_data(command, named(command, arguments))
