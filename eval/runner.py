@@ -42,6 +42,7 @@ def evaluate(
     cache: bool | Text = False,
     feature_dtype: Literal["float16", "float32"] = "float32",
     ranks: bool = False,
+    baselines_only: bool = False,
     near_duplicates: Annotated[float, Gt(0), Lt(1)] | None = None,
 ) -> Evaluation:
     """Run every evaluator on the features of backbones and baselines, every task on the backbones.
@@ -57,6 +58,7 @@ def evaluate(
         cache: keep features on the disk: true for the usual place, or a folder.
         feature_dtype: of the features kept: float32, or float16 for half the size.
         ranks: all ranks of the process group are here and share the work.
+        baselines_only: leave out the backbones, which then only say what random weights are of.
         near_duplicates: a cosine of features above which a test image counts as nearly a training
             image; None: they are not counted.
     """
@@ -94,7 +96,7 @@ def evaluate(
                 started = time.perf_counter()
                 features = baseline(extractor, kinds)
                 measure_features(evaluation, name.replace("_", " "), started, running, features)
-    for row, extractor in extractors.items():
+    for row, extractor in ({} if baselines_only else extractors).items():
         if usable:
             started = time.perf_counter()
             features = extract_pair(extractor, kinds, row, feature_dtype)

@@ -19,6 +19,15 @@ from ssl_xcit.data.multicrop import Crops, MultiCrop, Recipe, crops_at
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.models.weights import TrainingWeights, load_backbone, model_name
+from ssl_xcit.training.budget import (
+    MOST,
+    Speed,
+    measure_speed,
+    online_share,
+    parse_budget,
+    steps_within,
+)
+from ssl_xcit.training.budget import check_one_device as budget_on_one_device
 from ssl_xcit.training.build import make_module, make_schedules
 from ssl_xcit.training.datamodule import TrainingData, multi_crop_data
 from ssl_xcit.training.health import HEALTHY
@@ -50,6 +59,8 @@ from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import as_plain
 
 log = logging.getLogger(__name__)
+BASELINES = "baselines.json"  # of a run whose budget is a time: measured before it
+RANDOM = "random weights"  # the baseline that takes as long as the backbone
 NO_LABELS = "no labelled images, so no k-NN: name some with eval_data.root=DIR"
 
 
@@ -97,13 +108,23 @@ def main(settings: PretrainSettings) -> Path:
     plan = make_plan(settings, len(source), trainer.world_size, begun)
     if math.isnan(plan.lr):
         check_one_device(trainer.world_size)
+    unplanned = settings.budget is not None and not (begun or {}).get("total_steps")
+    if settings.budget is not None:
+        parse_budget(str(settings.budget))
+    if unplanned:
+        budget_on_one_device(trainer.world_size)
     check_images(source, augment.global_size, preprocess)
     if pair is not None:
         check_labelled(pair, preprocess)
-    module = make_module(settings, plan, preprocess, start)
-    if settings.compile:  # SharedBatchNorm, which several ranks have, breaks a program in two
-        for network in (module.student, module.teacher):
-            network.compile_backbone(plan.objective.takes_patches, trainer.world_size == 1)
+
+    def networks(plan: Plan) -> Pretraining:
+        made = make_module(settings, plan, preprocess, start)
+        if settings.compile:  # SharedBatchNorm, which several ranks have, breaks a program in two
+            for network in (made.student, made.teacher):
+                network.compile_backbone(plan.objective.takes_patches, trainer.world_size == 1)
+        return made
+
+    module = networks(plan)
     evaluate = instantiate(settings.evaluation)
     if note is not None and trainer.is_global_zero:
         log.warning("%s", note)
@@ -131,7 +152,12 @@ def main(settings: PretrainSettings) -> Path:
         data = crops(augment, plan.total_steps)
 
         def training() -> float:
-            nonlocal plan
+            nonlocal plan, module, data
+            if unplanned:
+                trial = crops(crops_at(augment, 0.0), MOST)
+                steps = steps_in_budget(settings, module, trial, evaluate, pair, run_dir)
+                plan = make_plan(settings, len(source), trainer.world_size, begun, steps)
+                module, data = networks(plan), crops(augment, plan.total_steps)
             if math.isnan(plan.lr):
                 steps = max(FEWEST_STEPS, min(MOST_STEPS, plan.total_steps))
                 trial = crops(crops_at(augment, 0.0), steps)
@@ -152,6 +178,44 @@ def main(settings: PretrainSettings) -> Path:
             ),
         )
     return run_dir
+
+
+def steps_in_budget(
+    settings: PretrainSettings,
+    module: Pretraining,
+    data: TrainingData[Crops],
+    evaluate: Callable[..., Any],
+    pair: LabelledPair | None,
+    run_dir: Path,
+) -> int:
+    """Measure what a step and an evaluation take; the baselines, which do not change, are evaluated
+    for that and kept in `RUN/baselines.json`.
+    """
+    evaluation_seconds = 0.0
+    if pair is not None:
+        options = {"num_workers": settings.num_workers, "device": str(module.device)}
+        first = evaluate(module.teacher.backbone, pair, baselines_only=True, **options)
+        if RANDOM not in first.seconds:  # no baseline is a network
+            first = evaluate(module.teacher.backbone, pair, baselines=None, **options)
+        row = RANDOM if RANDOM in first.seconds else next(iter(first.seconds), None)
+        evaluation_seconds = sum(first.seconds[row].values()) if row else 0.0
+        if row == RANDOM:
+            kept = {"results": first.results, "intervals": first.intervals, "chosen": first.chosen}
+            with disk_trouble(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=True)
+                write_json(kept, run_dir / BASELINES)
+    step_seconds = measure_speed(
+        settings.trainer, module, data, run_dir, parse_budget(str(settings.budget))
+    )
+    speed = Speed(step_seconds, evaluation_seconds)
+    online = settings.callbacks.get("online") if pair is not None else None
+    steps = steps_within(str(settings.budget), speed, 0.0)
+    steps = steps_within(str(settings.budget), speed, online_share(online, steps))
+    say(
+        f"budget={settings.budget}: {step_seconds:.2g} s a step, {evaluation_seconds:.0f} s for "
+        f"the evaluation: {steps:,} steps"
+    )
+    return steps
 
 
 def found_rate(
@@ -184,9 +248,13 @@ def conclude(
     pair = data.eval_data
     measured: dict[str, Any] = {"results": {}, "intervals": {}}
     if pair is not None:
+        before = {}
+        with suppress(OSError, ValueError):
+            before = json.loads((run_dir / BASELINES).read_text())
         evaluation = evaluate(
             load_backbone(run_dir),
             pair,
+            **({"baselines": None} if before else {}),
             num_workers=settings.num_workers,
             device=str(trainer.strategy.root_device),
             max_pixels=data.dataset.preprocess.max_pixels,
@@ -196,6 +264,7 @@ def conclude(
             "intervals": evaluation.intervals,
             "chosen": evaluation.chosen,
         }
+        measured = {key: {**before.get(key, {}), **rows} for key, rows in measured.items()}
         for missing in evaluation.left_out.values():
             for name, why in missing.items():
                 log.warning("%s is left out: %s", name, why)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from hydra.utils import instantiate
 
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.training.datamodule import TrainingData
@@ -18,10 +17,9 @@ from ssl_xcit.training.module import Pretraining
 from ssl_xcit.training.progress import ProgressBar
 from ssl_xcit.training.run_dir import disk_trouble
 from ssl_xcit.training.settings import TrainerSettings
-from ssl_xcit.training.trainer import leave_signals, plugins
+from ssl_xcit.training.trainer import trial_trainer
 from ssl_xcit.utils.files import replacing
 from ssl_xcit.utils.terminal import say
-from ssl_xcit.utils.validation import as_plain
 
 FILE = "lr_range.csv"
 MOST_STEPS, FEWEST_STEPS = 100, 10  # of a test; in between, those of the run
@@ -75,15 +73,7 @@ def range_test(
         schedules, lr=rate, weight_decay=at_start(schedules.weight_decay),
         ema=at_start(schedules.ema), backbone=None if schedules.backbone is None else at_end,
     )  # fmt: skip
-    plain = as_plain(settings)
-    del plain["accumulate"]
-    trainer = instantiate(
-        plain, callbacks=[losses, ProgressBar(lines=5)], plugins=plugins(), logger=False,
-        max_epochs=-1, max_steps=data.total_steps, num_sanity_val_steps=0,
-        use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, default_root_dir=str(run_dir),
-    )  # fmt: skip
-    leave_signals(trainer)
+    trainer = trial_trainer(settings, [losses, ProgressBar(lines=5)], data.total_steps, run_dir)
     say(f"lr=auto: {data.total_steps} steps with rates from {LOWEST:g} to {HIGHEST:g}")
     trainer.fit(module, datamodule=data)
     rates = [rate(step) for step in range(len(losses.losses))]

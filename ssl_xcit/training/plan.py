@@ -13,6 +13,8 @@ from ssl_xcit.errors import UserError
 from ssl_xcit.objectives.objective import Objective, RunLength
 from ssl_xcit.training.settings import PretrainSettings, RunSettings
 
+PROVISIONAL = 500  # steps of a run whose budget is not yet turned into steps
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -83,9 +85,10 @@ def make_plan(
     num_images: int,
     world_size: int,
     begun: Mapping[str, Any] | None = None,
+    steps: int | None = None,
 ) -> Plan:
     """Steps, and the objective for a run of this length, which stays as in the plan of a run that
-    was `begun`, also with other images.
+    was `begun`, also with other images. `steps` are those that the budget allows, once known.
 
     Raises:
         UserError: a batch larger than the data, or that the devices do not divide; an objective
@@ -96,6 +99,10 @@ def make_plan(
     optim, init = settings.optim, settings.init
     steps_per_epoch = num_images / batch_size
     total_steps = max(1, math.floor(epochs * steps_per_epoch))
+    if settings.budget is not None:
+        steps = (begun or {}).get("total_steps", steps or PROVISIONAL)
+    if wanted := settings.max_steps or steps:
+        total_steps, epochs = wanted, wanted / steps_per_epoch
     length = RunLength(
         num_images,
         batch_size,

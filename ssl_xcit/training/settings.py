@@ -137,12 +137,19 @@ class PretrainSettings(RunSettings):
     evaluation: Node
     init: InitSettings
     compile: Annotated[bool, FREE]
+    max_steps: Count | None
+    budget: Text | None
     eval_data: Node | None = None  # may be left out by ~
     # a recipe's numbers for whichever objective is chosen, whose yaml reads those that it has
     objective_defaults: Annotated[Mapping[str, float], FREE] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Settings that exclude each other."""
+        if self.budget is not None and self.max_steps is not None:
+            raise UserError(
+                f"budget={self.budget} and max_steps={self.max_steps} both say how long the run "
+                "is: set one of them"
+            )
         if self.compile and self.checkpoint_blocks:
             raise UserError(
                 "compile=true and checkpoint_blocks=true: a compiled program decides by itself "

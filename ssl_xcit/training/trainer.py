@@ -67,12 +67,9 @@ def make_trainer(
     loggers = [
         make_logger(name, node, run_dir, run_id) for name, node in (settings.logger or {}).items()
     ]
-    lightning_settings = as_plain(settings.trainer)
-    for ours in ("accumulate", "batch_norm", "gradient_exchange", "submit"):
-        del lightning_settings[ours]
     try:
         trainer = instantiate(
-            lightning_settings,
+            of_lightning(settings.trainer),
             # what is done at a step is done before the step is saved
             callbacks=[
                 SameRanks(as_plain(settings)),
@@ -102,6 +99,26 @@ def make_trainer(
         exchange_gradients(trainer.strategy, settings.trainer)
         meet_again(trainer, timeout)
     return trainer, stop
+
+
+def of_lightning(settings: TrainerSettings) -> dict[str, Any]:
+    """The settings that are Lightning's own."""
+    ours = ("accumulate", "batch_norm", "gradient_exchange", "submit")
+    return {key: value for key, value in as_plain(settings).items() if key not in ours}
+
+
+def trial_trainer(
+    settings: TrainerSettings, callbacks: list[lightning.Callback], max_steps: int, run_dir: Path
+) -> lightning.Trainer:
+    """A trainer of networks that are thrown away, before a run."""
+    trainer: lightning.Trainer = instantiate(
+        of_lightning(settings), callbacks=callbacks, plugins=plugins(), logger=False,
+        max_epochs=-1, max_steps=max_steps, num_sanity_val_steps=0,
+        use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=str(run_dir),
+    )  # fmt: skip
+    leave_signals(trainer)
+    return trainer
 
 
 def exchange_gradients(strategy: DDPStrategy, settings: TrainerSettings) -> None:

@@ -6,12 +6,14 @@ import platform
 import re
 import shlex
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from ssl_xcit.errors import UserError
 
 log = logging.getLogger(__name__)
+IMPORTED = time.perf_counter()
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -90,6 +92,16 @@ def check_compiler(on_cpu: bool) -> None:
             "compile=true needs a C++ compiler on a CPU, and there is no g++: install one (Debian: "
             "apt install g++), name another in CXX, or leave compile=false"
         )
+
+
+def seconds_since_start() -> float:
+    """Seconds since this process was started, where the system tells; else since this import."""
+    with suppress(OSError, ValueError, IndexError, AttributeError):
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        started = ticks / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    return time.perf_counter() - IMPORTED
 
 
 def usable_cores() -> int:

@@ -1,0 +1,138 @@
+"""How many steps fit into a given time: from the speed of the first steps, by networks of their
+own, and from what the evaluation of the baselines takes.
+"""
+
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning
+
+from ssl_xcit.errors import UserError
+from ssl_xcit.training.datamodule import TrainingData
+from ssl_xcit.training.module import Pretraining
+from ssl_xcit.training.progress import ProgressBar
+from ssl_xcit.training.settings import TrainerSettings
+from ssl_xcit.training.trainer import trial_trainer
+from ssl_xcit.utils.hardware import seconds_since_start
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+TRIAL = 0.04  # of the budget, for measuring the speed
+LEFT_OUT = 3  # first steps, which are slower
+FEWEST, MOST = 5, 200  # steps that are measured
+FEWEST_STEPS = 20  # of a run
+REPORT = 4.0  # seconds for the report and what else comes after the evaluation
+MARGIN = 0.01  # of the budget
+
+
+class Speed(NamedTuple):
+    """What was measured before a run."""
+
+    step_seconds: float
+    evaluation_seconds: float  # of the backbone's row
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of `90s`, `10m`, `2h`, `1.5d`.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise UserError(
+            f"budget={text}: a number with s, m, h or d, such as 90s, 10m, 2h; max_steps=N gives "
+            "a number of steps"
+        )
+    return float(match[1]) * UNITS[match[2]]
+
+
+class Stopwatch(lightning.Callback):
+    """When each step ended; ends the trial after some seconds."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: object) -> None:
+        """Wait for the step, and note the time."""
+        module.output.loss.item()
+        self.ends.append(time.perf_counter())
+        measured = len(self.ends) - LEFT_OUT
+        passed = self.ends[-1] - self.ends[0]
+        trainer.should_stop = measured >= FEWEST and passed >= self.seconds
+
+    def step_seconds(self) -> float:
+        """Mean of all but the first steps."""
+        first = min(LEFT_OUT, len(self.ends) - 1) - 1
+        return (self.ends[-1] - self.ends[first]) / max(1, len(self.ends) - 1 - first)
+
+
+def measure_speed(
+    settings: TrainerSettings,
+    module: Pretraining,
+    data: TrainingData[Any],
+    run_dir: Path,
+    budget: float,
+) -> float:
+    """Seconds of a step, waiting for data included.
+
+    Args:
+        settings: of the trainer.
+        module: a fresh one; it is of no use afterwards.
+        data: of `MOST` steps.
+        run_dir: of the run.
+        budget: of the run, in seconds.
+    """
+    watch = Stopwatch(TRIAL * budget)
+    trainer = trial_trainer(settings, [watch, ProgressBar(lines=2)], data.total_steps, run_dir)
+    trainer.fit(module, datamodule=data)
+    return watch.step_seconds()
+
+
+def steps_within(text: str, speed: Speed, online_share: float) -> int:
+    """Steps that end, with evaluation and report, when the budget does.
+
+    Args:
+        text: the budget.
+        speed: as measured.
+        online_share: of the training time, for online evaluation.
+
+    Raises:
+        UserError: hardly any; says the least budget.
+    """
+    budget = parse_budget(text)
+    passed = seconds_since_start()
+    around = passed + speed.evaluation_seconds + REPORT
+    step = speed.step_seconds * (1.0 + online_share)
+    steps = int((budget * (1.0 - MARGIN) - around) / step)
+    if steps < FEWEST_STEPS:
+        least = (around + FEWEST_STEPS * step) / (1.0 - MARGIN)
+        raise UserError(
+            f"budget={text}: the start has taken {passed:.0f} s, evaluation and report take about "
+            f"{speed.evaluation_seconds + REPORT:.0f} s, and a step {speed.step_seconds:.2g} s: "
+            f"give at least budget={1.1 * least:.0f}s"
+        )
+    return steps
+
+
+def online_share(callback: Mapping[str, Any] | None, steps: int) -> float:
+    """Of the training time, for online evaluation as its settings are."""
+    if not callback or steps < callback.get("every_steps", steps + 1):
+        return 0.0
+    return 0.7 * float(callback.get("eval_budget") or 0.05)
+
+
+def check_one_device(world_size: int) -> None:
+    """Check that the speed can be measured.
+
+    Raises:
+        UserError: there are several devices.
+    """
+    if world_size > 1:
+        raise UserError(
+            f"budget measures the speed of one device, and here are {world_size}: give epochs or "
+            "max_steps"
+        )
