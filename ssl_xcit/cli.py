@@ -90,8 +90,9 @@ def named(command: str, arguments: Sequence[str]) -> list[str]:
         if "=" in word or word.startswith(("+", "~")):
             continue
         path = Path(word).expanduser()
-        if takes_data and (path.is_dir() or path.suffix.lower() in FORMATS):
-            words[place] = f"data.{'root' if path.is_dir() else 'file'}={word}"
+        is_root = path.is_dir() or "://" in word
+        if takes_data and (is_root or path.suffix.lower() in FORMATS):
+            words[place] = f"data.{'root' if is_root else 'file'}={word}"
             takes_data = False
         elif len(needed) == 1:
             words[place] = f"{needed.pop()}={word}"
@@ -136,9 +137,9 @@ def default_options(command: str) -> dict[str, str]:
 
 
 def with_data(command: str, words: Sequence[str]) -> list[str]:
-    """`data.root=DIR` alone means a folder of images, `data.file=FILE` alone a list or an array,
-    and likewise of `eval_data`: where the option that is chosen otherwise has no such setting, the
-    one that has it is put before it. `with_recipe` does the rest.
+    """`data.root=DIR` alone means a folder of images, or a URL tar shards, `data.file=FILE` alone a
+    list or an array, and likewise of `eval_data`: where the option that is chosen otherwise has no
+    such setting, the one that has it is put before it. `with_recipe` does the rest.
 
     Raises:
         UserError: `data=DIR`, where a folder is named and not an option.
@@ -163,12 +164,16 @@ def with_data(command: str, words: Sequence[str]) -> list[str]:
         if options[group] == "${data}":
             options[group] = options["data"]
         key = next((f"{group}.{k}" for k in ("file", "root") if f"{group}.{k}" in given), None)
-        if key is None or has_setting(options[group], key):
+        if key is None:
+            continue
+        url = "://" in given[key]
+        if has_setting(options[group], key) and not (url and options[group] == "folder"):
             continue
         file = Path(given[key].strip("'\"[]\r "))
         options[group] = (
-            "folder" if key.endswith("root") else FORMATS.get(file.suffix.lower(), "list")
-        )
+            FORMATS.get(file.suffix.lower(), "list") if key.endswith("file")
+            else "shards" if url else "folder"
+        )  # fmt: skip
         place = next(i for i, word in enumerate(meaning) if key_of(word) == key)
         meaning.insert(place, f"{group}={options[group]}")
     if "transfer" in options:

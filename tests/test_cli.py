@@ -229,6 +229,7 @@ DATA = [  # what is typed, and what it means
      ["ckpt=x", "eval_data=list", "eval_data.file=x.txt"]),
     # what is chosen has the setting, or is not known here
     (["pretrain", "data=shards", "data.root=a"], ["data=shards", "data.root=a"]),
+    (["pretrain", "s3://b/a"], ["data=shards", "data.root=s3://b/a"]),
     (["pretrain", "data.root=a", "data=photos"], ["data.root=a", "data=photos"]),
     (["pretrain", "data=list", "data.file=x.txt", "data.root=a"],
      ["data=list", "data.file=x.txt", "data.root=a"]),
@@ -239,6 +240,8 @@ DATA = [  # what is typed, and what it means
     (["pretrain", "experiment=mine", "data.root=a"], ["experiment=mine", "data.root=a"]),
     (["pretrain", "-cd", "mine", "data.root=a"], ["-cd", "mine", "data.root=a"]),
     (["check", "data.root=a"], ["data.root=a"]),
+    (["check", "hf://datasets/a/b"], ["data=shards", "data.root=hf://datasets/a/b"]),
+    (["eval", "x", "eval_data.root=s3://b"], ["ckpt=x", "eval_data=shards", "eval_data.root=s3://b"]),
     (["eval", "x", "eval_data=shards", "eval_data.root=b"],
      ["ckpt=x", "eval_data=shards", "eval_data.root=b"]),
 ]  # fmt: skip

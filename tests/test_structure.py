@@ -131,7 +131,7 @@ def test_faiss_is_only_where_it_searches_and_clusters():
 def test_libraries_of_other_tools_are_imported_where_they_are_used():
     """A network can be exported to one of them without the others."""
     optional = {"onnx", "onnxruntime", "onnxscript", "timm", "transformers", "huggingface_hub"}
-    optional |= {"faster_coco_eval", "pycocotools"}
+    optional |= {"faster_coco_eval", "pycocotools", "fsspec", "aiohttp"}
     for file in files("ssl_xcit"):
         assert not libraries(file, top_level_only=True) & optional, file
 

@@ -42,7 +42,8 @@ class ShardSettings:
 
 
 def main(settings: ShardSettings) -> None:
-    """`ssl-xcit shard`: write `shard-000000.tar` and so on, `keys.tsv` and `shards.json`.
+    """`ssl-xcit shard`: write `shard-000000.tar` and so on, `keys.tsv`, `shards.json`
+    and `listing.jsonl.gz`.
 
     Raises:
         UserError: the folder holds shards that were made with other settings.
@@ -68,7 +69,7 @@ def main(settings: ShardSettings) -> None:
     say(f"{count - len(bad):,} images in {len(records):,} shards, {size}, each verified")
     if bad:
         say(f"  {len(bad):,} bad images left out, such as {bad[0]['name']} ({bad[0]['reason']})")
-    say(f"{out}: shard-*.tar, keys.tsv, shards.json, {FILE}")
+    say(f"{out}: shard-*.tar, keys.tsv, shards.json, listing.jsonl.gz, {FILE}")
     labels = " eval_data.root=DIR" if source.labels is None else f" eval_data.root={out}"
     say(f"next: ssl-xcit pretrain data=shards data.root={out}{labels}")
     allowed = settings.data.max_bad_fraction

@@ -37,6 +37,8 @@ class CropDataset(Dataset[Crops]):
 
     def __getitem__(self, position: int) -> Crops:
         num_images = len(self.source)
+        if self.source.shards is not None:
+            self.source.shards.announce(self.seed, position)
         wanted = image_at(self.seed, position, num_images, self.source.shards)
         seed = crop_seed(self.seed, position, num_images)
         share = position // self.images_per_step / self.total_steps
@@ -165,8 +167,11 @@ def check_classes(pair: LabelledPair) -> None:
 
 
 def probes(source: Source, count: int = 16) -> Iterator[int]:
-    """Yield indices of a few images, evenly spaced."""
-    yield from np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
+    """Yield indices of a few images, evenly spaced; of shards to be fetched those of the first."""
+    shards, num_images = source.shards, len(source)
+    if shards is not None and shards.read_ahead is not None:
+        num_images = int(shards.sizes[shards.sizes > 0][0])
+    yield from np.unique(np.linspace(0, num_images - 1, count).astype(int)).tolist()
 
 
 def check_images(source: Source, size: int, preprocess: Preprocess) -> None:

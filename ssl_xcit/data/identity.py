@@ -23,8 +23,7 @@ from ssl_xcit.data.string_array import StringArray
 from ssl_xcit.utils.files import default_cache, replacing
 from ssl_xcit.utils.terminal import track
 
-BLOCK = 65_536  # bytes read at each of `BLOCKS` places of a tar
-BLOCKS = 8
+BLOCK = 65_536  # bytes that are read of a file
 SAMPLED = 64  # files of which the beginning counts
 UNKNOWN = -1  # size of a file that is not there
 THREADS = 32  # for a remote file system, whose
@@ -62,7 +61,8 @@ def index_of(source: Source, labelled: bool = False) -> DataIndex:
         keys = [source.name(i) for i in range(len(source))]
         home = os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in source.files])
         names = StringArray.of(os.path.relpath(key, home) for key in keys)
-        sizes, content = source.lengths, sampled(source.files)
+        sizes = source.lengths
+        content = hashlib.sha256("".join(source.samples()).encode()).hexdigest()
     elif isinstance(source, Arrays):
         names, sizes, content = StringArray.of([]), nothing, pixels_digest(source.images)
     elif isinstance(source, HuggingFace):
@@ -124,18 +124,6 @@ def sizes_of(paths: Sequence[str]) -> Int64[np.ndarray, " N"]:
         return np.array([*first, *map(size, rest)], np.int64)
     with ThreadPoolExecutor(THREADS) as pool:
         return np.array([*first, *pool.map(size, rest)], np.int64)
-
-
-def sampled(files: Sequence[str]) -> str:
-    """Hash each tar's size and a few blocks of it."""
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            digest.update(f"{size}\0".encode())
-            for place in np.linspace(0, max(0, size - BLOCK), BLOCKS).astype(int).tolist():
-                digest.update(os.pread(stream.fileno(), BLOCK, place))
-    return digest.hexdigest()
 
 
 def pixels_digest(images: np.ndarray) -> str:

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from ssl_xcit.errors import RunFailed
+from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.utils.hardware import usable_cores
 
 log = logging.getLogger(__name__)
@@ -354,6 +354,8 @@ def cause_of(message: str) -> Cause | None:
 def batch_failure(error: Exception) -> Exception:
     """Return what came in place of a batch: an accident, or an error of the program as it is."""
     message = one_line(error)
+    if isinstance(error, RunFailed | UserError) and from_worker(error):
+        return type(error)(message.partition(": ")[2])
     if cause := cause_of(message):
         return Accident(f"a batch could not be loaded ({message}): {cause.remedy}", cause.passes)
     if isinstance(error, OSError | EOFError) and not from_worker(error):

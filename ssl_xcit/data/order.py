@@ -9,9 +9,10 @@ Images that lie together in shards are read together: shards come in a permuted 
 images are mixed in a window that moves over them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -56,6 +57,9 @@ class Shards:
 
     sizes: Int64[np.ndarray, " S"]  # images of each shard, which follow one another in the source
     window: int  # images that are mixed with each other
+    # where shards have to be fetched: called with a number of the window, and what returns the
+    # shards of it and of the next
+    read_ahead: Callable[[Any, Callable[[], list[int]]], None] | None = None
 
     def image_at(self, seed: int, pass_index: int, place: int) -> int:
         """Return the index of the image at a place of a pass: the shards in a permuted order laid
@@ -71,6 +75,29 @@ class Shards:
         shard = shards[which]
         start = int(self.sizes[:shard].sum())
         return start + place - int(ends[which] - self.sizes[shard])
+
+    def announce(self, seed: int, position: int) -> None:
+        """Say which shards will be read from a position on, if anybody wants to know."""
+        if self.read_ahead is not None:
+            pass_index, place = divmod(position, int(self.sizes.sum()))
+            window = (seed, pass_index, place // self.window)
+            self.read_ahead(window, partial(self.upcoming, seed, position))
+
+    def upcoming(self, seed: int, position: int) -> list[int]:
+        """Return the shards of the window at a position and of the next, in their order."""
+        num_images = int(self.sizes.sum())
+        pass_index, place = divmod(position, num_images)
+        chosen: list[int] = []
+        for _ in range(2):
+            first = place - place % self.window
+            place = min(first + self.window, num_images)
+            shards = permutation(seed, pass_index, len(self.sizes))
+            ends = self.sizes[shards].cumsum()
+            start, last = np.searchsorted(ends, [first, place - 1], side="right")
+            chosen += shards[start : last + 1].tolist()
+            if place == num_images:
+                pass_index, place = pass_index + 1, 0
+        return list(dict.fromkeys(chosen))
 
 
 def image_at(seed: int, position: int, num_images: int, shards: Shards | None = None) -> int:

@@ -18,15 +18,15 @@ from ssl_xcit.data.bad_samples import FILE
 from ssl_xcit.data.decode import MAX_BYTES, BadImage, open_picture
 from ssl_xcit.data.loader import parallel_map
 from ssl_xcit.data.preprocess import Preprocess
-from ssl_xcit.data.shards import list_tar
+from ssl_xcit.data.remote import INDEX, LISTING
+from ssl_xcit.data.shards import full_listing, list_tar, write_listings
 from ssl_xcit.data.sources import Source, Stored
 from ssl_xcit.errors import RunFailed, UserError
-from ssl_xcit.utils.files import writable_folder, write_json
+from ssl_xcit.utils.files import replacing, sha256_of, writable_folder, write_json
 from ssl_xcit.utils.locks import exclusive
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import say, track
 
-INDEX = "shards.json"
 PROGRESS = ".progress.jsonl"  # one line for each complete shard
 SUFFIXES = {
     b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"BM": "bmp", b"GI": "gif",
@@ -112,7 +112,7 @@ def complete_shards(out: Path, made_with: dict[str, Any]) -> dict[int, Record]:
     return {
         record["number"]: record
         for record, path in zip(records, paths, strict=True)
-        if path.is_file() and path.stat().st_size == record["bytes"]
+        if "tar_sha256" in record and path.is_file() and path.stat().st_size == record["bytes"]
     }
 
 
@@ -166,13 +166,14 @@ def write_shard(job: ShardJob, number: int) -> Record:
             file.seek(offset)
             if hashlib.sha256(file.read(size)).hexdigest() != digest:
                 raise RunFailed(f"{part}: what was read back is not what was written: a bad disk?")
+    sha256 = sha256_of(part)
     part.replace(path)
     return {
         "number": number,
         "file": path.name,
         "images": len(digests),
         "bytes": path.stat().st_size,
-        "sha256": hashlib.sha256("".join(digests).encode()).hexdigest(),
+        "tar_sha256": sha256,
         "bad": bad,
     }
 
@@ -199,7 +200,9 @@ def encoded(stored: Stored) -> tuple[bytes, str]:
 def write_index(
     job: ShardJob, made_with: dict[str, Any], records: Sequence[Record]
 ) -> list[dict[str, Any]]:
-    """Write `keys.tsv`, `shards.json` and the list of bad images, and return the latter."""
+    """Write `keys.tsv`, `listing.jsonl.gz`, `shards.json` and the list of bad images, which is
+    returned. With the listing a run on shards behind a URL begins without reading them all.
+    """
     out, source = job.out, job.source
     bad = [row for record in records for row in record["bad"]]
     left_out = {row["place"] for row in bad}
@@ -208,11 +211,15 @@ def write_index(
             if index not in left_out:
                 file.write(f"{place:09d}\t{source.name(index).translate(TSV_ESCAPES)}\n")
     (out / FILE).write_text("".join(json.dumps(row) + "\n" for row in bad))
+    with replacing(out / LISTING) as part:
+        write_listings(part, {r["tar_sha256"]: full_listing(str(out / r["file"])) for r in records})
+    listing = {"bytes": (out / LISTING).stat().st_size, "sha256": sha256_of(out / LISTING)}
     content = {
         "images": sum(record["images"] for record in records),
         "labels": source.labels is not None,
         "class_names": list(source.class_names),
         "made_with": made_with,
+        "listing": listing,
         "shards": list(records),
     }
     write_json(content, out / INDEX)

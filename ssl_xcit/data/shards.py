@@ -5,20 +5,25 @@ several (`scan.2023.01.jpg`): then it ends at the last.
 
 The tars are listed once, then images are read in place, in any order. Nothing is extracted: only
 regular files of a limited size are read, and no pickles. A listing stays in the cache folder for as
-long as the tars' sizes and times stay the same.
+long as the tars' sizes and times stay the same. Tars behind URLs are fetched whole (`remote.py`),
+and where `ssl-xcit shard` has written them, their listing lies beside them.
 """
 
 import glob
+import gzip
 import hashlib
+import json
 import logging
 import os
 import sys
 import tarfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -35,23 +40,38 @@ from ssl_xcit.data.formats import (
 )
 from ssl_xcit.data.labels import AnyLabels, Labels, named_classes, numbered
 from ssl_xcit.data.order import Shards
+from ssl_xcit.data.remote import (
+    INDEX,
+    RemoteFile,
+    ShardFetcher,
+    check_limit,
+    find_tars,
+    is_url,
+    open_cache,
+    shown,
+)
 from ssl_xcit.data.sources import LabelledPair, Places, Seed, TestFraction, held_out
 from ssl_xcit.data.string_array import StringArray
 from ssl_xcit.errors import MissingPath, UserError
-from ssl_xcit.utils.files import default_cache
-from ssl_xcit.utils.terminal import track
-from ssl_xcit.utils.validation import Count
+from ssl_xcit.utils.files import default_cache, replacing
+from ssl_xcit.utils.terminal import say, track
+from ssl_xcit.utils.validation import PLACE, Count, Positive, Text
 
 log = logging.getLogger(__name__)
 MAX_HEADER = 2**20  # bytes of one tar header with its extensions
 MAX_OPEN = 64  # tars open at once in a process
-FORMAT = 3  # of a cached listing
+FORMAT = 4  # of a cached listing
 MAX_LABEL = 200  # bytes of a .cls member
 MAX_PROBLEMS = 5  # lines that are logged about tars
+NO_LISTING = (ValueError, KeyError, TypeError, EOFError, OverflowError)
+MAX_LINE = 2**28  # bytes of a listing of one tar
+BLOCK, BLOCKS = 65_536, 8  # bytes read at each of so many places of a tar, to tell it from others
 LISTED = {
     "keys", "key_ends", "offsets", "lengths", "labels", "label_ends", "counts", "problems",
-    "problem_ends", "left_out",
+    "problem_ends", "left_out", "samples", "sample_ends",
 }  # fmt: skip
+CacheFolder = Annotated[Text | None, PLACE]
+CacheSize = Annotated[Positive, PLACE]
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
@@ -64,6 +84,7 @@ class Listing(NamedTuple):
     labels: list[str]  # empty where there is none
     problems: list[str]  # for the log
     skipped: SkippedFiles  # members that are neither images nor labels
+    sample: str = ""  # see `sample_of`; empty where it is not needed
 
 
 class Member(NamedTuple):
@@ -97,6 +118,8 @@ class TarShards:
     lengths: np.ndarray  # of each in bytes
     labels: AnyLabels | None  # class ids, or None
     class_names: Sequence[str]  # by class id
+    fetcher: ShardFetcher | None = None  # of tars behind URLs
+    known_samples: Sequence[str] = ()  # of these, see `sample_of`
 
     def __post_init__(self) -> None:
         """Prepare to find and open tars."""
@@ -119,6 +142,8 @@ class TarShards:
         length, offset = int(self.lengths[index]), int(self.offsets[index])
         try:
             content = os.pread(self.descriptor(self.shard_of(index)), length, offset)
+        except UserError:  # a server refuses, which is no fault of the image
+            raise
         except OSError as error:
             raise BadImage(f"{type(error).__name__}: {error.strerror}") from error
         if len(content) < length:
@@ -130,9 +155,25 @@ class TarShards:
         if shard not in self.open_files:
             if len(self.open_files) >= MAX_OPEN:
                 os.close(self.open_files.popitem(last=False)[1])
-            self.open_files[shard] = os.open(self.files[shard], os.O_RDONLY)
+            if self.fetcher is None:
+                self.open_files[shard] = os.open(self.files[shard], os.O_RDONLY)
+            else:
+                self.close_removed()
+                self.open_files[shard] = self.fetcher.open(shard)
         self.open_files.move_to_end(shard)
+        if self.fetcher is not None:
+            self.fetcher.refresh(self.open_files[shard])
         return self.open_files[shard]
+
+    def close_removed(self) -> None:
+        """Close tars that the cache has removed, for until then they take room on the disk."""
+        for shard, descriptor in list(self.open_files.items()):
+            if os.fstat(descriptor).st_nlink == 0:
+                os.close(self.open_files.pop(shard))
+
+    def samples(self) -> Sequence[str]:
+        """Return `sample_of` each tar."""
+        return self.known_samples if self.fetcher else [sample_of(f) for f in self.files]
 
     def name(self, index: int) -> str:
         """Return `shard-000001.tar/KEY`."""
@@ -160,13 +201,15 @@ class Capped:
         return self.file.tell()
 
 
-def list_tar(path: str) -> Listing:
+def list_tar(path: str, name: str = "") -> Listing:
     """List the regular members of a tar that are images by ending or first bytes and lie wholly
-    inside. What follows a damaged header is left out, as the listing's `problems` say.
+    inside. What follows a damaged header is left out, as the listing's `problems` say, which call
+    the tar `name`, or else by its path.
 
     Raises:
         UserError: compressed, or no tar.
     """
+    name = name or path
     images: dict[str, Member] = {}  # the last of one name, as when a tar is unpacked
     labels: dict[str, str] = {}
     problems: list[str] = []
@@ -176,7 +219,7 @@ def list_tar(path: str) -> Listing:
         kind = COMPRESSED.get(file.read(2))
         if kind is not None:
             raise UserError(
-                f"{path}: compressed ({kind}); images are compressed already, and reading in place "
+                f"{name}: compressed ({kind}); images are compressed already, and reading in place "
                 "needs a plain tar: unpack it once"
             )
         end = file.seek(0, os.SEEK_END)
@@ -194,31 +237,31 @@ def list_tar(path: str) -> Listing:
                         continue
                     if member.offset_data + member.size > end:
                         raise tarfile.ReadError("unexpected end of data")
-                    name = os.path.normpath(member.name).lstrip("/")
-                    file_member = Member(name, member.offset_data, member.size)
-                    encoded = os.fsencode(os.path.basename(name))
+                    file_name = os.path.normpath(member.name).lstrip("/")
+                    file_member = Member(file_name, member.offset_data, member.size)
+                    encoded = os.fsencode(os.path.basename(file_name))
                     if encoded.startswith(b"."):  # as macOS puts beside every file
                         skipped.add(encoded, "hidden")
                     elif encoded.lower().endswith(b".cls") and member.size < MAX_LABEL:
                         content = os.pread(file.fileno(), member.size, member.offset_data)
                         labels[file_member.last] = content.decode("utf-8", "replace")
                     elif is_image(file.fileno(), file_member, encoded, skipped):
-                        repeated += name in images
-                        images.pop(name, None)
-                        images[name] = file_member
+                        repeated += file_name in images
+                        images.pop(file_name, None)
+                        images[file_name] = file_member
                 if problem := problem_at_end(file, tar.offset):
                     raise tarfile.ReadError(problem)
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             if not images and end:
-                raise UserError(f"{path}: not a tar ({error})") from error
-            problems.append(f"{path}: damaged after {len(images)} images, which are kept ({error})")
+                raise UserError(f"{name}: not a tar ({error})") from error
+            problems.append(f"{name}: damaged after {len(images)} images, which are kept ({error})")
     if odd:
-        problems.append(f"{path}: {odd} members are links, devices or too large; left out")
+        problems.append(f"{name}: {odd} members are links, devices or too large; left out")
     if repeated:
         problems.append(
-            f"{path}: {repeated} images are there twice under one name; the last is used"
+            f"{name}: {repeated} images are there twice under one name; the last is used"
         )
-    keyed = by_key(path, list(images.values()), problems)
+    keyed = by_key(name, list(images.values()), problems)
     return Listing(
         list(keyed),
         [member.offset for member in keyed.values()],
@@ -297,36 +340,60 @@ def tar_files(root: Places) -> list[str]:
     return files
 
 
-def tar_shards(root: Places, window: Count = 10_000, known: Sequence[str] = ()) -> TarShards | None:
+def tar_shards(
+    root: Places,
+    window: Count = 10_000,
+    known: Sequence[str] = (),
+    cache: CacheFolder = None,
+    cache_gb: CacheSize = 100.0,
+) -> TarShards | None:
     """Return images in tar shards; with labels if each has a `.cls`: a class id, or a class name.
 
     Args:
-        root: a folder of tars, a pattern, or several of these; None: no images.
+        root: a folder of tars, a pattern, a URL of either, or several of these; None: no images.
         window: images that are mixed with each other in a pass; larger mixes better, smaller reads
             from fewer tars at a time.
         known: class names whose ids another set has fixed.
+        cache: folder for tars behind URLs; None: in the cache folder.
+        cache_gb: what it may hold, in units of 10^9 bytes.
 
     Raises:
         MissingPath: no tars, or no images in them.
-        UserError: not tars, or compressed ones.
+        UserError: not tars, or compressed ones; a server that refuses.
+        RunFailed: a server that fails, or a full disk.
     """
     if root is None:
         return None
-    files = tar_files(root)
-    listed = listing_of(files)
+    places = [root] if isinstance(root, str | int | float) else list(root)
+    words = ", ".join(map(shown, map(str, places)))
+    fetcher = None
+    if any(map(is_url, places)):
+        if not all(map(is_url, places)):
+            raise UserError(f"data.root={words}: name folders or URLs, not both")
+        folder = Path(str(cache)).expanduser() if cache else default_cache() / "remote"
+        found = [find_tars(str(place)) for place in places]
+        fetcher = ShardFetcher([t for f in found for t in f.tars], open_cache(folder, cache_gb))
+        files = [shown(file.url) for file in fetcher.files]
+        listed = remote_listing(fetcher, [file for f in found for file in f.listings], words)
+    else:
+        files = tar_files(root)
+        listed = local_listing(files)
     left_out = listed["left_out"].tobytes().decode("utf-8", "surrogateescape")
     count = len(listed["offsets"])
     if not count:
         others = f" (left out: {left_out})" if left_out else ""
-        raise MissingPath(f"data.root={root}: no images in {len(files)} tars{others}")
+        raise MissingPath(f"data.root={words}: no images in {len(files)} tars{others}")
     if left_out:
-        warn_once(f"data.root={root}: left out: {left_out}")
-    labels, names = shard_labels(
-        StringArray(listed["labels"], listed["label_ends"]), str(root), known
-    )
+        warn_once(f"data.root={words}: left out: {left_out}")
+    labels, names = shard_labels(StringArray(listed["labels"], listed["label_ends"]), words, known)
     keys, shards = StringArray(listed["keys"], listed["key_ends"]), Shards(listed["counts"], window)
+    samples: list[str] = []
+    if fetcher is not None:
+        check_limit(fetcher.files, count, window, fetcher.cache)
+        shards = replace(shards, read_ahead=fetcher.read_ahead)
+        samples = list(StringArray(listed["samples"], listed["sample_ends"]))
     offsets, lengths = listed["offsets"], listed["lengths"]
-    return TarShards(files, shards, keys, offsets, lengths, labels, tuple(names))
+    return TarShards(files, shards, keys, offsets, lengths, labels, tuple(names), fetcher, samples)
 
 
 def shard_labels(
@@ -345,33 +412,89 @@ def shard_labels(
     return named_classes(words, known)
 
 
-def listing_of(files: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the listing of all tars, from the cache folder if none has changed."""
+def local_listing(files: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the listing of tars on this machine, from the cache folder if none has changed."""
     stats = [(os.path.realpath(f), os.stat(f)) for f in files]
-    state = repr(
-        (FORMAT, readable_formats(), [(path, s.st_size, s.st_mtime_ns) for path, s in stats])
+    state = [(path, s.st_size, s.st_mtime_ns) for path, s in stats]
+    progress = sys.stdout.isatty() and len(files) > 1
+    return cached_listing(
+        state, lambda: [list_tar(f) for f in track(files, "listing shards", show=progress)]
     )
-    key = hashlib.sha256(os.fsencode(state)).hexdigest()[:16]
-    file = default_cache() / "shards" / f"{key}.npz"
+
+
+def remote_listing(
+    fetcher: ShardFetcher, listings: Sequence[RemoteFile], words: str
+) -> dict[str, np.ndarray]:
+    """Return the listing of tars behind URLs by the files that list them; tars that none lists are
+    fetched once.
+    """
+    files = fetcher.files
+    sizes = {file.name: file.size for file in files}
+    cached = sum(fetcher.cache.path(file).exists() for file in files)
+    say(
+        f"{words}: {len(files):,} shards, {sum(sizes.values()) / 1e9:.3g} GB; {cached:,} of them "
+        f"are in {fetcher.cache.folder} (data.cache), which holds up to "
+        f"{fetcher.cache.limit / 1e9:g} GB (data.cache_gb)"
+    )
+
+    def memo_of(name: str) -> Path:
+        key = digest_of((FORMAT, readable_formats(), name))
+        return default_cache() / "shards" / f"{key}.gz"
+
+    def make() -> list[Listing]:
+        known: dict[str, Listing] = {}
+        for file in listings:
+            known |= read_listings(fetcher.cache.fetch(file), sizes, shown(file.url))
+        for name in sizes.keys() - known.keys():
+            with suppress(OSError, UserError):  # none yet, or a damaged one
+                known |= read_listings(memo_of(name), sizes, "")
+        unlisted = [n for n, file in enumerate(files) if file.name not in known]
+        if unlisted:
+            say(
+                f"  {len(unlisted):,} have no {INDEX} of ssl-xcit shard beside them: each is "
+                "fetched once to be listed"
+            )
+        for shard in track(unlisted, "fetching and listing shards", show=sys.stdout.isatty()):
+            file = files[shard]
+            os.close(fetcher.open(shard))
+            listing = full_listing(str(fetcher.cache.path(file)), shown(file.url))
+            known[file.name] = listing
+            with suppress(OSError), replacing(memo_of(file.name)) as part:
+                write_listings(part, {file.name: listing})
+        return [known[file.name] for file in files]
+
+    return cached_listing([file.name for file in files], make)
+
+
+def cached_listing(state: object, make: Callable[[], list[Listing]]) -> dict[str, np.ndarray]:
+    """Return the listing of all tars, from the cache folder unless their state has changed, and log
+    what is wrong with them.
+    """
+    file = default_cache() / "shards" / f"{digest_of((FORMAT, readable_formats(), state))}.npz"
     listing = load_arrays(file)
     if listing is None or not set(listing) >= LISTED:
-        listing = list_all(files)
+        listing = as_arrays(make())
         save_arrays(file, listing)
     problems = list(StringArray(listing["problems"], listing["problem_ends"]))
     for problem in problems[:MAX_PROBLEMS]:
         log.warning("%s", problem)
     if len(problems) > MAX_PROBLEMS:
-        log.warning("%d more lines about %d tars", len(problems) - MAX_PROBLEMS, len(files))
+        count = len(listing["counts"])
+        log.warning("%d more lines about %d tars", len(problems) - MAX_PROBLEMS, count)
     return listing
 
 
-def list_all(files: Sequence[str]) -> dict[str, np.ndarray]:
-    """List every tar, as arrays."""
-    progress = sys.stdout.isatty() and len(files) > 1
-    listings = [list_tar(f) for f in track(files, "listing shards", show=progress)]
+def digest_of(state: object) -> str:
+    """Return a short hash for a file's name."""
+    return hashlib.sha256(os.fsencode(repr(state))).hexdigest()[:16]
+
+
+def as_arrays(listings: Sequence[Listing]) -> dict[str, np.ndarray]:
+    """Return the listings of all tars as arrays."""
     keys = StringArray.of(key for listing in listings for key in listing.keys)
     labels = StringArray.of(label for listing in listings for label in listing.labels)
     problems = StringArray.of(text for listing in listings for text in listing.problems)
+    samples = StringArray.of(listing.sample for listing in listings)
     skipped = SkippedFiles()
     for listing in listings:
         skipped.counts.update(listing.skipped.counts)
@@ -386,7 +509,72 @@ def list_all(files: Sequence[str]) -> dict[str, np.ndarray]:
         "lengths": np.array([s for listing in listings for s in listing.sizes], np.int64),
         "counts": np.array([len(listing.keys) for listing in listings], np.int64),
         "left_out": StringArray.of([skipped.sentence()]).content,
+        "samples": samples.content,
+        "sample_ends": samples.ends,
     }
+
+
+def full_listing(path: str, name: str = "") -> Listing:
+    """List a tar, with the sample that identifies it where it cannot be read."""
+    return list_tar(path, name)._replace(sample=sample_of(path))
+
+
+def sample_of(file: str) -> str:
+    """Hash a tar's size and a few blocks of it."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        digest.update(f"{size}\0".encode())
+        for place in np.linspace(0, max(0, size - BLOCK), BLOCKS).astype(int).tolist():
+            digest.update(os.pread(stream.fileno(), BLOCK, place))
+    return digest.hexdigest()
+
+
+def write_listings(path: Path, listings: Mapping[str, Listing]) -> None:
+    """Write one line of JSON for each tar, by its name; the same listings give the same file."""
+    with path.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as out:
+        for name, listing in listings.items():
+            skipped = [[*kind, count] for kind, count in listing.skipped.counts.items()]
+            line = {"tar": name, **listing._asdict(), "skipped": skipped}
+            out.write(json.dumps(line).encode() + b"\n")
+
+
+def read_listings(path: Path, sizes: Mapping[str, int], shown_name: str) -> dict[str, Listing]:
+    """Return the listings in a file by the names of their tars, whose sizes are known; of hostile
+    ones nothing but a reasonable image inside its tar is taken.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    listings = {}
+    try:
+        with gzip.open(path) as file:
+            while line := file.readline(MAX_LINE):
+                row = json.loads(line)
+                if row["tar"] not in sizes:
+                    continue
+                skipped = SkippedFiles()
+                for ending, remedy, count in row.pop("skipped"):
+                    skipped.counts[str(ending), str(remedy)] = int(count)
+                name = row.pop("tar")
+                listing = Listing(**row, skipped=skipped)
+                offsets = np.array(listing.offsets, np.int64)
+                lengths = np.array(listing.sizes, np.int64)
+                counts = {len(part) for part in listing[:4]}
+                words = (*listing.keys, *listing.labels, *listing.problems, listing.sample)
+                inside = (offsets >= 0) & (lengths >= 0) & (offsets <= sizes[name] - lengths)
+                if (
+                    counts != {offsets.size}
+                    or not (inside & (lengths <= MAX_BYTES)).all()
+                    or not all(isinstance(word, str) for word in words)
+                ):
+                    raise ValueError("images that lie outside of their tar")
+                listings[name] = listing
+    except (*NO_LISTING, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{shown_name} is no listing of ssl-xcit shard ({error}): write it again, or remove it"
+        ) from error
+    return listings
 
 
 def labelled_shards(
@@ -396,8 +584,13 @@ def labelled_shards(
     resize: Count = 256,
     size: Count = 224,
     seed: Seed = 0,
+    cache: CacheFolder = None,
+    cache_gb: CacheSize = 100.0,
 ) -> LabelledPair | None:
-    """Return `tar_shards` with labels, and others to test on (None: a share is held out)."""
-    train = tar_shards(root)
-    test = tar_shards(test_root, known=train.class_names if train is not None else ())
+    """Return `tar_shards` with labels, and others to test on (None: a share is held out); they are
+    read one after the other.
+    """
+    train = tar_shards(root, 1, (), cache, cache_gb)
+    names = train.class_names if train is not None else ()
+    test = tar_shards(test_root, 1, names, cache, cache_gb)
     return held_out(train, test, str(root), test_fraction, resize, size, seed)

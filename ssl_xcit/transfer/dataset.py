@@ -79,6 +79,8 @@ class TransferDataset(Dataset[Sample]):
 
     def __getitem__(self, position: int) -> Sample:
         num_images = len(self.source)
+        if self.source.shards is not None:
+            self.source.shards.announce(self.seed, position // self.repeats)
         wanted = image_at(self.seed, position // self.repeats, num_images, self.source.shards)
         replaced: list[Replaced] = []
         for attempt in range(MAX_REPLACEMENTS):

@@ -38,7 +38,11 @@ def lock_file(file: IO[Any], shared: bool = False) -> None:
 
 @contextmanager
 def exclusive(
-    path: Path, resource: str, advice: str = "wait for it", wait: bool = False
+    path: Path,
+    resource: str,
+    advice: str = "wait for it",
+    wait: bool = False,
+    patience: float = PATIENCE,
 ) -> Iterator[None]:
     """Hold a lock that no other process has.
 
@@ -47,6 +51,7 @@ def exclusive(
         resource: is in use, for the message.
         advice: what to do when another process has it.
         wait: until the other process has ended.
+        patience: seconds until a wait is logged.
 
     Raises:
         InUse: another process has it (says which), and this one does not wait.
@@ -66,7 +71,7 @@ def exclusive(
             message = f"{resource} is in use by {holder}: {advice}"
             if not wait:
                 raise InUse(message) from holder
-            if not warned and time.monotonic() - begun > PATIENCE:
+            if not warned and time.monotonic() - begun > patience:
                 log.warning("waiting: %s", message)
                 warned = True
             time.sleep(POLL)

@@ -264,7 +264,8 @@ REFUSED = {  # what is allowed -> commands or targets, with words that are refus
     "a number above 0": (
         "pretrain epochs=0 epochs=abc objective.clip_norm=0 worker_timeout=0 "
         "collective_timeout=0; stats worker_timeout=0; "
-        "eval.tasks.video_segmentation.VideoSegmentation temperature=0.0"
+        "eval.tasks.video_segmentation.VideoSegmentation temperature=0.0; "
+        "data.shards.tar_shards cache_gb=0; data.shards.labelled_shards cache_gb=-1"
     ),
     "a whole number of at least 1": (
         "pretrain batch_size=0 batch_size=4.5 objective.head.hidden_dim=0 max_skipped=0 "
@@ -473,8 +474,8 @@ def test_a_folder_may_look_like_a_number(root):
         ("sets.labelled_huggingface", "root label_kind"),
         ("sets.torchvision_set", "root download"),
         ("sets.labelled_torchvision", "root download"),
-        ("shards.tar_shards", "root"),
-        ("shards.labelled_shards", "root test_root"),
+        ("shards.tar_shards", "root cache cache_gb"),
+        ("shards.labelled_shards", "root test_root cache cache_gb"),
         ("photos.photos", "cache"),
         ("photos.labelled_photos", "cache"),
         ("preprocess.preprocess", "stats"),
