@@ -133,6 +133,7 @@ class PretrainSettings(RunSettings):
     evaluation: Node
     init: InitSettings
     compile: Annotated[bool, FREE]
+    plan: Annotated[bool, FREE]
     eval_data: Node | None = None  # may be left out by ~
     # a recipe's numbers for whichever objective is chosen, whose yaml reads those that it has
     objective_defaults: Annotated[Mapping[str, float], FREE] = field(default_factory=dict)

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from contextlib import suppress
+from typing import Any
 
 from ssl_xcit.errors import UserError
 
@@ -80,6 +81,26 @@ def check_compiler(on_cpu: bool) -> None:
             "compile=true needs a C++ compiler on a CPU, and there is no g++: install one (Debian: "
             "apt install g++), name another in CXX, or leave compile=false"
         )
+
+
+def memory_of(device: Any) -> int:
+    """Bytes that a device has; of the CPU the machine's, or the container's limit."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError), open(path) as file:  # no such group, or `max`
+            limits.append(int(file.read()))
+    return min(limits)
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now; 0 where the system does not tell."""
+    with suppress(OSError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def usable_cores() -> int:
