@@ -122,9 +122,9 @@ class Distillation(Objective):
         """
         if not self.mixup:
             return Inputs(views)
-        others = torch.randperm(views[0].shape[1])
+        others = torch.randperm(views[0].shape[1]).to(views[0].device, non_blocking=True)
         share = float(torch.rand(()))
-        return Inputs([view.lerp(view[:, others.to(view.device)], share) for view in views])
+        return Inputs([view.lerp(view[:, others], share) for view in views])
 
     def targets(
         self, head: nn.Module, teacher: Embedded | None, inputs: Inputs, step: int
