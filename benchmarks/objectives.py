@@ -15,22 +15,15 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from measure import compared, interleaved, save, status
-
-from ssl_xcit.data.decode import RGB
-from ssl_xcit.training.build import make_module
-from ssl_xcit.training.plan import make_plan
-from ssl_xcit.training.settings import PretrainSettings
-from ssl_xcit.utils.validation import parse
+from real_step import step_of
 
 OBJECTIVES = ["dino", "swav", "infonce", "simdino", "region", "ibot", "dinov2", "distillation"]
-IMAGES, STEPS = 2_000, 2_000  # of the run that the step is from
 
 
 def teacher_file(settings: Any, folder: Path) -> Path:
@@ -42,38 +35,20 @@ def teacher_file(settings: Any, folder: Path) -> Path:
     return folder / "teacher.ckpt"
 
 
-def step_of(objective: str, words: list[str], folder: Path) -> Callable[[], object]:
+def objective_step(objective: str, words: list[str], folder: Path) -> Callable[[], object]:
     """A step of training, without the trainer around it."""
-    with initialize_config_module("ssl_xcit.conf", version_base="1.3"):
-        given = ["experiment=photos", f"objective={objective}", *words]
-        cfg = compose("pretrain", given)
-        if objective == "distillation":
-            given.append(f"objective.teacher={teacher_file(cfg, folder)}")
+    given = ["experiment=photos", f"objective={objective}", "trainer.precision=32-true", *words]
+    if objective == "distillation":
+        with initialize_config_module("ssl_xcit.conf", version_base="1.3"):
             cfg = compose("pretrain", given)
-    cfg.epochs = STEPS * cfg.batch_size / IMAGES
-    settings = parse(PretrainSettings, cfg)
-    plan = make_plan(settings, IMAGES, 1)
-    module = make_module(settings, plan, RGB)
-    optimizer = module.configure_optimizers()
-    alone: Any = SimpleNamespace(world_size=1, global_rank=0, global_step=plan.total_steps // 2)
-    module._trainer = alone
-    module.optimizers = lambda: optimizer
-    module.manual_backward = lambda loss: loss.backward()
-    module.on_train_start()
-    augment, generator = instantiate(cfg.augment), torch.Generator().manual_seed(0)
-    sizes = ((2, augment.global_size), (augment.num_local, augment.local_size))
-    views = [
-        torch.randn(v, settings.batch_size, s, s, 3, generator=generator).permute(0, 1, 4, 2, 3)
-        for v, s in sizes
-        if v
-    ]
-    return lambda: module.step(views)
+        given.append(f"objective.teacher={teacher_file(cfg, folder)}")
+    return step_of(given)
 
 
 def peak_memory(objective: str, words: list[str], folder: Path) -> None:
     """Printed: bytes at the peak of three steps, above those of a process that has imported all."""
     before = status("VmRSS")
-    step = step_of(objective, words, folder)
+    step = objective_step(objective, words, folder)
     for _ in range(3):
         step()
     print(status("VmHWM") - before)
@@ -94,7 +69,7 @@ def main() -> None:
             peak_memory(args.peak_of, words, Path(folder))
             return
         measured = dict.fromkeys(["dino", *args.objectives])
-        steps = {o: step_of(o, words, Path(folder)) for o in measured}
+        steps = {o: objective_step(o, words, Path(folder)) for o in measured}
         seconds = interleaved(steps, args.rounds, warm_up=3)
     results = {}
     print("| objective | ms a step | times dino | peak MB |\n|---|---:|---:|---:|")

@@ -56,6 +56,18 @@ def test_the_demo_learns(tmp_path):
     assert ours["linear"] > ours["knn_k20"]
 
 
+def test_what_a_first_gpu_measures_runs_at_toy_size(tmp_path):
+    """`benchmarks/gpu.py` ends with a file in which no part has failed."""
+    out = tmp_path / "gpu.json"
+    command([sys.executable, ROOT / "benchmarks/gpu.py", "--toy", "--out", out], cwd=tmp_path)
+    found = json.loads(out.read_text())
+    assert "error" not in out.read_text()
+    assert {found["command_line"][name]["code"] for name in ("plan", "pretrain", "eval")} == {0}
+    assert found["steps"]["toy 32-true"]["ms"] > 0
+    assert found["parity"]["toy float32"]["largest"] < 1e-5
+    assert found["parity"]["toy bfloat16"]["largest"] > 1e-5
+
+
 COMPILED = """
 from copy import deepcopy
 import torch

@@ -58,6 +58,8 @@ def main(config: str, command: str, words: Sequence[str], flags: Sequence[str]) 
         cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
         kind: type[RunSettings] = SETTINGS[command]
         settings = parse(kind, cfg)
+        if getattr(settings, "plan", False):
+            raise UserError("plan=true is for a single run: leave out -m")
         if settings.sweep is None or settings.launcher is None:
             raise UserError("-m needs the groups sweep and launcher, which ~ has taken away")
         for overrides in others:  # each value by itself is right, so that no trial fails of a typo

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -29,10 +30,12 @@ from ssl_xcit.training.budget import (
 )
 from ssl_xcit.training.budget import check_one_device as budget_on_one_device
 from ssl_xcit.training.build import make_module, make_schedules
+from ssl_xcit.training.checkpoint import SaveCheckpoints
 from ssl_xcit.training.datamodule import TrainingData, multi_crop_data
 from ssl_xcit.training.health import HEALTHY
 from ssl_xcit.training.init_weights import described_start, read_start
 from ssl_xcit.training.lr_range import FEWEST_STEPS, MOST_STEPS, check_one_device, range_test
+from ssl_xcit.training.memory import remedies
 from ssl_xcit.training.module import Pretraining
 from ssl_xcit.training.plan import Plan, make_plan, scaled_rate
 from ssl_xcit.training.run_dir import (
@@ -51,9 +54,21 @@ from ssl_xcit.training.run_dir import (
 from ssl_xcit.training.run_name import run_name
 from ssl_xcit.training.session import is_finished, leave_report, run_to_the_end, submitted, train
 from ssl_xcit.training.settings import PretrainSettings
+from ssl_xcit.training.step_memory import (
+    StepMemory,
+    checkpoint_bytes,
+    step_memory,
+    view_shapes,
+)
 from ssl_xcit.training.trainer import make_trainer, runs_on_cpu
 from ssl_xcit.utils.files import write_json
-from ssl_xcit.utils.hardware import check_compiler, default_workers, precision_for
+from ssl_xcit.utils.hardware import (
+    check_compiler,
+    default_workers,
+    memory_of,
+    precision_for,
+    resident_bytes,
+)
 from ssl_xcit.utils.tables import print_table
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import as_plain
@@ -101,7 +116,9 @@ def main(settings: PretrainSettings) -> Path:
         return run_dir
     settings = replace(settings, run_id=settings.run_id or run_id_of(run_dir))
     note = augment.check(preprocess.channels)
-    if submitted(settings, run_dir):
+    if settings.plan:
+        settings = replace(settings, logger=None)
+    elif submitted(settings, run_dir):
         return run_dir
     trainer, stop = make_trainer(settings, run_dir, str(settings.run_id))
     begun = about_run(run_dir).get("plan") if is_begun(run_dir) else None
@@ -124,6 +141,11 @@ def main(settings: PretrainSettings) -> Path:
                 network.compile_backbone(plan.objective.takes_patches, trainer.world_size == 1)
         return made
 
+    if settings.plan:
+        if trainer.is_global_zero:
+            module = make_module(settings, plan, preprocess, start)
+            show_plan(settings, trainer, plan, module, augment, pair, run_dir)
+        return run_dir
     module = networks(plan)
     evaluate = instantiate(settings.evaluation)
     if note is not None and trainer.is_global_zero:
@@ -216,6 +238,94 @@ def steps_in_budget(
         f"the evaluation: {steps:,} steps"
     )
     return steps
+
+
+def show_plan(
+    settings: PretrainSettings,
+    trainer: lightning.Trainer,
+    plan: Plan,
+    module: Pretraining,
+    augment: Any,
+    pair: LabelledPair | None,
+    run_dir: Path,
+) -> None:
+    """What the run would do and need."""
+    device, batch = trainer.strategy.root_device, plan.per_device_batch
+    parts = settings.trainer.accumulate
+    at_once = "" if parts == 1 else f", computed in {parts} parts"
+    lr = "found by a range test" if math.isnan(plan.lr) else f"{plan.lr:.2e}"
+    student, teacher = (
+        [sum(p.numel() for p in part.parameters()) / 1e6 for part in (n.backbone, n.head)]
+        for n in (module.student, module.teacher)
+    )
+    derived = ", ".join(f"{k} {v}" for k, v in plan.objective.derived().items() if k != "ema")
+    shapes = view_shapes(augment, batch, module.student.backbone.architecture["in_chans"])
+    crops = " + ".join(f"{shape[0]} x {shape[-1]}" for shape in shapes)
+    say(
+        f"{run_dir}: a plan, nothing is started",
+        f"  data         {HydraConfig.get().runtime.choices['data']}, {plan.num_images:,} images; "
+        + (f"evaluated on {pair.name}" if pair else NO_LABELS),
+        f"  steps        {plan.total_steps:,} of {settings.batch_size} images, "
+        f"{plan.steps_per_epoch:.1f} an epoch, {settings.epochs:g} epochs",
+        f"  lr           {lr} after {plan.warmup_steps:,} steps of warm-up",
+        f"  devices      {trainer.world_size} x {device.type}, {batch} images each{at_once}; "
+        f"{settings.trainer.precision}",
+        f"  crops        {crops} pixels",
+        f"  objective    {type(plan.objective).__name__}: {plan.objective.described()}",
+        *([f"               {derived}"] if derived else []),
+        f"  parameters   {model_name(module.student.backbone.architecture)} {student[0]:.1f} M, "
+        f"head {student[1]:.1f} M; teacher {teacher[0]:.1f} M, {teacher[1]:.1f} M",
+    )
+    try:
+        memory = step_memory(
+            module, shapes, device, str(settings.trainer.precision), trainer.world_size
+        )
+    except Exception as error:  # of an objective that has no fake tensors
+        log.warning("memory cannot be computed for this step: %s: %s", type(error).__name__, error)
+    else:
+        show_memory(settings, trainer, memory, batch)
+        show_disk(trainer, plan, checkpoint_bytes(module, memory), run_dir)
+    say("to start it: the same command without plan=true")
+
+
+def show_memory(
+    settings: PretrainSettings, trainer: lightning.Trainer, memory: StepMemory, batch: int
+) -> None:
+    """What a step needs, and whether the device has it."""
+    device = trainer.strategy.root_device
+    on_cpu = device.type == "cpu"
+    names = ("networks", "optimizer", "batch", "gradients and activations")
+    words = ", ".join(f"{n} {b / 1e9:.2f}" for n, b in zip(names, memory, strict=True))
+    uncompiled = ", not compiled" if settings.compile else ""
+    needed, total = memory.total, memory_of(device)
+    say(f"  memory       {memory.total / 1e9:.2f} GB a step{uncompiled}: {words}")
+    if on_cpu:  # all ranks share it, and the process is in it as well
+        needed = trainer.world_size * (memory.total + resident_bytes())
+        beside = f"with the process itself {needed / 1e9:.2f} GB"
+    else:
+        beside = "CUDA's context comes to it"
+    verdict = "fits" if needed < total else "does not fit"
+    say(f"               {beside}; {total / 1e9:.1f} GB of this device: {verdict}")
+    if needed >= total:
+        advice = remedies(batch, settings.trainer.accumulate, "augment.global_size")
+        log.warning("a step does not fit: %s", advice)
+
+
+def show_disk(trainer: lightning.Trainer, plan: Plan, checkpoint: int, run_dir: Path) -> None:
+    """What the checkpoints of the whole run take."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    saving = next(c for c in callbacks if isinstance(c, SaveCheckpoints))
+    kept = min(saving.keep_last, -(-plan.total_steps // saving.every_steps))
+    kept += sum(getattr(callback, "best", None) is not None for callback in callbacks)
+    if saving.milestone_every is not None:
+        kept += plan.total_steps // saving.milestone_every
+    place = next(path for path in run_dir.absolute().parents if path.is_dir())
+    free = shutil.disk_usage(place).free
+    say(
+        f"  disk         {checkpoint / 1e6:.0f} MB a checkpoint, {kept} stay: "
+        f"{kept * checkpoint / 1e6:,.0f} MB, and one more while it is written; "
+        f"{free / 1e9:.1f} GB free in {place}"
+    )
 
 
 def found_rate(

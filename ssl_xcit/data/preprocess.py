@@ -153,7 +153,7 @@ def normalise(
 ) -> Float[Tensor, "*any channels h w"]:
     """Return (x / 255 - mean) / std in float32; the memory's order is kept."""
     mean, std = (
-        torch.tensor(values, device=pixels.device).mul_(255.0)[:, None, None]
+        torch.tensor(values).mul_(255.0)[:, None, None].to(pixels.device, non_blocking=True)
         for values in preprocess.statistics()
     )
     return (pixels.float() - mean).div_(std)

@@ -126,8 +126,9 @@ class Distillation(Objective):
         others = (torch.arange(part.start, part.start + part.size) ^ 1) - part.start
         alone = (others < 0) | (others >= part.size)
         others = torch.where(alone, torch.arange(part.size), others)
+        others = others.to(views[0].device, non_blocking=True)
         share = float(torch.rand(()))
-        return Inputs([view.lerp(view[:, others.to(view.device)], share) for view in views])
+        return Inputs([view.lerp(view[:, others], share) for view in views])
 
     def targets(
         self, head: nn.Module, teacher: Embedded | None, inputs: Inputs, step: int

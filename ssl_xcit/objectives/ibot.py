@@ -93,9 +93,10 @@ class IBOT(Objective):
         masks = sample_masks(
             G * part.total, grid, self.ratio, probability, None, self.blocks, own.ravel()
         )
-        return Inputs(
-            views, PatchMask(masks.unflatten(0, (G, B)).to(views[0].device), self.exclude_masked)
-        )
+        # counted here, on the CPU: a GPU would have to be waited for
+        parts = (masks.unflatten(0, (G, B)), masks.flatten().nonzero()[:, 0], patch_weights(masks))
+        masked, places, weights = (p.to(views[0].device, non_blocking=True) for p in parts)
+        return Inputs(views, PatchMask(masked, places, weights, self.exclude_masked))
 
     def mask_token(self, head: Any) -> Float[Tensor, " C"] | None:
         """It is learnt."""
@@ -115,11 +116,10 @@ class IBOT(Objective):
         self, head: nn.Module, student: Embedded, targets: MaskedTargets, step: int
     ) -> tuple[Float[Tensor, ""], Mapping[str, Tensor]]:
         """Mean over the masked patches of a view, then over all views; 0 where none is masked."""
-        masked = targets.mask.masked.flatten(0, 1)
-        weights = patch_weights(masked)
-        logits = head(at_masked(student, targets.mask))
-        temperature = self.prototypes.student_temp
-        return ibot_loss(logits, targets.rows[0], weights, len(masked), temperature), {}
+        mask, temperature = targets.mask, self.prototypes.student_temp
+        logits = head(at_masked(student, mask))
+        num_views = mask.masked.shape[:2].numel()
+        return ibot_loss(logits, targets.rows[0], mask.weights, num_views, temperature), {}
 
     def update_(self, parts: Sequence[MaskedTargets]) -> None:
         """Move the center by the masked patches of all ranks, of which there may be none."""
@@ -128,9 +128,9 @@ class IBOT(Objective):
         logits = torch.cat([part.logits[0] for part in parts]).to(
             self.prototypes.center.center.dtype
         )
-        total = summed_(torch.cat((logits.sum(dim=0), logits.new_tensor([len(logits)]))))
-        if total[-1] > 0:
-            self.prototypes.center.move_to_(total[:-1] / total[-1])
+        total = summed_(torch.cat((logits.sum(dim=0), logits.new_full((1,), len(logits)))))
+        mean, center = total[:-1] / total[-1].clamp_min(1.0), self.prototypes.center
+        center.move_to_(torch.where(total[-1] > 0, mean, center.center))
 
     def frozen(self, head: Any, step: int) -> Iterable[nn.Module]:
         """All before the masks begin; then the prototypes for a while."""
@@ -153,4 +153,4 @@ class IBOT(Objective):
 
 def at_masked(embedded: Embedded, mask: PatchMask) -> Float[Tensor, "M C"]:
     """Features of masked patches, view by view and image by image."""
-    return tokens(embedded.patches[0])[mask.masked.flatten(2)]
+    return tokens(embedded.patches[0]).flatten(0, 2).index_select(0, mask.places)

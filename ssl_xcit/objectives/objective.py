@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
@@ -58,6 +58,8 @@ class PatchMask(NamedTuple):
     """Patches of the global views that the student does not see."""
 
     masked: Bool[Tensor, "G B h w"]
+    places: Int64[Tensor, " M"]  # of the masked ones among all patches, view by view
+    weights: Float[Tensor, " M"]  # 1 / (masked patches of its view) of each
     exclude: bool  # leave them out of the statistics of channel attention as well
 
 

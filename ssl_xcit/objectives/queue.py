@@ -32,6 +32,8 @@ class EmbeddingQueue(nn.Module):
         super().__init__()
         self.register_buffer("rows", torch.zeros(size, width))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.pushed: int | None = None  # `count` as the host knows it; None: it is to be read
+        self.register_load_state_dict_pre_hook(forget_count)
 
     @torch.no_grad()
     def push_(self, rows: Float[Tensor, "B D"]) -> None:
@@ -46,7 +48,16 @@ class EmbeddingQueue(nn.Module):
         places = (self.count + torch.arange(len(rows), device=self.rows.device)) % size
         self.rows[places] = rows.to(self.rows)
         self.count += len(rows)
+        if self.pushed is not None:
+            self.pushed += len(rows)
 
     def filled(self) -> Float[Tensor, "q D"]:
         """Rows that were pushed, in no order; a view that the next push changes."""
-        return self.rows[: min(int(self.count), len(self.rows))]
+        if self.pushed is None:
+            self.pushed = int(self.count)
+        return self.rows[: min(self.pushed, len(self.rows))]
+
+
+def forget_count(queue: EmbeddingQueue, *_: object) -> None:
+    """Before a state is loaded: it has another count."""
+    queue.pushed = None

@@ -107,6 +107,10 @@ class TrainingData(lightning.LightningDataModule, Generic[AnyBatch]):
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
 
+        on_gpu = torch.cuda.is_available() and (
+            not self.trainer or self.trainer.strategy.root_device.type == "cuda"
+        )
+
         def make(step: int) -> DataLoader:
             dataset: Any = self.dataset
             return DataLoader(
@@ -114,7 +118,7 @@ class TrainingData(lightning.LightningDataModule, Generic[AnyBatch]):
                 batch_size=self.batch_size,
                 sampler=Positions(step, self.total_steps, self.batch_size, rank, world_size),
                 collate_fn=self.collate,
-                pin_memory=torch.cuda.is_available(),
+                pin_memory=on_gpu,
                 prefetch_factor=4 if self.num_workers else None,
                 generator=torch.Generator(),
                 **loader_options(self.num_workers),

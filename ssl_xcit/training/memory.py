@@ -21,6 +21,19 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def remedies(images: int, accumulate: int, image_size: str) -> str:
+    """What to set before a run so that a step on so many images a device, in so many parts, takes
+    less; `image_size` as in `advice`.
+    """
+    parts = min(2 * accumulate, images)
+    if parts == accumulate:
+        return f"set checkpoint_blocks=true, a smaller model=... or {image_size}"
+    return (
+        f"set checkpoint_blocks=true, or trainer.accumulate={parts}, which computes the same batch "
+        "in smaller parts, or a smaller batch_size"
+    )
+
+
 def advice(images: int, accumulate: int, image_size: str) -> str:
     """What to change when a step on so many images a device, in so many parts, was too large;
     `image_size` is the setting that makes images smaller.

@@ -139,6 +139,7 @@ class PretrainSettings(RunSettings):
     compile: Annotated[bool, FREE]
     max_steps: Count | None
     budget: Text | None
+    plan: Annotated[bool, FREE]
     eval_data: Node | None = None  # may be left out by ~
     # a recipe's numbers for whichever objective is chosen, whose yaml reads those that it has
     objective_defaults: Annotated[Mapping[str, float], FREE] = field(default_factory=dict)
