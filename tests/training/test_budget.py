@@ -1,7 +1,9 @@
 """How long a run may take, in words and in steps."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import lightning
 import pytest
 import torch
 
@@ -52,7 +54,7 @@ def test_the_first_steps_do_not_count(monkeypatch):
     """Steps of one second behind slow ones; the trial ends when its time is up."""
     now = [0.0]
     monkeypatch.setattr(budget.time, "perf_counter", lambda: now[0])
-    watch, trainer = Stopwatch(12.0), SimpleNamespace(should_stop=False)
+    watch, trainer = Stopwatch(12.0), Mock(lightning.Trainer, should_stop=False)
     module = SimpleNamespace(output=SimpleNamespace(loss=torch.zeros(())))
     for number in range(100):
         now[0] += 5.0 if number < LEFT_OUT else 1.0
