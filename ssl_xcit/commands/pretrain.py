@@ -57,7 +57,7 @@ from ssl_xcit.utils.files import write_json
 from ssl_xcit.utils.hardware import check_compiler, memory_of, precision_for, resident_bytes
 from ssl_xcit.utils.tables import print_table
 from ssl_xcit.utils.terminal import say
-from ssl_xcit.utils.validation import as_plain
+from ssl_xcit.utils.validation import as_plain, flat
 
 log = logging.getLogger(__name__)
 NO_LABELS = "no labelled images, so no k-NN: name some with eval_data.root=DIR"
@@ -183,7 +183,8 @@ def show_plan(
         [sum(p.numel() for p in part.parameters()) / 1e6 for part in (n.backbone, n.head)]
         for n in (module.student, module.teacher)
     )
-    derived = ", ".join(f"{k} {v}" for k, v in plan.objective.derived().items() if k != "ema")
+    numbers = flat(plan.objective.derived())
+    derived = ", ".join(f"{key} {value}" for key, value in numbers if key != "ema")
     shapes = view_shapes(augment, batch, module.student.backbone.architecture["in_chans"])
     crops = " + ".join(f"{shape[0]} x {shape[-1]}" for shape in shapes)
     say(
@@ -202,7 +203,9 @@ def show_plan(
         f"head {student[1]:.1f} M; teacher {teacher[0]:.1f} M, {teacher[1]:.1f} M",
     )
     try:
-        memory = step_memory(module, shapes, device, settings.trainer.precision, trainer.world_size)
+        memory = step_memory(
+            module, shapes, device, str(settings.trainer.precision), trainer.world_size
+        )
     except Exception as error:  # of an objective that has no fake tensors
         log.warning("memory cannot be computed for this step: %s: %s", type(error).__name__, error)
     else:
