@@ -5,8 +5,8 @@
 
 Parts: the device; a forward pass against the CPU's in float32; a training step by model, precision
 and `compile` (milliseconds, peak memory against what `plan=true` expects); where a step waits for
-the device; the optimizer, fused and not; the loader; `ssl-xcit pretrain` and `eval` from the command
-line; faiss; two ranks. A part that fails leaves its error in the file and the rest goes on; what is
+the device; the optimizer, fused and not; the loader; the commands `pretrain` and `eval`; faiss;
+two ranks. A part that fails leaves its error in the file and the rest goes on; what is
 left when the time is over is skipped.
 """
 

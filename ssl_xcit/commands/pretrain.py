@@ -71,7 +71,7 @@ from ssl_xcit.utils.hardware import (
 )
 from ssl_xcit.utils.tables import print_table
 from ssl_xcit.utils.terminal import say
-from ssl_xcit.utils.validation import as_plain
+from ssl_xcit.utils.validation import as_plain, flat
 
 log = logging.getLogger(__name__)
 BASELINES = "baselines.json"  # of a run whose budget is a time: measured before it
@@ -258,7 +258,8 @@ def show_plan(
         [sum(p.numel() for p in part.parameters()) / 1e6 for part in (n.backbone, n.head)]
         for n in (module.student, module.teacher)
     )
-    derived = ", ".join(f"{k} {v}" for k, v in plan.objective.derived().items() if k != "ema")
+    numbers = flat(plan.objective.derived())
+    derived = ", ".join(f"{key} {value}" for key, value in numbers if key != "ema")
     shapes = view_shapes(augment, batch, module.student.backbone.architecture["in_chans"])
     crops = " + ".join(f"{shape[0]} x {shape[-1]}" for shape in shapes)
     say(
