@@ -47,9 +47,10 @@ docs: $(STAMP)  ## the site, build/site/overview.html; a warning or a dead link 
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-build: $(STAMP)  ## dist/*.whl
+build: $(STAMP)  ## sdist and wheel in dist/, checked
 	rm -rf build dist
-	$(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove what was built; runs and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

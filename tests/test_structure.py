@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import ssl_xcit
+
 ROOT = Path(__file__).resolve().parent.parent
 EVAL = "ssl_xcit.eval"
 MEASURING = {f"{EVAL}.features", f"{EVAL}.evaluators", f"{EVAL}.tasks"}
@@ -179,3 +181,11 @@ def test_what_is_imported(code):
     """The checkout is no part of the package; what drives a sweep and asking for help are
     light; runs import no library that only others of their kind need."""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_the_version_is_one():
+    """Of the package and of its citation; the build reads the first."""
+    cited = next(
+        line for line in (ROOT / "CITATION.cff").read_text().splitlines() if "version:" in line[:9]
+    )
+    assert cited == f"version: {ssl_xcit.__version__}"
