@@ -18,7 +18,13 @@ from ssl_xcit.models.shared_batch_norm import share_batch_norm
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.objectives.objective import Embedded, Objective, PatchMask, Signs, concatenated
 from ssl_xcit.training.memory import advice, is_out_of_memory
-from ssl_xcit.training.optim import clip_all_, clip_each_, ema_update_, parameter_groups
+from ssl_xcit.training.optim import (
+    clip_all_,
+    clip_each_,
+    copy_buffers_,
+    ema_update_,
+    parameter_groups,
+)
 from ssl_xcit.training.step_guard import Diagnosis, StepGuard, seed_step
 from ssl_xcit.utils.ranks import averaged
 
@@ -226,6 +232,8 @@ class Pretraining(lightning.LightningModule):
         optimizer.step()
         self.objective.update_(targets)
         ema_update_(self.teacher, self.student, self.schedules.ema(step))
+        if not self.objective.takes_teacher:  # no forward pass moves its running statistics
+            copy_buffers_(self.teacher, self.student)
         return output
 
     def forward_backward(

@@ -69,3 +69,9 @@ def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float) -> None
     theirs: list[Tensor] = list(teacher.parameters())
     ours: list[Tensor] = list(student.parameters())
     torch._foreach_lerp_(theirs, ours, 1.0 - momentum)
+
+
+@torch.no_grad()
+def copy_buffers_(teacher: nn.Module, student: nn.Module) -> None:
+    """teacher <- student, BatchNorm's running statistics: for a teacher that sees no images."""
+    torch._foreach_copy_(list(teacher.buffers()), list(student.buffers()))

@@ -12,12 +12,15 @@ import torch
 
 from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.multicrop import TorchvisionMultiCrop
+from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Subset
-from ssl_xcit.models.head import DINOHead
+from ssl_xcit.models.head import DINOHead, ProjectionHead
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.objectives.dino import DINO
+from ssl_xcit.objectives.distillation import Distillation
 from ssl_xcit.objectives.objective import RunLength
 from ssl_xcit.training.datamodule import multi_crop_data
+from ssl_xcit.training.frozen_teacher import TeacherBackbone
 from ssl_xcit.training.module import Pretraining, Schedules, make_networks
 from ssl_xcit.training.optim import parameter_groups
 from ssl_xcit.training.schedules import Cosine
@@ -25,12 +28,16 @@ from ssl_xcit.training.schedules import Cosine
 K = 64
 
 
-def make(drop_path=0.0, lr=2e-3, freeze_steps=0, steps=40, teacher_temp=0.04, ema=0.9):
+SIZE = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 4}
+
+
+def make(
+    drop_path=0.0, lr=2e-3, freeze_steps=0, steps=40, teacher_temp=0.04, ema=0.9, objective=None
+):
     torch.manual_seed(0)
-    size = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 4}
-    objective = dino(freeze_steps, teacher_temp)
-    backbone = XCiT(**size, drop_path=drop_path)
-    student, teacher = make_networks(backbone, objective.make_head(32), XCiT(**size))
+    objective = objective or dino(freeze_steps, teacher_temp)
+    backbone = XCiT(**SIZE, drop_path=drop_path)
+    student, teacher = make_networks(backbone, objective.make_head(32), XCiT(**SIZE))
     schedules = Schedules(
         lr=Cosine(lr, 1e-6, steps, 5),
         weight_decay=Cosine(0.04, 0.4, steps),
@@ -103,6 +110,23 @@ def test_it_learns_from_real_images(handful, tmp_path):
     own = dict(module.student.named_buffers())["backbone.blocks.0.local_mp.bn.running_mean"]
     theirs = dict(module.teacher.named_buffers())["backbone.blocks.0.local_mp.bn.running_mean"]
     assert not torch.equal(own, theirs)
+
+
+def test_the_average_of_a_frozen_teachers_student_has_its_running_statistics(handful, tmp_path):
+    """It sees no images, and is what is evaluated: at momentum 0 it is the student itself."""
+    frozen = TeacherBackbone(XCiT(**SIZE), Preprocess(), None, Preprocess())
+    module = make(
+        ema=0.0,
+        objective=Distillation(
+            RunLength(12, 12, 1.0, 5, 5.0), partial(ProjectionHead, num_layers=1, batch_norm=False),
+            lambda *_: frozen, teacher="x", queue=12, ema=0.0,
+        ),
+    )  # fmt: skip
+    fit(module, handful, 5, tmp_path)
+    images = torch.randn(4, 3, 16, 16)
+    student, average = module.student.backbone.eval(), module.teacher.backbone.eval()
+    assert not torch.equal(student.blocks[0].local_mp.bn.running_mean, torch.zeros(32))
+    assert torch.equal(student(images), average(images))
 
 
 def test_one_step_equals_the_papers_loop(handful, tmp_path):
