@@ -63,7 +63,7 @@ class Distillation(Objective):
         temperature: of both softmaxes.
         queue: embeddings of earlier images that similarities are to; at least a batch.
         local_weight: weight of the similarities of patches (0: none).
-        mixup: mix images of a batch in pairs, with shares from 0 to 1.
+        mixup: mix images of a batch in pairs, with shares from 0 to 1; for long runs.
         ema: of the student, see `Objective`; the average is what is evaluated. Null: from the
             table.
         by_steps_and_images: see `chosen_by_length`.
@@ -87,7 +87,7 @@ class Distillation(Objective):
         temperature: Positive = 0.07,
         queue: Annotated[int, Ge(1)] = 4096,
         local_weight: NonNegative = 1.0,
-        mixup: bool = True,
+        mixup: bool = False,
         ema: Share | None = None,
         by_steps_and_images: Table = (),
         clip_norm: Positive = 3.0,

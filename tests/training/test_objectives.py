@@ -230,8 +230,9 @@ def test_advice_names_settings_that_there_are():
 
 
 def test_mixed_images_are_mixed_alike_at_all_sizes():
+    teacher = teacher_of(XCiT(16, 1, 2, 8))
     objective = Distillation(
-        LENGTH, projection, lambda *_: teacher_of(XCiT(16, 1, 2, 8)), teacher="x", queue=6, ema=0.9
+        LENGTH, projection, lambda *_: teacher, teacher="x", queue=6, mixup=True, ema=0.9
     )
     large = torch.arange(4.0)[None, :, None, None, None].expand(2, 4, 3, 8, 8)
     torch.manual_seed(3)
