@@ -55,6 +55,7 @@ def test_a_finished_run_is_returned_at_once(called):
     assert time.monotonic() - began < 15
 
 
+@pytest.mark.slow
 def test_evaluate_and_show(called):
     few = [word.split("=", 1) for word in SMALL if word.startswith("evaluation.")]
     numbers = called.evaluate(**dict(few))

@@ -105,6 +105,7 @@ def batches(source, workers, num_images, start=0, batch_size=50):
     return list(data.train_dataloader())
 
 
+@pytest.mark.slow
 def test_ten_thousand_images_from_a_faulty_server(tmp_path):
     """Each exactly once, in the order that the same shards have on disk, crops alike; resumed too.
     The cache holds half of them.

@@ -208,7 +208,10 @@ OF_OBJECTIVE = {"distillation": {"objectives/queue.py:filled": 1}}
 
 @pytest.mark.parametrize(
     ("objective", "low", "parts"),
-    [("dino", False, 2), *((name, True, 1) for name in OBJECTIVES)],
+    [
+        pytest.param("dino", False, 2, marks=pytest.mark.slow),
+        *((name, True, 1) for name in OBJECTIVES),
+    ],
 )
 def test_a_whole_step_stays_on_the_gpu_and_waits_once(objective, low, parts, make):
     rehearsal = Rehearsal(make(objective, f"trainer.accumulate={parts}"), low)

@@ -17,6 +17,7 @@ from ssl_xcit.training.step_memory import checkpoint_bytes, step_memory
 from ssl_xcit.utils.validation import parse
 
 CPU = torch.device("cpu")
+IN_PARTS = ("checkpoint_blocks=true", "trainer.accumulate=2")
 WORDS = [
     "experiment=none", "model=xcit_micro_4_p8", "epochs=4", "model.depth=2", "batch_size=32",
     "objective.num_prototypes=512", "objective.head.hidden_dim=64",
@@ -38,8 +39,20 @@ def stepping(module):
     return optimizer
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("words", [(), ("checkpoint_blocks=true", "trainer.accumulate=2")])
+@pytest.mark.parametrize(
+    ("words", "precision"),
+    [
+        ((), "32-true"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ((), "bf16-mixed"),
+                (IN_PARTS, "32-true"),
+                (IN_PARTS, "bf16-mixed"),
+            )
+        ),
+    ],
+)
 def test_the_peak_is_that_of_the_allocator(precision, words, tmp_path):
     memory = step_memory(made(*words), SHAPES, CPU, precision)
     low = torch.autocast(

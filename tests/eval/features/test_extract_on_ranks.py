@@ -32,7 +32,7 @@ def work(rank, ranks, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks_extract_what_one_does_to_the_last_bit(ranks, tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
