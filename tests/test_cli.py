@@ -60,6 +60,7 @@ def test_pretrain_then_eval(capsys):
     assert re.search(r"optim\.lr=[\d.]+ \(now 1\)", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not():
     words = ["pretrain", "evaluation.baselines=null"]
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

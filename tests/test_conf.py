@@ -88,6 +88,14 @@ def test_a_batch_that_fits_is_named_and_fits(images, devices, accumulate, fittin
     assert images - devices < plan.per_device_batch * devices <= images  # and none larger does
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "fitting"), [(30, "batch_size=28 or batch_size=32"), (3, "batch_size=4")]
+)
+def test_a_batch_that_does_not_divide_names_the_nearest(batch_size, fitting):
+    with pytest.raises(UserError, match=f"does not divide among 4 devices: set {fitting}$"):
+        make_plan(settings(f"batch_size={batch_size}"), 100, 4)
+
+
 @pytest.mark.parametrize("experiment", RECIPES)
 def test_experiments_compose(experiment):
     given = settings(f"experiment={experiment}")

@@ -69,9 +69,10 @@ def check_batch(settings: RunSettings, num_images: int, world_size: int) -> None
             f"set {fitting}"
         )
     if batch_size % world_size:
+        lower = batch_size // world_size * world_size
         raise UserError(
-            f"batch_size={batch_size} does not divide among {world_size} devices: "
-            f"set batch_size={max(1, batch_size // world_size) * world_size}"
+            f"batch_size={batch_size} does not divide among {world_size} devices: set "
+            + " or ".join(f"batch_size={n}" for n in (lower, lower + world_size) if n)
         )
     if settings.trainer.accumulate > batch_size // world_size:
         raise UserError(

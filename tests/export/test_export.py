@@ -203,6 +203,7 @@ def knn_accuracy(network, train, test):
     return 100.0 * right / len(test)
 
 
+@pytest.mark.slow
 def test_programs_and_rounded_weights(tmp_path, capsys):
     """In one command, for exporters are slow; with k-NN on labelled images."""
     backbone = sharp_backbone(patch_size=4)

@@ -299,6 +299,7 @@ def test_pooling_of_symbolic_sizes_is_torchs(scale):
         assert torch.allclose(networks.average_pool(pool, x), pool(x), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_detector_finds_what_it_finds_in_torch(detector):
     (output, folder), task = detector, network("detection")
     file = folder / "objects.onnx"
