@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.training.run_name import SMALL_MODEL, key_of
+from ssl_xcit.utils.hardware import start_clock
 from ssl_xcit.utils.imports import without_unused
 from ssl_xcit.utils.terminal import OneLine, printable, say
 from ssl_xcit.utils.validation import missing_keys, parse
@@ -351,6 +352,8 @@ def execute(command: str, arguments: Sequence[str]) -> Any:
     Raises:
         UserError: wrong settings; others as the command raises them.
     """
+
+    start_clock()
 
     def run(cfg: DictConfig) -> Any:
         with warnings.catch_warnings():

@@ -4,6 +4,8 @@ import base64
 import csv
 import html
 import json
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,12 +153,18 @@ def command(name: str, /, **overrides: Any) -> Any:
         RunFailed: likewise.
         KeyboardInterrupt: likewise.
     """
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if main else ()
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         return cli.execute(name, [f"{key}={written(value)}" for key, value in flat(overrides)])
     except SystemExit as end:
         if end.code == INTERRUPTED:
             raise KeyboardInterrupt from None
         raise
+    finally:  # a run that was stopped keeps its handlers until its process ends
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

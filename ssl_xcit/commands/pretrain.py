@@ -37,7 +37,7 @@ from ssl_xcit.training.init_weights import described_start, read_start
 from ssl_xcit.training.lr_range import FEWEST_STEPS, MOST_STEPS, check_one_device, range_test
 from ssl_xcit.training.memory import remedies
 from ssl_xcit.training.module import Pretraining
-from ssl_xcit.training.plan import Plan, make_plan, scaled_rate
+from ssl_xcit.training.plan import Plan, check_batch, make_plan, scaled_rate
 from ssl_xcit.training.run_dir import (
     about_run,
     check_same_data,
@@ -52,7 +52,14 @@ from ssl_xcit.training.run_dir import (
     versions,
 )
 from ssl_xcit.training.run_name import run_name
-from ssl_xcit.training.session import is_finished, leave_report, run_to_the_end, submitted, train
+from ssl_xcit.training.session import (
+    is_finished,
+    leave_report,
+    run_to_the_end,
+    submits,
+    submitted,
+    train,
+)
 from ssl_xcit.training.settings import PretrainSettings
 from ssl_xcit.training.step_memory import (
     StepMemory,
@@ -75,6 +82,7 @@ from ssl_xcit.utils.validation import as_plain, flat
 
 log = logging.getLogger(__name__)
 BASELINES = "baselines.json"  # of a run whose budget is a time: measured before it
+BUDGET_PLAN = "with budget={} as many as fit: measured at the start, here as an example"
 RANDOM = "random weights"  # the baseline that takes as long as the backbone
 NO_LABELS = "no labelled images, so no k-NN: name some with eval_data.root=DIR"
 
@@ -94,7 +102,8 @@ def main(settings: PretrainSettings) -> Path:
     given = settings
     settings, start = read_start(given, run_dir)
     plain = as_plain(settings)
-    check_same_run(plain, run_dir)
+    if not submits(settings):  # where it is queued, precision=auto may mean another one
+        check_same_run(plain, run_dir)
     if not moved_paths(plain, run_dir) and is_finished(run_dir, finish):
         return run_dir
     source: Source = instantiate(settings.data.source)
@@ -118,7 +127,10 @@ def main(settings: PretrainSettings) -> Path:
     note = augment.check(preprocess.channels)
     if settings.plan:
         settings = replace(settings, logger=None)
-    elif submitted(settings, run_dir):
+    elif submits(settings):
+        check_queued(settings, len(source))
+        check_images(source, augment.global_size, preprocess)
+        submitted(settings, run_dir)
         return run_dir
     trainer, stop = make_trainer(settings, run_dir, str(settings.run_id))
     begun = about_run(run_dir).get("plan") if is_begun(run_dir) else None
@@ -177,7 +189,13 @@ def main(settings: PretrainSettings) -> Path:
             nonlocal plan, module, data
             if unplanned:
                 trial = crops(crops_at(augment, 0.0), MOST)
-                steps = steps_in_budget(settings, module, trial, evaluate, pair, run_dir)
+                device = str(trainer.strategy.root_device)
+                made_with = baselines_made_with(
+                    settings, {k: v.digest() for k, v in indices.items()}
+                )
+                steps = steps_in_budget(
+                    settings, module, trial, evaluate, pair, run_dir, device, made_with
+                )
                 plan = make_plan(settings, len(source), trainer.world_size, begun, steps)
                 module, data = networks(plan), crops(augment, plan.total_steps)
             if math.isnan(plan.lr):
@@ -209,30 +227,36 @@ def steps_in_budget(
     evaluate: Callable[..., Any],
     pair: LabelledPair | None,
     run_dir: Path,
+    device: str,
+    made_with: Mapping[str, Any],
 ) -> int:
     """Measure what a step and an evaluation take; the baselines, which do not change, are evaluated
     for that and kept in `RUN/baselines.json`.
     """
     evaluation_seconds = 0.0
     if pair is not None:
-        options = {"num_workers": settings.num_workers, "device": str(module.device)}
+        options = {
+            "num_workers": settings.num_workers,
+            "device": device,
+            "max_pixels": data.dataset.preprocess.max_pixels,
+        }
         first = evaluate(module.teacher.backbone, pair, baselines_only=True, **options)
         if RANDOM not in first.seconds:  # no baseline is a network
             first = evaluate(module.teacher.backbone, pair, baselines=None, **options)
         row = RANDOM if RANDOM in first.seconds else next(iter(first.seconds), None)
         evaluation_seconds = sum(first.seconds[row].values()) if row else 0.0
-        if row == RANDOM:
-            kept = {"results": first.results, "intervals": first.intervals, "chosen": first.chosen}
-            with disk_trouble(run_dir):
-                run_dir.mkdir(parents=True, exist_ok=True)
-                write_json(kept, run_dir / BASELINES)
+        kept = {"results": first.results, "intervals": first.intervals, "chosen": first.chosen}
+        with disk_trouble(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_json({**made_with, **(kept if row == RANDOM else {})}, run_dir / BASELINES)
     step_seconds = measure_speed(
         settings.trainer, module, data, run_dir, parse_budget(str(settings.budget))
     )
     speed = Speed(step_seconds, evaluation_seconds)
     online = settings.callbacks.get("online") if pair is not None else None
-    steps = steps_within(str(settings.budget), speed, 0.0)
-    steps = steps_within(str(settings.budget), speed, online_share(online, steps))
+    first_steps = MOST_STEPS if settings.optim.lr == "auto" else 0  # of the range test
+    steps = steps_within(str(settings.budget), speed, 0.0, first_steps)
+    steps = steps_within(str(settings.budget), speed, online_share(online, steps), first_steps)
     say(
         f"budget={settings.budget}: {step_seconds:.2g} s a step, {evaluation_seconds:.0f} s for "
         f"the evaluation: {steps:,} steps"
@@ -267,7 +291,8 @@ def show_plan(
         f"  data         {HydraConfig.get().runtime.choices['data']}, {plan.num_images:,} images; "
         + (f"evaluated on {pair.name}" if pair else NO_LABELS),
         f"  steps        {plan.total_steps:,} of {settings.batch_size} images, "
-        f"{plan.steps_per_epoch:.1f} an epoch, {settings.epochs:g} epochs",
+        f"{plan.steps_per_epoch:.1f} an epoch, {epochs_of(settings, plan):.4g} epochs",
+        *(["               " + BUDGET_PLAN.format(settings.budget)] if settings.budget else []),
         f"  lr           {lr} after {plan.warmup_steps:,} steps of warm-up",
         f"  devices      {trainer.world_size} x {device.type}, {batch} images each{at_once}; "
         f"{settings.trainer.precision}",
@@ -329,6 +354,41 @@ def show_disk(trainer: lightning.Trainer, plan: Plan, checkpoint: int, run_dir: 
     )
 
 
+def epochs_of(settings: PretrainSettings, plan: Plan) -> float:
+    """Passes over the images, as given or as the steps come to."""
+    given = settings.budget is None and settings.max_steps is None
+    return settings.epochs if given else plan.total_steps / plan.steps_per_epoch
+
+
+def baselines_made_with(settings: PretrainSettings, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What decides what the baselines have."""
+    made_with = {"evaluation": settings.evaluation, "data_sha256": dict(digests)}
+    plain: dict[str, Any] = json.loads(json.dumps({"made_with": made_with}, default=str))
+    return plain
+
+
+def baselines_before(settings: PretrainSettings, run_dir: Path) -> dict[str, Any]:
+    """Numbers of the baselines that were measured before the run, with the same evaluation."""
+    if settings.budget is None:
+        return {}
+    before: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        before = json.loads((run_dir / BASELINES).read_text())
+    now = baselines_made_with(settings, about_run(run_dir).get("data_sha256") or {})
+    same = before.pop("made_with", None) == now["made_with"]
+    return before if same and before.get("results") else {}
+
+
+def check_queued(settings: PretrainSettings, num_images: int) -> None:
+    """Check what can be checked before a run is queued: batch and budget on so many devices."""
+    devices = settings.trainer.devices
+    ranks = settings.trainer.num_nodes * (devices if isinstance(devices, int) else 1)
+    check_batch(settings, num_images, ranks)
+    if settings.budget is not None:
+        parse_budget(str(settings.budget))
+        budget_on_one_device(ranks)
+
+
 def found_rate(
     settings: PretrainSettings,
     data: TrainingData[Crops],
@@ -359,9 +419,7 @@ def conclude(
     pair = data.eval_data
     measured: dict[str, Any] = {"results": {}, "intervals": {}}
     if pair is not None:
-        before = {}
-        with suppress(OSError, ValueError):
-            before = json.loads((run_dir / BASELINES).read_text())
+        before = baselines_before(settings, run_dir)
         evaluation = evaluate(
             load_backbone(run_dir),
             pair,
@@ -439,7 +497,7 @@ def announce(
     say(f"{run_dir}")
     say(
         f"  {plan.num_images:,} images, batch {settings.batch_size}, {plan.total_steps:,} steps "
-        f"({settings.epochs:g} epochs)"
+        f"({epochs_of(settings, plan):.4g} epochs)"
     )
     say(
         f"  {model_name(backbone.architecture)}, {millions:.1f} M parameters, "

@@ -54,6 +54,7 @@ LOGIN |= {"gcs": LOGIN["gs"], "s3a": LOGIN["s3"], "https": LOGIN["http"]}
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface-hub"}
 NO_LOGIN = ("NoCredentials", "PartialCredentials", "DefaultCredentials", "ProfileNotFound")
 OURS = (TypeError, AttributeError, NotImplementedError, NameError)  # not the server's
+OURS_IN_CACHE = re.compile(rf"[0-9a-f]{{64}}|\.[0-9a-f]{{64}}\.\d+{re.escape(PARTIAL)}")
 thread_locks: dict[tuple[int, Path], threading.Lock] = {}  # by process, for one may be forked
 
 
@@ -395,6 +396,7 @@ class FileCache:
         with part.open("ab", buffering=0) as out:
             if out.tell() > file.size:
                 out.truncate(0)
+                out.seek(0)
             try:
                 with fs.open(
                     file.url, "rb", block_size=BLOCK, cache_type="none", **options
@@ -405,6 +407,7 @@ class FileCache:
                 if not http:
                     raise
                 out.truncate(0)
+                out.seek(0)
                 with fs.open(file.url, "rb", block_size=0) as source:
                     self.copy(source, out, file, waited_for)
 
@@ -445,8 +448,8 @@ class FileCache:
             for path in self.folder.iterdir():
                 with suppress(FileNotFoundError):
                     status = path.stat()
-                    if not path.is_file() or path == part:
-                        continue
+                    if OURS_IN_CACHE.fullmatch(path.name) is None or path == part:
+                        continue  # the folder may hold other files
                     partial = path.name.endswith(PARTIAL)
                     planned = int(path.name.split(".")[-2]) if partial else status.st_size
                     in_use = partial and time.time() - status.st_mtime < ABANDONED

@@ -92,20 +92,21 @@ def measure_speed(
     return watch.step_seconds()
 
 
-def steps_within(text: str, speed: Speed, online_share: float) -> int:
+def steps_within(text: str, speed: Speed, online_share: float, first_steps: int = 0) -> int:
     """Steps that end, with evaluation and report, when the budget does.
 
     Args:
         text: the budget.
         speed: as measured.
         online_share: of the training time, for online evaluation.
+        first_steps: that are taken before the run, by a range test.
 
     Raises:
         UserError: hardly any; says the least budget.
     """
     budget = parse_budget(text)
     passed = seconds_since_start()
-    around = passed + speed.evaluation_seconds + REPORT
+    around = passed + speed.evaluation_seconds + REPORT + first_steps * speed.step_seconds
     step = speed.step_seconds * (1.0 + online_share)
     steps = int((budget * (1.0 - MARGIN) - around) / step)
     if steps < FEWEST_STEPS:

@@ -57,12 +57,11 @@ class CheckpointFiles(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def failure_of(writing: "Future[None] | None") -> OSError | None:
-    """Wait for a file to be written; why the disk would not have it, or None."""
-    error = None if writing is None else writing.exception()
-    if error is None or isinstance(error, OSError):
-        return error
-    raise error
+def failure_of(writing: "Future[None] | None") -> BaseException | None:
+    """Wait for a file to be written; why it could not be, or None. Nothing is raised, for other
+    ranks wait.
+    """
+    return None if writing is None else writing.exception()
 
 
 def serialized(content: dict[str, Any]) -> memoryview:

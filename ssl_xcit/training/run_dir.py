@@ -74,7 +74,7 @@ def check_same_run(settings: Mapping[str, Any], run_dir: Path) -> None:
         words = [f"{key}={before.get(key)} (now {now.get(key)})" for key in differs[:4]]
         more = f" and {len(differs) - 4} more" if len(differs) > 4 else ""
         longer = ""
-        if "epochs" in differs:
+        if {"epochs", "max_steps", "budget"} & set(differs):
             longer = (
                 f". To train for longer, start a new run from its weights: "
                 f"{from_weights_of(run_dir)} name=...; what changes with the step is "
@@ -98,6 +98,13 @@ def from_weights_of(run_dir: Path) -> str:
     return f"init.ckpt={run_dir} init.head={'kept' if kept else 'fresh'}"
 
 
+# settings that older runs did not have, with the values that say what they did
+AS_BEFORE = {
+    "trainer.batch_norm": "global", "trainer.gradient_exchange": "float32", "max_steps": None,
+    "budget": None,
+}  # fmt: skip
+
+
 def identity(settings: Any, places: Sequence[str]) -> dict[str, Any]:
     """Flat keys and values of all settings that make a run another run."""
     outside = (*FREE_KEYS, *places)
@@ -107,6 +114,7 @@ def identity(settings: Any, places: Sequence[str]) -> dict[str, Any]:
         for key, value in flat(settings)
         if key not in outside and not key.startswith(within) and key.split(".")[0] in NAMES
     }
+    kept = {key: value for key, value in kept.items() if AS_BEFORE.get(key, ...) != value}
     if kept.get("init.ckpt") is None:  # how a run would start from weights says nothing then
         kept = {key: value for key, value in kept.items() if not key.startswith("init.")}
     return kept

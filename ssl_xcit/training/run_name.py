@@ -32,7 +32,8 @@ def that_matter(overrides: Sequence[str]) -> list[str]:
 
 def folder_name(overrides: Sequence[str], first: str = "") -> str:
     """Overrides as the name of a folder, behind a first word."""
-    words = [re.sub(r"[^\w.+-]+", "-", o) for o in overrides]
+    overrides = [re.sub(r"(?<=://)[^/@]*@|\?.*", "", o) if "://" in o else o for o in overrides]
+    words = [re.sub(r"[^\w.+-]+", "-", o) for o in overrides]  # an address without its login
     name = "_".join([first, *words] if first else words)
     # paths and long lists lose something in a name; a hash tells them apart
     if len(name) > 80 or any("/" in o for o in overrides):

@@ -296,7 +296,11 @@ def test_the_least_recently_used_go_first(tmp_path):
     for age, file in zip((3, 2, 1), files, strict=False):
         os.utime(cache.fetch(file), (time.time() - 100 * age,) * 2)
     cache.fetch(files[0])  # is used again
-    old, new = (cache.folder / f".{name}.500.part" for name in ("old", "new"))
+    old, new = (cache.folder / f".{letter * 64}.500.part" for letter in "ab")
+    mine = [cache.folder / name for name in ("photos.tar", "foo.part")]  # not of the cache
+    for path in mine:
+        path.write_bytes(bytes(10_000))
+        os.utime(path, (0, 0))
     for part in (old, new):  # of a process that was killed long ago, and of one at work
         part.write_bytes(b"")
     os.utime(old, (0, 0))
@@ -305,6 +309,7 @@ def test_the_least_recently_used_go_first(tmp_path):
     assert there == [True, False, True, True]  # with what is reserved that is the limit
     assert new.exists()
     assert not old.exists()
+    assert all(path.exists() for path in mine)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")

@@ -36,7 +36,11 @@ OBJECTIVES = {
         "objective.terms.ibot.start=0.2",
         "objective.terms.ibot.prototypes.num_prototypes=64",
     ],
-    "distillation": ["objective.queue=16", "objective.teacher=TEACHER"],
+    "distillation": [
+        "objective.queue=16",
+        "objective.teacher=TEACHER",
+        "objective.mixup=true",
+    ],
 }
 
 

@@ -1,11 +1,18 @@
 """How long a run may take, in words and in steps."""
 
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import lightning
 import pytest
 import torch
+from commands import SMALL, metrics, run
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.training import budget
@@ -18,6 +25,7 @@ from ssl_xcit.training.budget import (
     parse_budget,
     steps_within,
 )
+from ssl_xcit.utils import hardware
 from ssl_xcit.utils.hardware import seconds_since_start
 
 
@@ -72,5 +80,48 @@ def test_one_device_only():
         check_one_device(2)
 
 
-def test_this_process_has_been_running_for_a_while():
-    assert 0.0 < seconds_since_start() < 86_400.0
+def test_seconds_since_the_process_or_the_clock_began(monkeypatch):
+    monkeypatch.setattr(hardware, "clock", {})
+    listed = subprocess.run(
+        ["ps", "-o", "etimes=", "-p", str(os.getpid())], capture_output=True, text=True, check=True
+    )
+    assert seconds_since_start() == pytest.approx(float(listed.stdout), abs=2.0)
+    hardware.start_clock()
+    assert seconds_since_start() < 1.0
+
+
+@pytest.mark.slow
+def test_a_run_ends_when_its_budget_does(tmp_path):
+    """Whole commands, one killed after its plan was made: the plan stays, and baselines too."""
+    words = [word for word in SMALL if not word.startswith(("epochs=", "callbacks.checkpoints"))]
+    command = [
+        sys.executable, "-m", "ssl_xcit", "pretrain", *words, "budget=75s",
+        "callbacks.checkpoints.every_steps=5",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
+    subprocess.run([*command, "name=whole"], cwd=tmp_path, env=environment, check=True)
+    assert 60.0 < time.monotonic() - began < 82.0
+    summary = json.loads((tmp_path / "runs/whole/summary.json").read_text())
+    assert set(summary["results"]) > {"random weights", "pretrained"}
+    assert json.loads((tmp_path / "runs/whole/baselines.json").read_text())["results"].items() <= (
+        summary["results"].items()
+    )
+    folder = tmp_path / "runs/killed"
+    with subprocess.Popen([*command, "name=killed"], cwd=tmp_path, env=environment) as run:
+        while not list(folder.glob("checkpoints/step-000005.ckpt")):
+            assert run.poll() is None
+            time.sleep(0.1)
+        run.kill()
+    planned = json.loads((folder / "run.json").read_text())["plan"]["total_steps"]
+    subprocess.run([*command, "name=killed"], cwd=tmp_path, env=environment, check=True)
+    assert json.loads((folder / "summary.json").read_text())["plan"]["total_steps"] == planned
+
+
+def test_max_steps_instead_of_epochs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in SMALL if not word.startswith("epochs=")]
+    assert run("pretrain", "name=few", "max_steps=3", "eval_data=none", *words) == 0
+    plan = json.loads(Path("runs/few/summary.json").read_text())["plan"]
+    assert plan["total_steps"] == 3
+    assert metrics("runs/few")[-1]["step"] == "3"
