@@ -68,7 +68,7 @@ def trained(objective, dtype, teacher, rank=0, ranks=1):
             if p.grad is not None:
                 summed_(p.grad).div_(ranks)
 
-    trainer = SimpleNamespace(world_size=ranks, global_rank=rank, global_step=0)
+    trainer = SimpleNamespace(world_size=ranks, global_rank=rank, global_step=0, num_devices=ranks)
     module._trainer = trainer
     optimizer = module.configure_optimizers()
     module.optimizers = lambda: optimizer
