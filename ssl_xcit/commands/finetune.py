@@ -24,7 +24,14 @@ from ssl_xcit.training.run_dir import (
     versions,
 )
 from ssl_xcit.training.run_name import SMALL_MODEL, run_name
-from ssl_xcit.training.session import is_finished, leave_report, run_to_the_end, submitted, train
+from ssl_xcit.training.session import (
+    is_finished,
+    leave_report,
+    run_to_the_end,
+    submit_run,
+    submits,
+    train,
+)
 from ssl_xcit.training.settings import FinetuneSettings
 from ssl_xcit.training.trainer import make_trainer, runs_on_cpu
 from ssl_xcit.transfer.build import make_augment, make_task, make_transfer, make_transfer_plan
@@ -44,14 +51,17 @@ DETAILS = "evaluation.json"
 
 
 def main(settings: FinetuneSettings) -> Path:
-    """`ssl-xcit finetune`: whatever can be wrong is found before the run folder is made."""
+    """`ssl-xcit finetune`: whatever can be wrong is found before the run folder is made, which is
+    returned.
+    """
     precision = precision_for(str(settings.trainer.precision), runs_on_cpu(settings.trainer))
     settings = replace(settings, trainer=replace(settings.trainer, precision=precision))
     goes_without_saying = ("transfer=", "experiment=builtin_", f"model={SMALL_MODEL}")
     words = [w for w in HydraConfig.get().overrides.task if not w.startswith(goes_without_saying)]
     run_dir = Path(str(settings.out)) / str(settings.name or run_name(settings.transfer, words))
     settings, start, recorded = read_start(settings, run_dir)
-    check_same_run(as_plain(settings), run_dir)
+    if not submits(settings):  # where it is queued, precision=auto may mean another one
+        check_same_run(as_plain(settings), run_dir)
     data: TransferData = instantiate(settings.data.source)
     preprocess = instantiate(settings.preprocess)
     preprocess.statistics()
@@ -70,7 +80,8 @@ def main(settings: FinetuneSettings) -> Path:
     check_transfer(data, preprocess)
     augment = make_augment(settings, preprocess)
     chosen = with_fraction(data.train, settings.label_fraction, settings.seed)
-    if submitted(settings, run_dir):
+    if submits(settings):
+        submit_run(settings, run_dir)
         return run_dir
     trainer, stop = make_trainer(settings, run_dir, str(settings.run_id))
     plan = make_transfer_plan(settings, len(chosen.images), trainer.world_size)

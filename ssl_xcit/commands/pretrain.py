@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -22,22 +21,19 @@ from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.models.weights import TrainingWeights, load_backbone, model_name
 from ssl_xcit.training.budget import (
     MOST,
-    Speed,
-    measure_speed,
-    online_share,
+    baselines_before,
+    baselines_made_with,
     parse_budget,
-    steps_within,
+    steps_in_budget,
 )
-from ssl_xcit.training.budget import check_one_device as budget_on_one_device
 from ssl_xcit.training.build import make_module, make_schedules
-from ssl_xcit.training.checkpoint import SaveCheckpoints
 from ssl_xcit.training.datamodule import TrainingData, multi_crop_data
 from ssl_xcit.training.health import HEALTHY
 from ssl_xcit.training.init_weights import described_start, read_start
-from ssl_xcit.training.lr_range import FEWEST_STEPS, MOST_STEPS, check_one_device, range_test
-from ssl_xcit.training.memory import remedies
+from ssl_xcit.training.lr_range import FEWEST_STEPS, MOST_STEPS, range_test
 from ssl_xcit.training.module import Pretraining
-from ssl_xcit.training.plan import Plan, check_batch, make_plan, scaled_rate
+from ssl_xcit.training.plan import Plan, check_batch, check_one_device, make_plan, scaled_rate
+from ssl_xcit.training.plan_preview import show_plan
 from ssl_xcit.training.run_dir import (
     about_run,
     check_same_data,
@@ -56,34 +52,25 @@ from ssl_xcit.training.session import (
     is_finished,
     leave_report,
     run_to_the_end,
+    submit_run,
     submits,
-    submitted,
     train,
 )
 from ssl_xcit.training.settings import PretrainSettings
-from ssl_xcit.training.step_memory import (
-    StepMemory,
-    checkpoint_bytes,
-    step_memory,
-    view_shapes,
-)
 from ssl_xcit.training.trainer import make_trainer, runs_on_cpu
 from ssl_xcit.utils.files import write_json
 from ssl_xcit.utils.hardware import (
     check_compiler,
     default_workers,
-    memory_of,
     precision_for,
-    resident_bytes,
 )
 from ssl_xcit.utils.tables import print_table
 from ssl_xcit.utils.terminal import say
-from ssl_xcit.utils.validation import as_plain, flat
+from ssl_xcit.utils.validation import as_plain
 
 log = logging.getLogger(__name__)
-BASELINES = "baselines.json"  # of a run whose budget is a time: measured before it
-BUDGET_PLAN = "with budget={} as many as fit: measured at the start, here as an example"
-RANDOM = "random weights"  # the baseline that takes as long as the backbone
+LR_INSTEAD = "see with trainer.devices=1 which optim.lr=... it finds, and give that number"
+BUDGET_INSTEAD = "give epochs or max_steps"
 NO_LABELS = "no labelled images, so no k-NN: name some with eval_data.root=DIR"
 
 
@@ -130,18 +117,18 @@ def main(settings: PretrainSettings) -> Path:
     elif submits(settings):
         check_queued(settings, len(source))
         check_images(source, augment.global_size, preprocess)
-        submitted(settings, run_dir)
+        submit_run(settings, run_dir)
         return run_dir
     trainer, stop = make_trainer(settings, run_dir, str(settings.run_id))
     begun = about_run(run_dir).get("plan") if is_begun(run_dir) else None
     plan = make_plan(settings, len(source), trainer.world_size, begun)
     if math.isnan(plan.lr):
-        check_one_device(trainer.world_size)
+        check_one_device(trainer.world_size, "optim.lr=auto", LR_INSTEAD)
     unplanned = settings.budget is not None and not (begun or {}).get("total_steps")
     if settings.budget is not None:
         parse_budget(str(settings.budget))
     if unplanned:
-        budget_on_one_device(trainer.world_size)
+        check_one_device(trainer.world_size, "budget", BUDGET_INSTEAD)
     check_images(source, augment.global_size, preprocess)
     if pair is not None:
         check_labelled(pair, preprocess)
@@ -156,7 +143,8 @@ def main(settings: PretrainSettings) -> Path:
     if settings.plan:
         if trainer.is_global_zero:
             module = make_module(settings, plan, preprocess, start)
-            show_plan(settings, trainer, plan, module, augment, pair, run_dir)
+            evaluated = f"evaluated on {pair.name}" if pair else NO_LABELS
+            show_plan(settings, trainer, plan, module, augment, evaluated, run_dir)
         return run_dir
     module = networks(plan)
     evaluate = instantiate(settings.evaluation)
@@ -220,165 +208,6 @@ def main(settings: PretrainSettings) -> Path:
     return run_dir
 
 
-def steps_in_budget(
-    settings: PretrainSettings,
-    module: Pretraining,
-    data: TrainingData[Crops],
-    evaluate: Callable[..., Any],
-    pair: LabelledPair | None,
-    run_dir: Path,
-    device: str,
-    made_with: Mapping[str, Any],
-) -> int:
-    """Measure what a step and an evaluation take; the baselines, which do not change, are evaluated
-    for that and kept in `RUN/baselines.json`.
-    """
-    evaluation_seconds = 0.0
-    if pair is not None:
-        options = {
-            "num_workers": settings.num_workers,
-            "device": device,
-            "max_pixels": data.dataset.preprocess.max_pixels,
-        }
-        first = evaluate(module.teacher.backbone, pair, baselines_only=True, **options)
-        if RANDOM not in first.seconds:  # no baseline is a network
-            first = evaluate(module.teacher.backbone, pair, baselines=None, **options)
-        row = RANDOM if RANDOM in first.seconds else next(iter(first.seconds), None)
-        evaluation_seconds = sum(first.seconds[row].values()) if row else 0.0
-        kept = {"results": first.results, "intervals": first.intervals, "chosen": first.chosen}
-        with disk_trouble(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_json({**made_with, **(kept if row == RANDOM else {})}, run_dir / BASELINES)
-    step_seconds = measure_speed(
-        settings.trainer, module, data, run_dir, parse_budget(str(settings.budget))
-    )
-    speed = Speed(step_seconds, evaluation_seconds)
-    online = settings.callbacks.get("online") if pair is not None else None
-    first_steps = MOST_STEPS if settings.optim.lr == "auto" else 0  # of the range test
-    steps = steps_within(str(settings.budget), speed, 0.0, first_steps)
-    steps = steps_within(str(settings.budget), speed, online_share(online, steps), first_steps)
-    say(
-        f"budget={settings.budget}: {step_seconds:.2g} s a step, {evaluation_seconds:.0f} s for "
-        f"the evaluation: {steps:,} steps"
-    )
-    return steps
-
-
-def show_plan(
-    settings: PretrainSettings,
-    trainer: lightning.Trainer,
-    plan: Plan,
-    module: Pretraining,
-    augment: Any,
-    pair: LabelledPair | None,
-    run_dir: Path,
-) -> None:
-    """What the run would do and need."""
-    device, batch = trainer.strategy.root_device, plan.per_device_batch
-    parts = settings.trainer.accumulate
-    at_once = "" if parts == 1 else f", computed in {parts} parts"
-    lr = "found by a range test" if math.isnan(plan.lr) else f"{plan.lr:.2e}"
-    student, teacher = (
-        [sum(p.numel() for p in part.parameters()) / 1e6 for part in (n.backbone, n.head)]
-        for n in (module.student, module.teacher)
-    )
-    numbers = flat(plan.objective.derived())
-    derived = ", ".join(f"{key} {value}" for key, value in numbers if key != "ema")
-    shapes = view_shapes(augment, batch, module.student.backbone.architecture["in_chans"])
-    crops = " + ".join(f"{shape[0]} x {shape[-1]}" for shape in shapes)
-    say(
-        f"{run_dir}: a plan, nothing is started",
-        f"  data         {HydraConfig.get().runtime.choices['data']}, {plan.num_images:,} images; "
-        + (f"evaluated on {pair.name}" if pair else NO_LABELS),
-        f"  steps        {plan.total_steps:,} of {settings.batch_size} images, "
-        f"{plan.steps_per_epoch:.1f} an epoch, {epochs_of(settings, plan):.4g} epochs",
-        *(["               " + BUDGET_PLAN.format(settings.budget)] if settings.budget else []),
-        f"  lr           {lr} after {plan.warmup_steps:,} steps of warm-up",
-        f"  devices      {trainer.world_size} x {device.type}, {batch} images each{at_once}; "
-        f"{settings.trainer.precision}",
-        f"  crops        {crops} pixels",
-        f"  objective    {type(plan.objective).__name__}: {plan.objective.described()}",
-        *([f"               {derived}"] if derived else []),
-        f"  parameters   {model_name(module.student.backbone.architecture)} {student[0]:.1f} M, "
-        f"head {student[1]:.1f} M; teacher {teacher[0]:.1f} M, {teacher[1]:.1f} M",
-    )
-    try:
-        memory = step_memory(
-            module, shapes, device, str(settings.trainer.precision), trainer.world_size
-        )
-    except Exception as error:  # of an objective that has no fake tensors
-        log.warning("memory cannot be computed for this step: %s: %s", type(error).__name__, error)
-    else:
-        show_memory(settings, trainer, memory, batch)
-        show_disk(trainer, plan, checkpoint_bytes(module, memory), run_dir)
-    say("to start it: the same command without plan=true")
-
-
-def show_memory(
-    settings: PretrainSettings, trainer: lightning.Trainer, memory: StepMemory, batch: int
-) -> None:
-    """What a step needs, and whether the device has it."""
-    device = trainer.strategy.root_device
-    on_cpu = device.type == "cpu"
-    names = ("networks", "optimizer", "batch", "gradients and activations")
-    words = ", ".join(f"{n} {b / 1e9:.2f}" for n, b in zip(names, memory, strict=True))
-    uncompiled = ", not compiled" if settings.compile else ""
-    needed, total = memory.total, memory_of(device)
-    say(f"  memory       {memory.total / 1e9:.2f} GB a step{uncompiled}: {words}")
-    if on_cpu:  # all ranks share it, and the process is in it as well
-        needed = trainer.world_size * (memory.total + resident_bytes())
-        beside = f"with the process itself {needed / 1e9:.2f} GB"
-    else:
-        beside = "CUDA's context comes to it"
-    verdict = "fits" if needed < total else "does not fit"
-    say(f"               {beside}; {total / 1e9:.1f} GB of this device: {verdict}")
-    if needed >= total:
-        advice = remedies(batch, settings.trainer.accumulate, "augment.global_size")
-        log.warning("a step does not fit: %s", advice)
-
-
-def show_disk(trainer: lightning.Trainer, plan: Plan, checkpoint: int, run_dir: Path) -> None:
-    """What the checkpoints of the whole run take."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    saving = next(c for c in callbacks if isinstance(c, SaveCheckpoints))
-    kept = min(saving.keep_last, -(-plan.total_steps // saving.every_steps))
-    kept += sum(getattr(callback, "best", None) is not None for callback in callbacks)
-    if saving.milestone_every is not None:
-        kept += plan.total_steps // saving.milestone_every
-    place = next(path for path in run_dir.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(place).free
-    say(
-        f"  disk         {checkpoint / 1e6:.0f} MB a checkpoint, {kept} stay: "
-        f"{kept * checkpoint / 1e6:,.0f} MB, and one more while it is written; "
-        f"{free / 1e9:.1f} GB free in {place}"
-    )
-
-
-def epochs_of(settings: PretrainSettings, plan: Plan) -> float:
-    """Passes over the images, as given or as the steps come to."""
-    given = settings.budget is None and settings.max_steps is None
-    return settings.epochs if given else plan.total_steps / plan.steps_per_epoch
-
-
-def baselines_made_with(settings: PretrainSettings, digests: Mapping[str, str]) -> dict[str, Any]:
-    """What decides what the baselines have."""
-    made_with = {"evaluation": settings.evaluation, "data_sha256": dict(digests)}
-    plain: dict[str, Any] = json.loads(json.dumps({"made_with": made_with}, default=str))
-    return plain
-
-
-def baselines_before(settings: PretrainSettings, run_dir: Path) -> dict[str, Any]:
-    """Numbers of the baselines that were measured before the run, with the same evaluation."""
-    if settings.budget is None:
-        return {}
-    before: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        before = json.loads((run_dir / BASELINES).read_text())
-    now = baselines_made_with(settings, about_run(run_dir).get("data_sha256") or {})
-    same = before.pop("made_with", None) == now["made_with"]
-    return before if same and before.get("results") else {}
-
-
 def check_queued(settings: PretrainSettings, num_images: int) -> None:
     """Check what can be checked before a run is queued: batch and budget on so many devices."""
     devices = settings.trainer.devices
@@ -386,7 +215,7 @@ def check_queued(settings: PretrainSettings, num_images: int) -> None:
     check_batch(settings, num_images, ranks)
     if settings.budget is not None:
         parse_budget(str(settings.budget))
-        budget_on_one_device(ranks)
+        check_one_device(ranks, "budget", BUDGET_INSTEAD)
 
 
 def found_rate(
@@ -497,7 +326,7 @@ def announce(
     say(f"{run_dir}")
     say(
         f"  {plan.num_images:,} images, batch {settings.batch_size}, {plan.total_steps:,} steps "
-        f"({epochs_of(settings, plan):.4g} epochs)"
+        f"({plan.epochs(settings):.4g} epochs)"
     )
     say(
         f"  {model_name(backbone.architecture)}, {millions:.1f} M parameters, "

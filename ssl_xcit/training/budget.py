@@ -2,22 +2,31 @@
 own, and from what the evaluation of the baselines takes.
 """
 
+import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
 
+from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import UserError
 from ssl_xcit.training.datamodule import TrainingData
+from ssl_xcit.training.lr_range import MOST_STEPS
 from ssl_xcit.training.module import Pretraining
 from ssl_xcit.training.progress import ProgressBar
-from ssl_xcit.training.settings import TrainerSettings
+from ssl_xcit.training.run_dir import about_run, disk_trouble
+from ssl_xcit.training.settings import PretrainSettings, TrainerSettings
 from ssl_xcit.training.trainer import trial_trainer
+from ssl_xcit.utils.files import write_json
 from ssl_xcit.utils.hardware import seconds_since_start
+from ssl_xcit.utils.terminal import say
 
+BASELINES = "baselines.json"  # in the run folder
+RANDOM = "random weights"  # the baseline that takes as long as the backbone
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 TRIAL = 0.04  # of the budget, for measuring the speed
 LEFT_OUT = 3  # first steps, which are slower
@@ -126,14 +135,64 @@ def online_share(callback: Mapping[str, Any] | None, steps: int) -> float:
     return 0.7 * float(callback.get("eval_budget") or 0.05)
 
 
-def check_one_device(world_size: int) -> None:
-    """Check that the speed can be measured.
-
-    Raises:
-        UserError: there are several devices.
+def steps_in_budget(
+    settings: PretrainSettings,
+    module: Pretraining,
+    data: TrainingData[Any],
+    evaluate: Callable[..., Any],
+    pair: LabelledPair | None,
+    run_dir: Path,
+    device: str,
+    made_with: Mapping[str, Any],
+) -> int:
+    """Measure what a step and an evaluation take; the baselines, which do not change, are evaluated
+    for that and kept in `RUN/baselines.json`.
     """
-    if world_size > 1:
-        raise UserError(
-            f"budget measures the speed of one device, and here are {world_size}: give epochs or "
-            "max_steps"
-        )
+    evaluation_seconds = 0.0
+    if pair is not None:
+        options = {
+            "num_workers": settings.num_workers,
+            "device": device,
+            "max_pixels": data.dataset.preprocess.max_pixels,
+        }
+        first = evaluate(module.teacher.backbone, pair, baselines_only=True, **options)
+        if RANDOM not in first.seconds:  # no baseline is a network
+            first = evaluate(module.teacher.backbone, pair, baselines=None, **options)
+        row = RANDOM if RANDOM in first.seconds else next(iter(first.seconds), None)
+        evaluation_seconds = sum(first.seconds[row].values()) if row else 0.0
+        kept = {"results": first.results, "intervals": first.intervals, "chosen": first.chosen}
+        with disk_trouble(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_json({**made_with, **(kept if row == RANDOM else {})}, run_dir / BASELINES)
+    step_seconds = measure_speed(
+        settings.trainer, module, data, run_dir, parse_budget(str(settings.budget))
+    )
+    speed = Speed(step_seconds, evaluation_seconds)
+    online = settings.callbacks.get("online") if pair is not None else None
+    first_steps = MOST_STEPS if settings.optim.lr == "auto" else 0  # of the range test
+    steps = steps_within(str(settings.budget), speed, 0.0, first_steps)
+    steps = steps_within(str(settings.budget), speed, online_share(online, steps), first_steps)
+    say(
+        f"budget={settings.budget}: {step_seconds:.2g} s a step, {evaluation_seconds:.0f} s for "
+        f"the evaluation: {steps:,} steps"
+    )
+    return steps
+
+
+def baselines_made_with(settings: PretrainSettings, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What decides what the baselines have."""
+    made_with = {"evaluation": settings.evaluation, "data_sha256": dict(digests)}
+    plain: dict[str, Any] = json.loads(json.dumps({"made_with": made_with}, default=str))
+    return plain
+
+
+def baselines_before(settings: PretrainSettings, run_dir: Path) -> dict[str, Any]:
+    """Numbers of the baselines that were measured before the run, with the same evaluation."""
+    if settings.budget is None:
+        return {}
+    before: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        before = json.loads((run_dir / BASELINES).read_text())
+    now = baselines_made_with(settings, about_run(run_dir).get("data_sha256") or {})
+    same = before.pop("made_with", None) == now["made_with"]
+    return before if same and before.get("results") else {}

@@ -35,9 +35,7 @@ class CheckpointFiles(CheckpointIO):
     """
 
     def __init__(self) -> None:
-        self.writer = ThreadPoolExecutor(
-            1, "checkpoint"
-        )  # its work is done before the process ends
+        self.writer = ThreadPoolExecutor(1, "checkpoint")  # ends its work before the process
         self.last: Future[None] | None = None
 
     def save_checkpoint(
@@ -252,6 +250,12 @@ class SaveCheckpoints(lightning.Callback):
         if trainer.is_global_zero:
             self.drop(Path(trainer.default_root_dir))
         trainer.strategy.barrier("checkpoint")
+
+    def leave(self) -> None:
+        """Wait for what is still being written when a run ends otherwise than by `save`."""
+        file, self.writing = self.writing and self.writing[1], None
+        if (error := failure_of(file)) is not None:
+            log.error("the last checkpoint could not be written (%s)", error)
 
     def drop(self, run_dir: Path) -> None:
         """All but the newest few and the milestones; the new one has been verified."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning
 
-from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.errors import RunFailed
 from ssl_xcit.training.datamodule import TrainingData
 from ssl_xcit.training.module import Pretraining
 from ssl_xcit.training.progress import ProgressBar
@@ -84,19 +84,6 @@ def range_test(
             rows.writerow(["lr", "loss", "running_mean"])
             rows.writerows(zip(rates, losses.losses, running_means(losses.losses), strict=True))
     return proposed(rates, losses.losses)
-
-
-def check_one_device(world_size: int) -> None:
-    """Check that a range test can be made.
-
-    Raises:
-        UserError: there are several devices.
-    """
-    if world_size > 1:
-        raise UserError(
-            f"optim.lr=auto tries rates on one device, and here are {world_size}: see with "
-            "trainer.devices=1 which optim.lr=... it finds, and give that number"
-        )
 
 
 def at_start(schedule: Callable[[int], float]) -> Callable[[int], float]:

@@ -39,6 +39,11 @@ class Plan(RunPlan):
     objective: Objective  # for a run of this length
     backbone_freeze_steps: int = 0  # of a run that starts from weights with a fresh head
 
+    def epochs(self, settings: PretrainSettings) -> float:
+        """Passes over the images, as given or as the steps come to."""
+        given = settings.budget is None and settings.max_steps is None
+        return settings.epochs if given else self.total_steps / self.steps_per_epoch
+
     def record(self) -> dict[str, Any]:
         """All numbers by name, those of the objective among them, as plain data."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objective"}
@@ -128,6 +133,18 @@ def make_plan(
         objective=instantiate(settings.objective)(length),
         backbone_freeze_steps=length.steps(init.freeze_epochs, init.max_freeze) if fresh else 0,
     )
+
+
+def check_one_device(world_size: int, setting: str, instead: str) -> None:
+    """Check that what a setting measures before a run can be measured.
+
+    Raises:
+        UserError: there are several devices; says what to do `instead`.
+    """
+    if world_size > 1:
+        raise UserError(
+            f"{setting} tries steps on one device, and here are {world_size}: {instead}"
+        )
 
 
 def scaled_rate(batch_size: int, scaling: str) -> float:

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 
 from ssl_xcit.errors import RunFailed
 from ssl_xcit.models.weights import checkpoints_of
-from ssl_xcit.training.checkpoint import CheckpointFiles, failure_of, newest_valid
+from ssl_xcit.training.checkpoint import newest_valid
 from ssl_xcit.training.datamodule import TrainingData
 from ssl_xcit.training.loggers import FailsafeLogger
 from ssl_xcit.training.plan import RunPlan
@@ -37,17 +37,14 @@ def submits(settings: RunSettings) -> bool:
     return settings.trainer.submit is not None and not in_job()
 
 
-def submitted(settings: RunSettings, run_dir: Path) -> bool:
-    """Give the run to a cluster if `trainer.submit` is set; whether it was, so not trained here."""
-    if not submits(settings):
-        return False
+def submit_run(settings: RunSettings, run_dir: Path) -> None:
+    """Give the run to a cluster, as `trainer.submit` says."""
     hydra = HydraConfig.get()
     typed = sys.argv[1:2] == [hydra.job.name]  # else called from Python
     words = sys.argv[1:] if typed else [str(hydra.job.name), *hydra.overrides.task]
     if not settings.name:
         words.append(f"name='{run_dir.name}'")
     instantiate(settings.trainer.submit)(run_dir, [sys.executable, "-m", "ssl_xcit", *words])
-    return True
 
 
 def run_to_the_end(
@@ -73,9 +70,7 @@ def run_to_the_end(
                 requeue()
         sys.exit(0 if watched_child(trainer) else stopped.exit_code)
     finally:
-        files = trainer.strategy.checkpoint_io
-        if isinstance(files, CheckpointFiles) and (error := failure_of(files.last)) is not None:
-            log.error("the last checkpoint could not be written (%s)", error)
+        stop.checkpoints.leave()
         if not stop.stopping:  # else they stay: a scheduler may ask twice
             stop.restore()
 

@@ -14,17 +14,18 @@ import pytest
 import torch
 from commands import SMALL, metrics, run
 
+from ssl_xcit.commands.pretrain import BUDGET_INSTEAD
 from ssl_xcit.errors import UserError
 from ssl_xcit.training import budget
 from ssl_xcit.training.budget import (
     LEFT_OUT,
     Speed,
     Stopwatch,
-    check_one_device,
     online_share,
     parse_budget,
     steps_within,
 )
+from ssl_xcit.training.plan import check_one_device
 from ssl_xcit.utils import hardware
 from ssl_xcit.utils.hardware import seconds_since_start
 
@@ -75,9 +76,9 @@ def test_the_first_steps_do_not_count(monkeypatch):
 
 
 def test_one_device_only():
-    check_one_device(1)
+    check_one_device(1, "budget", BUDGET_INSTEAD)
     with pytest.raises(UserError, match="give epochs or max_steps"):
-        check_one_device(2)
+        check_one_device(2, "budget", BUDGET_INSTEAD)
 
 
 def test_seconds_since_the_process_or_the_clock_began(monkeypatch):
@@ -101,8 +102,8 @@ def test_a_run_ends_when_its_budget_does(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
     subprocess.run([*command, "name=whole"], cwd=tmp_path, env=environment, check=True)
-    # the suite shares the cores; alone a run of 3m took 178 s
-    assert 0.7 * 75 < time.monotonic() - began < 1.4 * 75
+    # another suite takes and gives back cores meanwhile; alone a run of 3m took 178 s
+    assert 0.5 * 75 < time.monotonic() - began < 2.0 * 75
     summary = json.loads((tmp_path / "runs/whole/summary.json").read_text())
     assert set(summary["results"]) > {"random weights", "pretrained"}
     assert json.loads((tmp_path / "runs/whole/baselines.json").read_text())["results"].items() <= (

@@ -71,7 +71,7 @@ def test_lr_auto_is_found_once(tmp_path, photos_pair, capsys):
     assert not (tmp_path / "a/lr_range.csv").exists()
     assert [row["lr"] for row in metrics(tmp_path / "a")] == [row["lr"] for row in learnt]
     assert run("pretrain", *words, "name=b", "trainer.devices=2", "trainer.accelerator=cpu") == 2
-    assert "optim.lr=auto tries rates on one device" in capsys.readouterr().err
+    assert "optim.lr=auto tries steps on one device" in capsys.readouterr().err
     assert not (tmp_path / "b/checkpoints").exists()
     assert run("pretrain", *words, "optim.lr=fast") == 2
     assert "optim.lr=fast must be" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_the_command_prints_a_plan_and_leaves_nothing(tmp_path, monkeypatch, cap
 
 def test_a_plan_that_does_not_fit_says_what_to_set(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ssl_xcit.commands.pretrain.memory_of", lambda device: 10**8)
+    monkeypatch.setattr("ssl_xcit.training.plan_preview.memory_of", lambda device: 10**8)
     assert run("pretrain", "plan=true", *SMALL) == 0
     out, err = capfd.readouterr()
     assert "does not fit" in out
