@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from torch import Tensor
 
 from ssl_xcit.data.decode import RGB
+from ssl_xcit.models.devices import prepare_cpu
 from ssl_xcit.training.build import make_module
 from ssl_xcit.training.module import Pretraining
 from ssl_xcit.training.plan import make_plan
@@ -34,13 +36,17 @@ def shapes(settings: PretrainSettings) -> list[Sequence[int]]:
     return view_shapes(instantiate(settings.augment), settings.batch_size, RGB.channels)
 
 
-def step_of(words: Sequence[str], device: str = "cpu") -> Callable[[], Any]:
-    """A step as in the middle of a run."""
+def step_of(
+    words: Sequence[str], device: str = "cpu", views: list[Tensor] | None = None
+) -> Callable[[], Any]:
+    """A step as in the middle of a run, on these views or on random pixels."""
     settings, module = composed(words)
-    if settings.compile:
+    if settings.compile is True:
         for network in (module.student, module.teacher):
             network.compile_backbone(module.objective.takes_patches)
     module.to(device)
+    if device == "cpu" and settings.compile == "auto":
+        prepare_cpu(module)
     optimizer = module.configure_optimizers()
     alone: Any = SimpleNamespace(world_size=1, global_rank=0, global_step=STEPS // 2)
     module._trainer = alone
@@ -48,7 +54,7 @@ def step_of(words: Sequence[str], device: str = "cpu") -> Callable[[], Any]:
     module.manual_backward = lambda loss: loss.backward()
     module.on_train_start()
     generator = torch.Generator().manual_seed(0)
-    views = [
+    views = views or [
         torch.randn(V, B, h, w, C, generator=generator).permute(0, 1, 4, 2, 3).to(device)
         for V, B, C, h, w in shapes(settings)
     ]

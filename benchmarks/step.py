@@ -3,7 +3,7 @@
     python benchmarks/step.py [--model nano_12_p16] [--batch 16] [--prototypes 4096] [--rounds 7]
     python benchmarks/step.py --model small_12_p16 --batch 8 --prototypes 65536
     python benchmarks/step.py --precision fp32,bf16       all four in one run
-    python benchmarks/step.py --compile                   ours with compile=true
+    python benchmarks/step.py --compile false             ours without the kernels
 
 Both sides have the same sizes, precision, optimizer and views (2 x 224 + 8 x 96, random pixels), no
 stochastic depth; each round times one step of either. Prints the medians, the ratio of each round's
@@ -21,49 +21,24 @@ import timm
 import torch
 from loss import double_loop
 from measure import compared, interleaved, line, save, status
+from real_step import step_of
 from torch import Tensor, nn
 
-from ssl_xcit import create_model
-from ssl_xcit.models.head import DINOHead
-from ssl_xcit.objectives.dino import Center
-from ssl_xcit.objectives.prototype_loss import prototype_loss
-from ssl_xcit.training.module import make_networks
-from ssl_xcit.training.optim import clip_each_, ema_update_, parameter_groups
+from ssl_xcit.training.optim import parameter_groups
 
 
 def our_step(views: list[Tensor], precision: str) -> Callable[[], object]:
-    """What `DINO.training_step` does, without the trainer around it."""
-    backbone = create_model(f"xcit_{ARGS.model}")
-    student, teacher = make_networks(
-        backbone,
-        DINOHead(backbone.embed_dim, ARGS.prototypes),
-        create_model(f"xcit_{ARGS.model}"),
-    )
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    if ARGS.compile:
-        student.compile_backbone()
-        teacher.compile_backbone()
-    center = Center(ARGS.prototypes)
-    optimizer = torch.optim.AdamW(parameter_groups(student), 1e-4, fused=True)  # as conf has it
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    last = student.head.last_layer
-
-    def step() -> float:
-        with autocast:
-            with torch.no_grad():
-                logits = teacher.head.last_layer(teacher(views[:1]))
-            targets = center.targets(logits, 0.04)
-            loss = prototype_loss(student(views), last.weight_v, last.weight_g, targets, 0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        clip_each_(student.parameters(), 3.0)
-        optimizer.step()
-        center.update_(logits)
-        ema_update_(teacher, student, 0.996)
-        return loss.item()
-
-    return step
+    """The step of `ssl-xcit pretrain` itself, without the trainer around it."""
+    return step_of(
+        [
+            "experiment=none", "objective=dino", "trainer=cpu", "data=photos",
+            f"model=xcit_{ARGS.model}", "model.drop_path=0", f"batch_size={ARGS.batch}",
+            f"objective.num_prototypes={ARGS.prototypes}", f"compile={ARGS.compile}",
+            f"augment.global_size={ARGS.large}", f"augment.local_size={ARGS.small}",
+            f"trainer.precision={'bf16-mixed' if precision == 'bf16' else '32-true'}",
+        ],
+        views=views,
+    )  # fmt: skip
 
 
 def usual_step(views: list[Tensor], precision: str) -> Callable[[], object]:
@@ -157,8 +132,8 @@ def main() -> None:
     for ours, peer in pairs:
         found = compared({name: seconds[name] for name in (ours, peer)}, ours, peer)
         title = f"{ARGS.model}, batch {ARGS.batch}, K {ARGS.prototypes}, {ours} against {peer}"
-        if ARGS.compile:
-            title += ", ours compiled"
+        if ARGS.compile != "auto":
+            title += f", compile={ARGS.compile}"
         if memory:
             found["gb"] = {name: round(memory[name], 2) for name in (ours, peer)}
             found["memory_ratio"] = round(memory[ours] / memory[peer], 3)
@@ -175,7 +150,7 @@ parser.add_argument("--prototypes", type=int, default=4096)
 parser.add_argument("--large", type=int, default=224)
 parser.add_argument("--small", type=int, default=96)
 parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp32,bf16")
-parser.add_argument("--compile", action="store_true")
+parser.add_argument("--compile", default="auto", help="auto, true or false, of ours")
 parser.add_argument("--no-memory", action="store_true")
 parser.add_argument("--rounds", type=int, default=7)
 parser.add_argument("--peak-of", help=argparse.SUPPRESS)

@@ -16,6 +16,7 @@ from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.preprocess import MAX_PIXELS
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import UserError
+from ssl_xcit.models.devices import placed
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.transfer.classification.data import of_pair
 from ssl_xcit.transfer.classification.measure import AccuracyMeasure, MultiLabelMeasure
@@ -25,7 +26,6 @@ from ssl_xcit.transfer.evaluate import evaluate
 from ssl_xcit.transfer.kinds import KINDS
 from ssl_xcit.transfer.segmentation.measure import SegmentationMeasure, summaries
 from ssl_xcit.transfer.task import AnnotatedSource, Measure, Measured, Task
-from ssl_xcit.utils.devices import placed
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.validation import Checker, Count, Workers
 

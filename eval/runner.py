@@ -11,8 +11,8 @@ from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.preprocess import MAX_PIXELS, of_weights
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.models.devices import placed
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.utils.devices import placed
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import Count, Text, Workers

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from ssl_xcit.data.photos import labelled_photos
+from ssl_xcit.models.kernels import kernels
 
+kernels()  # built before a test says what a command prints, or how long it takes
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 

@@ -16,8 +16,8 @@ from annotated_types import Ge, Gt, Le, Len
 from hydra.core.hydra_config import HydraConfig
 
 from ssl_xcit.errors import UserError
+from ssl_xcit.models.devices import placed
 from ssl_xcit.models.weights import load_backbone
-from ssl_xcit.utils.devices import placed
 from ssl_xcit.utils.files import (
     plain_names,
     remove_partial,

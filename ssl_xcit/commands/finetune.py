@@ -9,6 +9,7 @@ import lightning
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 
+from ssl_xcit.models.devices import prepare_cpu
 from ssl_xcit.models.weights import model_name
 from ssl_xcit.training.datamodule import TrainingData
 from ssl_xcit.training.plan import RunPlan
@@ -88,6 +89,8 @@ def main(settings: FinetuneSettings) -> Path:
     task = make_task(settings, start, chosen, preprocess, recorded)
     task.measure()  # needs libraries of its own, which are missed now or after training
     module = make_transfer(settings, plan, task)
+    if runs_on_cpu(settings.trainer):
+        prepare_cpu(module)
     workers = settings.num_workers
     with locked(run_dir, wanted=trainer.is_global_zero):
         if trainer.is_global_zero and is_finished(run_dir, finish):  # meanwhile

@@ -13,6 +13,7 @@ from torch import nn
 from ssl_xcit.data.folders import named_images
 from ssl_xcit.data.order import evenly_spaced
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.models.devices import placed
 from ssl_xcit.models.weights import checkpoint_path, folder_of, model_name
 from ssl_xcit.training.run_dir import versions
 from ssl_xcit.transfer.annotated import lines_of
@@ -21,7 +22,6 @@ from ssl_xcit.transfer.load import load_task
 from ssl_xcit.transfer.outputs import Job
 from ssl_xcit.transfer.predict import FORMATS, RECORD, Outcome, outputs_of, predict
 from ssl_xcit.transfer.task import Task
-from ssl_xcit.utils.devices import placed
 from ssl_xcit.utils.files import (
     remove_partial,
     sha256_of,

@@ -18,6 +18,7 @@ from ssl_xcit.data.identity import indices_of
 from ssl_xcit.data.multicrop import Crops, MultiCrop, Recipe, crops_at
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import LabelledPair, Source
+from ssl_xcit.models.devices import prepare_cpu
 from ssl_xcit.models.weights import TrainingWeights, load_backbone, model_name
 from ssl_xcit.training.budget import (
     MOST,
@@ -81,7 +82,9 @@ def main(settings: PretrainSettings) -> Path:
     on_cpu = runs_on_cpu(settings.trainer)
     precision = precision_for(str(settings.trainer.precision), on_cpu)
     settings = replace(settings, trainer=replace(settings.trainer, precision=precision))
-    if settings.compile:
+    if settings.compile == "auto" and not on_cpu:
+        settings = replace(settings, compile=not settings.checkpoint_blocks)
+    if settings.compile is True:
         check_compiler(on_cpu)
     hydra = HydraConfig.get()
     name = settings.name or run_name(hydra.runtime.choices["data"], hydra.overrides.task)
@@ -135,7 +138,9 @@ def main(settings: PretrainSettings) -> Path:
 
     def networks(plan: Plan) -> Pretraining:
         made = make_module(settings, plan, preprocess, start)
-        if settings.compile:  # SharedBatchNorm, which several ranks have, breaks a program in two
+        if settings.compile == "auto":
+            prepare_cpu(made)
+        if settings.compile is True:  # SharedBatchNorm of several ranks breaks a program in two
             for network in (made.student, made.teacher):
                 network.compile_backbone(plan.objective.takes_patches, trainer.world_size == 1)
         return made
@@ -334,7 +339,7 @@ def announce(
     )
     if settings.init.ckpt is not None:
         say(f"  {described_start(settings.init, plan.backbone_freeze_steps)}")
-    if settings.compile:
+    if settings.compile is True:
         say("  the first step compiles both backbones, which takes minutes")
     say(f"  lr {plan.lr:.2e} after {plan.warmup_steps} steps, {plan.objective.described()}")
     if isinstance(augment, Recipe) and augment.stages:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from ssl_xcit.models.layers import LAYER_NORM_EPS, MLP, scaled
+from ssl_xcit.models.layers import LAYER_NORM_EPS, MLP, autocasting, scaled
 
 
 class ClassAttention(nn.Module):
@@ -35,13 +35,24 @@ class ClassAttention(nn.Module):
         """Attention of the class token (the first of M = 1 + N) over all tokens; rows sum to 1."""
         return (self.queries(x[:, 0]) @ x.mT * self.scale).softmax(dim=-1)
 
+    def pooled(
+        self, queries: Float[Tensor, "B H C"], x: Float[Tensor, "B M C"]
+    ) -> Float[Tensor, "B H C"]:
+        """The mean token of each head under its attention."""
+        q, tokens = queries[:, None], x[:, None]
+        return scaled_dot_product_attention(q, tokens, tokens, scale=self.scale)[:, 0]
+
     def forward(
         self, x: Float[Tensor, "B M C"], gain: Float[Tensor, " C"] | None = None
     ) -> Float[Tensor, "B 1 C"]:
         """The class token's new value, times `gain`."""
         C = x.shape[-1]
-        queries, tokens = self.queries(x[:, 0])[:, None], x[:, None]
-        pooled = scaled_dot_product_attention(queries, tokens, tokens, scale=self.scale)[:, 0]
+        queries = self.queries(x[:, 0])
+        if x.device.type == "cpu" and autocasting(x.device):  # in bfloat16 several times slower
+            with torch.autocast("cpu", enabled=False):
+                pooled = self.pooled(queries.float(), x.float())
+        else:
+            pooled = self.pooled(queries, x)
         values = self.qkv.weight[2 * C :].unflatten(0, (self.num_heads, -1))
         mean = torch.einsum("bhc,hdc->bhd", pooled, values).flatten(1) + self.qkv.bias[2 * C :]
         return linear(mean[:, None], *scaled(self.proj, gain))

@@ -231,6 +231,7 @@ class CrossCovarianceAttention(nn.Module):
         if dim % num_heads:
             raise UserError(f"dim={dim} does not divide into num_heads={num_heads} heads")
         self.num_heads = num_heads
+        self.head_dim = dim // num_heads  # d
         self.qkv = nn.Linear(dim, 3 * dim)
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
         self.proj = nn.Linear(dim, dim)

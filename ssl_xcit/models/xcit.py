@@ -20,6 +20,14 @@ from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.class_attention import ClassAttentionBlock
+from ssl_xcit.models.fused_block import (
+    applies,
+    attention_branch,
+    local_branch,
+    mlp_branch,
+    samples_of,
+)
+from ssl_xcit.models.kernels import kernels
 from ssl_xcit.models.layers import (
     LAYER_NORM_EPS,
     MLP,
@@ -29,7 +37,7 @@ from ssl_xcit.models.layers import (
     recomputed,
     scaled,
 )
-from ssl_xcit.models.xca import CrossCovarianceAttention
+from ssl_xcit.models.xca import CrossCovarianceAttention, gram_is_faster, in_low_precision
 from ssl_xcit.utils.validation import Count, DropRate
 
 # name: width C, depth, heads, layer scale's initial value, norm over all tokens in class attention
@@ -189,6 +197,7 @@ class XCABlock(nn.Module):
         self.gamma3 = nn.Parameter(layer_scale * torch.ones(dim))
         self.gamma2 = nn.Parameter(layer_scale * torch.ones(dim))
         self.drop_path = DropPath(drop_path)
+        self.fused = False  # take the kernels of this machine, see `XCiT.fuse`
 
     def forward(
         self,
@@ -199,6 +208,8 @@ class XCABlock(nn.Module):
         """Three residual branches in the paper's order; the statistics of channel attention are
         those of the tokens that are not `left_out`.
         """
+        if self.fused and left_out is None and applies(x, self.gamma1, self.attn.head_dim):
+            return self.by_kernels(x, grid)
         if left_out is None:
             x = self.drop_path.by_sample(x, lambda kept: self.attn(self.norm1(kept), self.gamma1))
         else:  # the branch is not told which samples it has
@@ -207,6 +218,26 @@ class XCABlock(nn.Module):
         return self.drop_path.by_sample(
             x, lambda kept: self.mlp.of_norm(kept, self.norm2, self.gamma2)
         )
+
+    def by_kernels(
+        self, x: Float[Tensor, "B N C"], grid: tuple[int, int]
+    ) -> Float[Tensor, "B N C"]:
+        """The same, the passes between products fused."""
+        run = kernels()
+        assert run is not None
+        drop = self.drop_path
+        _, N, C = x.shape
+        if gram_is_faster(N, C, torch.is_grad_enabled(), in_low_precision(x), x.device):
+            x = drop.by_sample(x, lambda kept: self.attn(self.norm1(kept), self.gamma1))
+        else:
+            x = attention_branch(run, x, self.norm1, self.attn, self.gamma1, samples_of(drop, x))
+        if type(self.local_mp.bn) is nn.BatchNorm2d and len(x) >= torch.get_num_threads():
+            factor = drop.draw(x)
+            factor = None if factor is None else factor.flatten()
+            x = local_branch(run, x, self.norm3, self.local_mp, grid, self.gamma3, factor)
+        else:  # BatchNorm of several ranks, or too few images for the threads
+            x = drop(x, self.local_mp(self.norm3(x), grid, self.gamma3))
+        return mlp_branch(run, x, self.norm2, self.mlp, self.gamma2, samples_of(drop, x))
 
 
 def pyramid_taps(depth: int) -> tuple[int, ...]:
@@ -310,6 +341,16 @@ class XCiT(nn.Module):
         if pyramid:
             layers = pyramid_layers(patch_size, embed_dim)
             self.fpn1, self.fpn2, self.fpn3, self.fpn4 = layers
+
+    def fuse(self) -> bool:
+        """Take this machine's kernels for passes on a CPU, and build them where they are missing;
+        whether there are any. Outputs are the same within rounding.
+        """
+        there = kernels() is not None
+        for block in self.blocks:
+            assert isinstance(block, XCABlock)
+            block.fused = there
+        return there
 
     def embedded_patches(
         self,

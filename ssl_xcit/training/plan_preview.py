@@ -82,7 +82,7 @@ def show_memory(
     on_cpu = device.type == "cpu"
     names = ("networks", "optimizer", "batch", "gradients and activations")
     words = ", ".join(f"{n} {b / 1e9:.2f}" for n, b in zip(names, memory, strict=True))
-    uncompiled = ", not compiled" if settings.compile else ""
+    uncompiled = ", not compiled" if settings.compile is True else ""
     needed, total = memory.total, memory_of(device)
     say(f"  memory       {memory.total / 1e9:.2f} GB a step{uncompiled}: {words}")
     if on_cpu:  # all ranks share it, and the process is in it as well

@@ -136,7 +136,7 @@ class PretrainSettings(RunSettings):
     optim: OptimSettings
     evaluation: Node
     init: InitSettings
-    compile: Annotated[bool, FREE]
+    compile: Annotated[bool | Literal["auto"], FREE]
     max_steps: Count | None
     budget: Text | None
     plan: Annotated[bool, FREE]
@@ -151,7 +151,7 @@ class PretrainSettings(RunSettings):
                 f"budget={self.budget} and max_steps={self.max_steps} both say how long the run "
                 "is: set one of them"
             )
-        if self.compile and self.checkpoint_blocks:
+        if self.compile is True and self.checkpoint_blocks:
             raise UserError(
                 "compile=true and checkpoint_blocks=true: a compiled program decides by itself "
                 "what it computes again; set one of them"

@@ -1,5 +1,6 @@
 """Describe the machine: its name, usable cores, bfloat16, a compiler."""
 
+import ctypes
 import logging
 import os
 import platform
@@ -16,6 +17,8 @@ from ssl_xcit.errors import UserError
 log = logging.getLogger(__name__)
 IMPORTED = time.perf_counter()
 clock: dict[str, float] = {}
+# M_MMAP_THRESHOLD (its largest value), M_TRIM_THRESHOLD, M_TOP_PAD, in bytes
+MALLOPT = {-3: 32 << 20, -1: 2**31 - 1, -2: 64 << 20}
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -80,6 +83,16 @@ def precision_for(setting: str, on_cpu: bool) -> str:
             "processor" if on_cpu else "GPU",
         )
     return setting
+
+
+def keep_memory() -> None:
+    """Let this process keep freed memory for the next tensors. glibc gives the memory of each large
+    one back to the system, and a step takes tens of thousands of pages again, one by one.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        for option, value in MALLOPT.items():
+            library.mallopt(option, value)
 
 
 def check_compiler(on_cpu: bool) -> None:

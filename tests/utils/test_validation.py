@@ -321,12 +321,13 @@ REFUSED = {  # what is allowed -> commands or targets, with words that are refus
         "data.fused.FusedMultiCrop blur_prob=[1.0,0.1,1.5] blur_prob=often"
     ),
     "true or false": (
-        "pretrain compile=maybe; eval per_class=7; film side_by_side=1; "
+        "eval per_class=7; film side_by_side=1; "
         "visualize over_time=1; shard shuffle=7; "
         "eval.tasks.landmark_retrieval.Retrieval crop_queries=1; "
         "data.folders.folder labels=some; export formats.onnx.patches=2; "
         "models.xcit.XCiT tokens_norm=1"
     ),
+    "true or false or auto": "pretrain compile=maybe",
     "fresh or kept": "pretrain init.head=some",
     "same or changed": "pretrain resume.data=other",
     "a group of settings or null": "pretrain report=true; eval.runner.evaluate evaluators.linear=5",

@@ -1,4 +1,4 @@
-"""Move networks to the devices that a setting names."""
+"""Move networks to the devices that a setting names, and make the best of a CPU."""
 
 import os
 
@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from ssl_xcit.errors import UserError
+from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.utils.hardware import keep_memory
 
 
 def placed(network: nn.Module, device: str) -> list[torch.device]:
@@ -29,4 +31,16 @@ def placed(network: nn.Module, device: str) -> list[torch.device]:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device={device}: {reason}; try device=cpu") from error
+    if devices[0].type == "cpu":
+        prepare_cpu(network)
     return devices
+
+
+def prepare_cpu(network: nn.Module) -> None:
+    """Let every XCiT inside take this machine's kernels, which are built where they are missing,
+    and let the process keep freed memory.
+    """
+    keep_memory()
+    for module in network.modules():
+        if isinstance(module, XCiT):
+            module.fuse()

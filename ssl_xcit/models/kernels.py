@@ -1,0 +1,126 @@
+"""Kernels of a training step on a CPU: passes over memory that torch takes one after another, each
+fused to one in `kernels.cpp`, which the C++ compiler of the machine builds for its processor.
+
+Products stay torch's. Without a compiler the networks run the plain forms; both are compared in
+`tests/models/test_kernels.py`.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_xcit.utils.hardware import processor, processor_flags
+from ssl_xcit.utils.terminal import say
+
+log = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_suffix(".cpp")
+# no -ffast-math: what is not finite has to stay so
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fPIC",
+]
+WIDTHS = (16, 32, 48, 64)  # channels of a head that there are kernels for
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class Kernels:
+    """The functions of a built file; tensors are given as they are, `None` as a null pointer."""
+
+    def __init__(self, path: Path):
+        self.library = ctypes.CDLL(str(path))
+        self.functions: dict[tuple[str, torch.dtype], Any] = {}
+
+    def __call__(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
+        """Run a kernel for values of this type; integers are 64 bits, floats 32."""
+        function = self.functions.get((name, dtype))
+        if function is None:
+            function = self.library[f"{name}_{NAMES[dtype]}"]
+            function.restype = None
+            function.argtypes = [_argument_type(argument) for argument in arguments]
+            self.functions[name, dtype] = function
+        function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+
+
+def _argument_type(argument: object) -> Any:
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_int64 if isinstance(argument, int) else ctypes.c_float
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The kernels for this processor, built at the first call on a machine (seconds) and kept in
+    the user's cache folder; None, with a line that says why, where they cannot be built.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler[0]) is None:
+        log.info("no C++ compiler (%s), so training takes the slower plain forms", compiler[0])
+        return None
+    flags = [*FLAGS]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        flags.append("-mprefer-vector-width=512")
+    version = _output([*compiler, "--version"])
+    what = (SOURCE.read_bytes(), *flags, *compiler, version, processor(), processor_flags())
+    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    path = cache_folder() / f"kernels-{digest}.so"
+    try:
+        if not path.exists():
+            _build([*compiler, *flags], path)
+        return Kernels(path)
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        log.warning(
+            "%s did not build the kernels for this processor, so training takes the slower plain "
+            "forms: %s", compiler[0], output.strip().splitlines()[0],
+        )  # fmt: skip
+        return None
+
+
+def cache_folder() -> Path:
+    """Where built kernels stay; a new folder of this process where that cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ssl_xcit"
+    with suppress(OSError, RuntimeError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    return Path(tempfile.mkdtemp(prefix="ssl_xcit_"))
+
+
+def _build(command: list[str], path: Path) -> None:
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".kernels-") as folder:
+        compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        # linked without -fopenmp: threads are those of the OpenMP that torch has loaded
+        for words in (
+            [*command, "-c", str(SOURCE), "-o", str(compiled)],
+            [command[0], "-shared", str(compiled), "-o", str(linked)],
+        ):
+            subprocess.run(words, check=True, capture_output=True, text=True)
+        linked.replace(path)  # at once: other processes may be building it, too
+    seconds = time.perf_counter() - started
+    say(f"kernels built for this processor in {seconds:.0f} s, once on this machine: {path}")
+
+
+def _output(command: list[str]) -> str:
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return ""

@@ -1,0 +1,192 @@
+"""XCA blocks by this machine's kernels: the plain forms' numbers and gradients."""
+
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+from numerics import kept_bytes, relative
+
+from ssl_xcit.models import kernels as room
+from ssl_xcit.models.fused_block import MLPBranch
+from ssl_xcit.models.kernels import kernels
+from ssl_xcit.models.xcit import XCABlock, XCiT
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+GRIDS = {"square": (6, 6), "odd": (3, 7), "one token": (1, 1), "wide": (2, 33)}
+
+
+def made(dim, heads, drop_path=0.0, training=True):
+    """A block with weights that matter, plain and by kernels."""
+    torch.manual_seed(0)
+    block = XCABlock(dim, heads, 1.0, drop_path)
+    for parameter in block.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    block.attn.temperature.data.abs_()
+    block.local_mp.bn.running_var.mul_(0.3)
+    block.train(training)
+    fused = deepcopy(block)
+    fused.fused = True
+    return block, fused
+
+
+def everything(block, x, grid, low=False):
+    """Output, gradients and running statistics after a pass; the same samples drop their paths."""
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        out = block(x, grid)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    out.backward(weights.to(out.dtype))
+    gradients = {name: p.grad for name, p in block.named_parameters()}
+    return {"out": out.detach(), "x": x.grad, **gradients, **dict(block.named_buffers())}
+
+
+def tokens(dim, grid, images=5):
+    torch.manual_seed(2)
+    return torch.randn(images, grid[0] * grid[1], dim)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize(("dim", "heads"), [(32, 2), (128, 4), (192, 4), (128, 2)])
+def test_a_block_by_kernels_is_the_block(dim, heads, grid, drop_path, training):
+    block, fused = made(dim, heads, drop_path, training)
+    x = tokens(dim, grid)
+    plain, ours = everything(block, x, grid), everything(fused, x, grid)
+    exact = everything(deepcopy(block).double(), x.double(), grid)
+    assert plain.keys() == ours.keys() == exact.keys()
+    for name, value in exact.items():
+        if name.startswith("local_mp.bn") or drop_path:  # double draws other samples
+            value = plain[name]
+        scale = value.abs().max().clamp_min(1e-3)
+        error = ((ours[name] - value).abs().max() / scale).item()
+        # one token has a norm of a single value, and gradients that cancel
+        assert error < (5e-3 if grid == (1, 1) else 3e-5), (name, error)
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (3, 7)])
+def test_in_bfloat16_it_rounds_less_than_the_plain_form(grid):
+    block, fused = made(128, 4)
+    x = tokens(128, grid, images=9)
+    exact = everything(deepcopy(block).double(), x.double(), grid)
+    plain, ours = everything(block, x, grid, low=True), everything(fused, x, grid, low=True)
+    assert ours["out"].dtype == torch.float32
+    for name, value in exact.items():
+        if value.is_floating_point():
+            limit = 1.5 * relative(plain[name].double(), value) + 1e-3
+            assert relative(ours[name].double(), value) < limit, name
+
+
+def test_all_samples_may_drop_a_branch():
+    block, fused = made(64, 2, drop_path=0.999)
+    plain, ours = (everything(b, tokens(64, (4, 4)), (4, 4)) for b in (block, fused))
+    assert all(torch.isfinite(value).all() for value in ours.values())
+    assert torch.allclose(ours["out"], plain["out"])
+
+
+def test_what_it_gives_does_not_depend_on_the_number_of_threads():
+    x, run = torch.randn(700, 64), kernels()
+    grad, weight = torch.randn(700, 64), torch.randn(64)
+
+    def passes(threads):
+        torch.set_num_threads(threads)
+        out = [torch.empty(700, 64) for _ in range(2)]
+        sums = [torch.empty(64) for _ in range(3)]
+        run("layer_norm_backward", x.dtype, x, x, None, grad, 700, 1, 64, weight, 1e-6, out[0],
+            sums[0], sums[1])  # fmt: skip
+        run("bias_gelu_backward", x.dtype, x, weight, 700, 64, grad.clone(), out[1], sums[2])
+        return [*out, *sums]
+
+    before = torch.get_num_threads()
+    try:
+        one, two = passes(1), passes(2)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(value, low):
+    _, fused = made(64, 2)
+    x = tokens(64, (4, 4))
+    x[1, 3, 5] = value
+    found = everything(fused, x, (4, 4), low)
+    assert not torch.isfinite(found["out"]).all()
+    assert not torch.isfinite(found["mlp.fc1.weight"]).all()
+
+
+def test_a_network_by_kernels_trains_evaluates_and_recomputes():
+    torch.manual_seed(0)
+    plain = XCiT(64, 2, 2, patch_size=8, drop_path=0.2)
+    nets = {"plain": plain, "fused": deepcopy(plain), "again": deepcopy(plain)}
+    assert nets["fused"].fuse()
+    assert nets["again"].fuse()
+    nets["again"].checkpoint_blocks = True
+    x, gradients, features = torch.randn(4, 3, 40, 24), {}, {}
+    for name, net in nets.items():
+        torch.manual_seed(1)
+        net(x).square().sum().backward()
+        gradients[name] = torch.cat([p.grad.flatten() for p in net.parameters()])
+        with torch.inference_mode():
+            features[name] = net.eval()(x)
+    assert relative(gradients["fused"], gradients["plain"]) < 1e-5
+    assert torch.equal(gradients["again"], gradients["fused"])
+    assert torch.equal(features["again"], features["fused"])  # statistics saw the batch once
+    assert relative(features["fused"], features["plain"]) < 1e-5
+    with torch.inference_mode():
+        assert torch.allclose(nets["fused"](x[1:3]), features["fused"][1:3], atol=1e-6)
+    assert deepcopy(nets["fused"]).double()(x.double()).dtype == torch.float64  # not by kernels
+
+
+def test_it_keeps_less_for_the_backward_pass():
+    block, fused = made(128, 4)
+    x = tokens(128, (6, 6), images=32).requires_grad_()
+    kept = {b: kept_bytes(lambda b=b: b(x, (6, 6))) for b in (block, fused)}
+    assert kept[fused] < 0.8 * kept[block]
+
+
+def test_second_derivatives_are_refused():
+    _, fused = made(64, 2)
+    x = tokens(64, (4, 4)).requires_grad_()
+    (first,) = torch.autograd.grad(fused(x, (4, 4)).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        first.sum().backward()
+    assert issubclass(MLPBranch, torch.autograd.Function)
+
+
+BUILD = """
+import logging
+logging.basicConfig(level=logging.INFO)
+from ssl_xcit.models.kernels import kernels
+print("there" if kernels() is not None else "none")
+"""
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"), [("no-such-compiler", "no C++ compiler"), ("false", "did not build")]
+)
+def test_without_a_compiler_the_plain_forms_run(compiler, said, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD], capture_output=True, text=True, check=True,
+        env={"CXX": compiler, "XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.stdout == "none\n"
+    assert said in done.stderr
+    assert "slower plain forms" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_built_once_and_again_where_the_cache_cannot_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(room, "FLAGS", [flag.replace("-O3", "-O0") for flag in room.FLAGS])
+    assert kernels.__wrapped__() is not None
+    assert "kernels built for this processor" in capsys.readouterr().out
+    assert len(list((tmp_path / "ssl_xcit").iterdir())) == 1
+    assert kernels.__wrapped__() is not None
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert room.cache_folder().is_dir()
