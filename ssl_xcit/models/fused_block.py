@@ -14,7 +14,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssl_xcit.models.kernels import WIDTHS, Kernels
+from ssl_xcit.models.kernels import NAMES, Kernels
 from ssl_xcit.models.layers import DropPath, autocasting, scaled
 
 
@@ -29,17 +29,14 @@ class Samples(NamedTuple):
 ALL = Samples(None, None, 1.0)
 
 
-def applies(
-    x: Tensor, weight: Tensor, width: int, low: tuple[torch.dtype, ...] = (torch.bfloat16,)
-) -> bool:
-    """Whether there are kernels for tokens and weights like these, with heads of `width`."""
+def applies(x: Tensor, weight: Tensor) -> bool:
+    """Whether there are kernels for such tokens or pixels and weights."""
     return (
         type(x) is Tensor
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and width in WIDTHS
         and not torch.compiler.is_compiling()
-        and (not autocasting(x.device) or torch.get_autocast_dtype("cpu") in low)
+        and precision_of(x) in NAMES
     )
 
 
@@ -214,6 +211,34 @@ class AttentionBranch(torch.autograd.Function):
         )  # fmt: skip
 
 
+def normalisation(
+    bn: nn.BatchNorm2d, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(mean, 1 / deviation, times, plus) with which BatchNorm is times * x + plus: by a batch's
+    mean and biased variance of so many values, with which running statistics go on, or by these.
+    """
+    running_mean, running_var, momentum = bn.running_mean, bn.running_var, bn.momentum
+    assert running_mean is not None and running_var is not None  # noqa: PT018
+    if mean is None or var is None:
+        mean, var = running_mean.clone(), running_var
+    else:
+        assert momentum is not None and bn.num_batches_tracked is not None  # noqa: PT018
+        bn.num_batches_tracked += 1
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
+    rstd = (var + bn.eps).rsqrt()
+    times = weight * rstd
+    return mean, rstd, times, bias - mean * times
+
+
+def has_kernels(bn: nn.Module, images: int) -> bool:
+    """Whether there are kernels for this BatchNorm, not for that of several ranks, and images for
+    all threads.
+    """
+    return type(bn) is nn.BatchNorm2d and images >= torch.get_num_threads()
+
+
 class LocalBranch(torch.autograd.Function):
     """x + factor * LPI(norm(x)): of one image after another, so that all of its passes but those
     for BatchNorm's statistics stay in the cache.
@@ -239,7 +264,7 @@ class LocalBranch(torch.autograd.Function):
         bias2: Float[Tensor, " C"],
     ) -> Float[Tensor, "B N C"]:
         """Keep x and the first convolution's output."""
-        B, _, C = x.shape
+        B, N, C = x.shape
         taps1, taps2 = (w.view(C, 9).T.contiguous() for w in (weight1, weight2))
         convolved = torch.empty_like(x, dtype=low)
         mean, var = (torch.empty_like(gain) for _ in range(2)) if bn.training else (None, None)
@@ -247,19 +272,7 @@ class LocalBranch(torch.autograd.Function):
             "local_first", low, x, gain, shift, eps, taps1, bias1, B, *grid, C, convolved, mean,
             var,
         )  # fmt: skip
-        if mean is not None and var is not None:
-            count = x.numel() // C
-            assert bn.running_mean is not None and bn.running_var is not None  # noqa: PT018
-            assert bn.momentum is not None and bn.num_batches_tracked is not None  # noqa: PT018
-            bn.num_batches_tracked += 1
-            bn.running_mean.lerp_(mean, bn.momentum)
-            bn.running_var.lerp_(var * (count / max(count - 1, 1)), bn.momentum)
-        else:
-            assert bn.running_mean is not None and bn.running_var is not None  # noqa: PT018
-            mean, var = bn.running_mean, bn.running_var.clone()
-        rstd = (var + bn.eps).rsqrt()
-        times = bn_weight * rstd
-        plus = bn_bias - mean * times
+        mean, rstd, times, plus = normalisation(bn, bn_weight, bn_bias, mean, var, B * N)
         out = torch.empty_like(x)
         kernels(
             "local_second", low, x, convolved, times, plus, taps2, bias2, factor, B, *grid, C, out

@@ -432,6 +432,22 @@ void mix_backward(const T* qkv, const float* bias, const float* temperature, con
   std::copy(sums.begin() + 3 * C, sums.end(), d_temperature);
 }
 
+// Mean and biased variance from the sums (n, 2, C) of `count` values and their squares
+void spread(const std::vector<double>& partial, int64_t n, int64_t count, int64_t C, float* mean,
+            float* variance) {
+  for (int64_t c = 0; c < C; c++) {
+    double sum = 0.0, squares = 0.0;
+    for (int64_t i = 0; i < n; i++) {
+      sum += partial[i * 2 * C + c];
+      squares += partial[i * 2 * C + C + c];
+    }
+    sum /= double(count);
+    mean[c] = float(sum);
+    variance[c] = float(squares / double(count) - sum * sum);
+    if (variance[c] < 0.0f) variance[c] = 0.0f;  // NaN stays
+  }
+}
+
 // Local patch interaction of one image: tokens (rows, columns, C), kernels (9, C), zero padding.
 // out = bias + sum over taps of image[token + tap] * weight[tap]; `turned` takes tap -tap instead.
 void depthwise(const float* image, const float* weight, const float* bias, int64_t rows,
@@ -512,16 +528,7 @@ void local_first(const float* x, const float* gain, const float* shift, float ep
     }
   }
   if (!mean) return;
-  for (int64_t c = 0; c < C; c++) {
-    double sum = 0.0, squares = 0.0;
-    for (int64_t b = 0; b < B; b++) {
-      sum += partial[b * 2 * C + c];
-      squares += partial[b * 2 * C + C + c];
-    }
-    sum /= double(B * N);
-    mean[c] = float(sum);
-    variance[c] = float(std::max(0.0, squares / double(B * N) - sum * sum));
-  }
+  spread(partial, B, B * N, C, mean, variance);
 }
 
 // out = x + scale_b * conv(times * gelu(convolved) + plus)
@@ -636,6 +643,106 @@ void local_first_backward(const T* d_normed, const T* convolved, const float* me
   add_up(partial, B, 12 * C, sums);
 }
 
+// Stem: BatchNorm and GELU between convolutions; rows are pixels.
+// out = gelu(times * x + plus)
+template <typename T>
+void norm_gelu(const T* x, const float* times, const float* plus, int64_t rows, int64_t C, T* out) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++)
+#pragma omp simd
+    for (int64_t c = 0; c < C; c++)
+      down(gelu(up(x[row * C + c]) * times[c] + plus[c]), out[row * C + c]);
+}
+
+// grad becomes the gradient of times * x + plus. `sums` (2, C): of it, and of it times
+// (x - mean) * rstd.
+template <typename T>
+void norm_gelu_backward(const T* x, const float* times, const float* plus, const float* mean,
+                        const float* rstd, int64_t rows, int64_t C, T* grad, float* sums) {
+  int64_t n = parts(rows);
+  std::vector<float> partial(n * 2 * C, 0.0f);
+#pragma omp parallel for schedule(static)
+  for (int64_t part = 0; part < n; part++) {
+    float *sum = &partial[part * 2 * C], *along = sum + C;
+    for (int64_t row = part * PART; row < std::min(rows, (part + 1) * PART); row++) {
+      const T* in = x + row * C;
+      T* g = grad + row * C;
+#pragma omp simd
+      for (int64_t c = 0; c < C; c++) {
+        float value = up(in[c]), z = value * times[c] + plus[c], below, density;
+        normal(z, below, density);
+        float d = up(g[c]) * (below + z * density);
+        sum[c] += d;
+        along[c] += d * (value - mean[c]) * rstd[c];
+        down(d, g[c]);
+      }
+    }
+  }
+  add_up(partial, n, 2 * C, sums);
+}
+
+// Mean and biased variance of each column
+template <typename T>
+void column_moments(const T* x, int64_t rows, int64_t C, float* mean, float* variance) {
+  int64_t n = parts(rows);
+  std::vector<double> partial(n * 2 * C, 0.0);
+#pragma omp parallel for schedule(static)
+  for (int64_t part = 0; part < n; part++) {
+    double *sum = &partial[part * 2 * C], *squares = sum + C;
+    for (int64_t row = part * PART; row < std::min(rows, (part + 1) * PART); row++)
+#pragma omp simd
+      for (int64_t c = 0; c < C; c++) {
+        double value = up(x[row * C + c]);
+        sum[c] += value;
+        squares[c] += value * value;
+      }
+  }
+  spread(partial, n, rows, C, mean, variance);
+}
+
+// out = times * x + plus
+template <typename T>
+void affine(const T* x, const float* times, const float* plus, int64_t rows, int64_t C, float* out) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++)
+#pragma omp simd
+    for (int64_t c = 0; c < C; c++) out[row * C + c] = up(x[row * C + c]) * times[c] + plus[c];
+}
+
+// Sums of BatchNorm's gradient, and of it times the normalised input: (2, C)
+template <typename T>
+void batch_norm_sums(const float* grad, const T* x, const float* mean, const float* rstd,
+                     int64_t rows, int64_t C, float* sums) {
+  int64_t n = parts(rows);
+  std::vector<float> partial(n * 2 * C, 0.0f);
+#pragma omp parallel for schedule(static)
+  for (int64_t part = 0; part < n; part++) {
+    float *sum = &partial[part * 2 * C], *along = sum + C;
+    for (int64_t row = part * PART; row < std::min(rows, (part + 1) * PART); row++)
+#pragma omp simd
+      for (int64_t c = 0; c < C; c++) {
+        float g = grad[row * C + c];
+        sum[c] += g;
+        along[c] += g * (up(x[row * C + c]) - mean[c]) * rstd[c];
+      }
+  }
+  add_up(partial, n, 2 * C, sums);
+}
+
+// out = times * (grad - of_mean - (x - mean) * rstd * of_variance)
+template <typename Grad, typename T>
+void batch_norm_backward(const Grad* grad, const T* x, const float* mean, const float* rstd,
+                         const float* times, const float* of_mean, const float* of_variance,
+                         int64_t rows, int64_t C, T* out) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++)
+#pragma omp simd
+    for (int64_t c = 0; c < C; c++) {
+      float hat = (up(x[row * C + c]) - mean[c]) * rstd[c];
+      down(times[c] * (up(grad[row * C + c]) - of_mean[c] - hat * of_variance[c]), out[row * C + c]);
+    }
+}
+
 }  // namespace
 
 #define FOR_WIDTH(d, call)          \
@@ -698,6 +805,37 @@ void local_first_backward(const T* d_normed, const T* convolved, const float* me
       int64_t B, int64_t rows, int64_t columns, int64_t C, float* dx, float* sums) {               \
     local_first_backward<T>(d_normed, convolved, mean, rstd, times, of_mean, of_variance, x, gain, \
                             shift, eps, weight, grad, B, rows, columns, C, dx, sums);              \
+  }                                                                                                \
+  void norm_gelu_##NAME(const T* x, const float* times, const float* plus, int64_t rows,           \
+                        int64_t C, T* out) {                                                       \
+    norm_gelu<T>(x, times, plus, rows, C, out);                                                    \
+  }                                                                                                \
+  void norm_gelu_backward_##NAME(const T* x, const float* times, const float* plus,                \
+                                 const float* mean, const float* rstd, int64_t rows, int64_t C,    \
+                                 T* grad, float* sums) {                                           \
+    norm_gelu_backward<T>(x, times, plus, mean, rstd, rows, C, grad, sums);                        \
+  }                                                                                                \
+  void column_moments_##NAME(const T* x, int64_t rows, int64_t C, float* mean, float* var) {       \
+    column_moments<T>(x, rows, C, mean, var);                                                      \
+  }                                                                                                \
+  void affine_##NAME(const T* x, const float* times, const float* plus, int64_t rows, int64_t C,   \
+                     float* out) {                                                                 \
+    affine<T>(x, times, plus, rows, C, out);                                                       \
+  }                                                                                                \
+  void batch_norm_sums_##NAME(const float* grad, const T* x, const float* mean, const float* rstd, \
+                              int64_t rows, int64_t C, float* sums) {                              \
+    batch_norm_sums<T>(grad, x, mean, rstd, rows, C, sums);                                        \
+  }                                                                                                \
+  void batch_norm_backward_##NAME(const T* grad, const T* x, const float* mean, const float* rstd, \
+                                  const float* times, const float* of_mean,                        \
+                                  const float* of_variance, int64_t rows, int64_t C, T* out) {     \
+    batch_norm_backward<T, T>(grad, x, mean, rstd, times, of_mean, of_variance, rows, C, out);     \
+  }                                                                                                \
+  void batch_norm_backward_last_##NAME(const float* grad, const T* x, const float* mean,           \
+                                       const float* rstd, const float* times,                      \
+                                       const float* of_mean, const float* of_variance,             \
+                                       int64_t rows, int64_t C, T* out) {                          \
+    batch_norm_backward<float, T>(grad, x, mean, rstd, times, of_mean, of_variance, rows, C, out); \
   }                                                                                                \
   int mix_##NAME(const T* qkv, const float* bias, const float* temperature, int64_t B, int64_t N,  \
                  int64_t H, int64_t d, T* out) {                                                   \

@@ -23,11 +23,13 @@ from ssl_xcit.models.class_attention import ClassAttentionBlock
 from ssl_xcit.models.fused_block import (
     applies,
     attention_branch,
+    has_kernels,
     local_branch,
     mlp_branch,
     samples_of,
 )
-from ssl_xcit.models.kernels import kernels
+from ssl_xcit.models.fused_stem import fused_stem
+from ssl_xcit.models.kernels import WIDTHS, kernels
 from ssl_xcit.models.layers import (
     LAYER_NORM_EPS,
     MLP,
@@ -109,9 +111,16 @@ class Stem(nn.Module):
             conv = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
             layers.append(nn.Sequential(conv, nn.BatchNorm2d(channels_out)))
         self.proj = nn.Sequential(*layers)
+        self.fused = False  # see `XCiT.fuse`
 
     def forward(self, x: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C h w"]:
         """(B, in_chans, H, W) -> (B, C, ceil(H / p), ceil(W / p)), channels-last."""
+        if self.fused and not x.requires_grad:
+            layers: Any = self.proj[::2]
+            if applies(x, layers[0][0].weight) and has_kernels(layers[0][1], len(x)):
+                run = kernels()
+                assert run is not None
+                return fused_stem(run, x, list(layers))
         return self.proj(x.contiguous(memory_format=torch.channels_last))
 
 
@@ -208,7 +217,7 @@ class XCABlock(nn.Module):
         """Three residual branches in the paper's order; the statistics of channel attention are
         those of the tokens that are not `left_out`.
         """
-        if self.fused and left_out is None and applies(x, self.gamma1, self.attn.head_dim):
+        if self.fused and left_out is None and applies(x, self.gamma1):
             return self.by_kernels(x, grid)
         if left_out is None:
             x = self.drop_path.by_sample(x, lambda kept: self.attn(self.norm1(kept), self.gamma1))
@@ -231,7 +240,7 @@ class XCABlock(nn.Module):
             x = drop.by_sample(x, lambda kept: self.attn(self.norm1(kept), self.gamma1))
         else:
             x = attention_branch(run, x, self.norm1, self.attn, self.gamma1, samples_of(drop, x))
-        if type(self.local_mp.bn) is nn.BatchNorm2d and len(x) >= torch.get_num_threads():
+        if has_kernels(self.local_mp.bn, len(x)):
             factor = drop.draw(x)
             factor = None if factor is None else factor.flatten()
             x = local_branch(run, x, self.norm3, self.local_mp, grid, self.gamma3, factor)
@@ -347,9 +356,10 @@ class XCiT(nn.Module):
         whether there are any. Outputs are the same within rounding.
         """
         there = kernels() is not None
+        self.patch_embed.fused = there
         for block in self.blocks:
             assert isinstance(block, XCABlock)
-            block.fused = there
+            block.fused = there and block.attn.head_dim in WIDTHS
         return there
 
     def embedded_patches(

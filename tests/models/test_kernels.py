@@ -11,7 +11,7 @@ from numerics import kept_bytes, relative
 from ssl_xcit.models import kernels as room
 from ssl_xcit.models.fused_block import MLPBranch
 from ssl_xcit.models.kernels import kernels
-from ssl_xcit.models.xcit import XCABlock, XCiT
+from ssl_xcit.models.xcit import Stem, XCABlock, XCiT
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
 GRIDS = {"square": (6, 6), "odd": (3, 7), "one token": (1, 1), "wide": (2, 33)}
@@ -190,3 +190,36 @@ def test_built_once_and_again_where_the_cache_cannot_be_written(tmp_path, monkey
     assert capsys.readouterr().out == ""
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert room.cache_folder().is_dir()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    ("patch", "dim", "size", "channels"),
+    [(16, 128, (33, 47), 3), (8, 64, (32, 32), 4), (4, 32, (9, 8), 1)],
+)
+def test_the_stem_by_kernels_is_the_stem(patch, dim, size, channels, training):
+    torch.manual_seed(0)
+    stem = Stem(patch, channels, dim).train(training)
+    for parameter in stem.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    fused = deepcopy(stem)
+    fused.fused = True
+    x = torch.randn(5, channels, *size)
+    found = {}
+    for name, one, like in (
+        ("exact", deepcopy(stem).double(), x.double()),
+        ("plain", stem, x),
+        ("ours", fused, x),
+    ):
+        out = one(like)
+        out.backward(torch.ones_like(out) * torch.arange(dim, dtype=out.dtype)[:, None, None])
+        gradients = {n: p.grad for n, p in one.named_parameters()}
+        found[name] = {"out": out.detach(), **gradients, **dict(one.named_buffers())}
+    for name, value in found["exact"].items():
+        scale = value.abs().max().clamp_min(1e-3)
+        error = ((found["ours"][name] - value).abs().max() / scale).item()
+        allowed = ((found["plain"][name] - value).abs().max() / scale).item()
+        assert error < max(1e-5, 3 * allowed), (name, error, allowed)
+    pixels = x.clone().requires_grad_()
+    fused(pixels).sum().backward()  # the plain form's, which has this gradient
+    assert pixels.grad is not None
