@@ -151,12 +151,20 @@ def of_weights(content: Mapping[str, Any], max_pixels: int = MAX_PIXELS) -> Prep
 def normalise(
     pixels: UInt8[Tensor, "*any channels h w"], preprocess: Preprocess
 ) -> Float[Tensor, "*any channels h w"]:
-    """Return (x / 255 - mean) / std in float32; the memory's order is kept."""
+    """Return (x / 255 - mean) / std in float32; the memory's order is kept. Channels-last images are
+    treated row by row: loops over three channels take four times as long.
+    """
     mean, std = (
         torch.tensor(values).mul_(255.0)[:, None, None].to(pixels.device, non_blocking=True)
         for values in preprocess.statistics()
     )
-    return (pixels.float() - mean).div_(std)
+    out = pixels.float()
+    by_pixel = out.movedim(-3, -1)
+    if by_pixel.is_contiguous():
+        mean, std = (values.flatten().repeat(by_pixel.shape[-2]) for values in (mean, std))
+        by_pixel.flatten(-2).sub_(mean).div_(std)
+        return out
+    return out.sub_(mean).div_(std)
 
 
 def to_views(

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from samples import PLAIN, SMALL, encoded, gradient_image, peak_memory
 from torchvision.transforms import v2
 
 from ssl_xcit.data.decode import RGB, open_picture
 from ssl_xcit.data.fused import FusedMultiCrop
-from ssl_xcit.data.multicrop import Recipe, TorchvisionMultiCrop
+from ssl_xcit.data.multicrop import PAIRS, Recipe, TorchvisionMultiCrop
 from ssl_xcit.data.preprocess import normalise, resize_center_crop, to_views
 
 
@@ -104,3 +105,14 @@ def test_blur_is_in_proportion_to_the_crops():
     assert Recipe(global_size=224).blur_std() == (0.1, 2.0)
     assert Recipe(global_size=56, blur_radius=(0.2, 1.0)).blur_std() == (0.05, 0.25)
     assert Recipe(stages=[{"until": 0.5, "global_size": 112}]).at(0.1).blur_std() == (0.05, 1.0)
+
+
+@pytest.mark.parametrize("kind", [FusedMultiCrop, TorchvisionMultiCrop])
+def test_numbers_from_yaml_are_plain_tuples(kind):
+    """To read one of OmegaConf's lists takes as long as to make a crop."""
+    numbers = {name: list(getattr(kind(), name)) for name in PAIRS}
+    augment = kind(**OmegaConf.create(numbers), stages=[{"until": 0.5, "num_local": 1}])
+    for recipe in (augment, augment.at(0.2)):
+        for name, values in numbers.items():
+            assert type(getattr(recipe, name)) is tuple
+            assert list(getattr(recipe, name)) == values
