@@ -3,10 +3,10 @@
     python benchmarks/overhead.py [--rounds 7] [--steps 40] [--words "model=xcit_nano_12_p16 ..."]
 
 Each round trains on the built-in photographs without evaluation or report, with the command's
-logging, health, checkpoint and loader, and then takes as many steps alone, on random pixels, in the
-same process. `around`: seconds from one step's start to the next over seconds inside the step, which
-is what the trainer does between steps, waiting for data included. `whole`: seconds from one step's
-start to the next over a step alone, which has the crops' share of the processor in it as well.
+logging, health, checkpoint and loader, and then takes as many steps alone, on random pixels, in
+the same process. `around`: seconds from one step's start to the next over seconds inside the step,
+which is what the trainer does between steps, waiting for data included. `whole`: seconds from one
+step's start to the next over a step alone, which has the crops' share of the processor in it, too.
 Writes benchmarks/results/overhead.json.
 """
 

@@ -52,6 +52,9 @@ def examine(settings: DoctorSettings) -> Iterator[checks.Line]:
     yield checks.about_package(ssl_xcit.__version__, Path(ssl_xcit.__file__).parents[1])
     flags = hardware.processor_flags()
     yield checks.check_cores(hardware.processor(), cores, usable, hardware.cpu_quota(), flags)
+    compiler, is_there = hardware.cpp_compiler()
+    version = hardware.compiler_version(compiler) if is_there else None
+    yield checks.check_cpp_compiler(compiler[0], version)
     yield checks.check_memory(*checks.memory_here(), hardware.memory_limit())
     if (shared := checks.shared_memory_here()) is not None:
         total, free, writable = shared

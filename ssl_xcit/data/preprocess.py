@@ -151,8 +151,8 @@ def of_weights(content: Mapping[str, Any], max_pixels: int = MAX_PIXELS) -> Prep
 def normalise(
     pixels: UInt8[Tensor, "*any channels h w"], preprocess: Preprocess
 ) -> Float[Tensor, "*any channels h w"]:
-    """Return (x / 255 - mean) / std in float32; the memory's order is kept. Channels-last images are
-    treated row by row: loops over three channels take four times as long.
+    """Return (x / 255 - mean) / std in float32; the memory's order is kept. Channels-last images
+    are treated row by row: loops over three channels take four times as long.
     """
     mean, std = (
         torch.tensor(values).mul_(255.0)[:, None, None].to(pixels.device, non_blocking=True)

@@ -163,6 +163,17 @@ def check_cores(processor: str, cores: int, usable: int, quota: float | None, fl
     return Line("ok", "cores", about)
 
 
+def check_cpp_compiler(compiler: str, version: str | None) -> Line:
+    """The C++ compiler that builds kernels for this processor; `version=None`: there is none."""
+    if version is None:
+        fix = "apt install g++, or name another in CXX"
+        return Line(
+            "note", "compiler", f"no {compiler}: training on a CPU takes about half as long again",
+            fix,
+        )  # fmt: skip
+    return Line("ok", "compiler", f"{version}, for kernels of this processor")
+
+
 def check_memory(total: int, available: int, limit: int | None) -> Line:
     """Main memory, and the limit that a container or a job has."""
     most = total if limit is None else min(total, limit)

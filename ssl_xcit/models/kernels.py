@@ -11,8 +11,6 @@ import hashlib
 import logging
 import os
 import platform
-import shlex
-import shutil
 import subprocess
 import tempfile
 import time
@@ -23,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_xcit.utils.hardware import processor, processor_flags
+from ssl_xcit.utils.files import default_cache
+from ssl_xcit.utils.hardware import compiler_version, cpp_compiler, processor, processor_flags
 from ssl_xcit.utils.terminal import say
 
 log = logging.getLogger(__name__)
@@ -71,17 +70,23 @@ def kernels() -> Kernels | None:
     """The kernels for this processor, built at the first call on a machine (seconds) and kept in
     the user's cache folder; None, with a line that says why, where they cannot be built.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    if shutil.which(compiler[0]) is None:
+    compiler, is_there = cpp_compiler()
+    if not is_there:
         log.info("no C++ compiler (%s), so training takes the slower plain forms", compiler[0])
         return None
     flags = [*FLAGS]
     if platform.machine().lower() in ("x86_64", "amd64"):
         flags.append("-mprefer-vector-width=512")
-    version = _output([*compiler, "--version"])
-    what = (SOURCE.read_bytes(), *flags, *compiler, version, processor(), processor_flags())
+    what = (
+        SOURCE.read_bytes(),
+        *flags,
+        *compiler,
+        compiler_version(compiler),
+        processor(),
+        processor_flags(),
+    )
     digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
-    path = cache_folder() / f"kernels-{digest}.so"
+    path = cache_folder() / f"{digest}.so"
     try:
         if not path.exists():
             _build([*compiler, *flags], path)
@@ -96,18 +101,18 @@ def kernels() -> Kernels | None:
 
 
 def cache_folder() -> Path:
-    """Where built kernels stay; a new folder of this process where that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ssl_xcit"
-    with suppress(OSError, RuntimeError):
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+    """Where built kernels stay: the user's own; or else a new folder of this process."""
+    folder = default_cache() / "kernels"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
             return folder
     return Path(tempfile.mkdtemp(prefix="ssl_xcit_"))
 
 
 def _build(command: list[str], path: Path) -> None:
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".kernels-") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
         compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
         # linked without -fopenmp: threads are those of the OpenMP that torch has loaded
         for words in (
@@ -118,9 +123,3 @@ def _build(command: list[str], path: Path) -> None:
         linked.replace(path)  # at once: other processes may be building it, too
     seconds = time.perf_counter() - started
     say(f"kernels built for this processor in {seconds:.0f} s, once on this machine: {path}")
-
-
-def _output(command: list[str]) -> str:
-    with suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return ""

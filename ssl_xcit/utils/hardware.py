@@ -7,7 +7,9 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -95,17 +97,32 @@ def keep_memory() -> None:
             library.mallopt(option, value)
 
 
+def cpp_compiler() -> tuple[list[str], bool]:
+    """The words that call the C++ compiler, `CXX` or g++, and whether it is there."""
+    words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    return words, shutil.which(words[0]) is not None
+
+
+def compiler_version(compiler: Sequence[str]) -> str:
+    """What it says of itself, on one line."""
+    with suppress(OSError):
+        done = subprocess.run(
+            [*compiler, "--version"], capture_output=True, text=True, check=False, timeout=60
+        )
+        return done.stdout.partition("\n")[0].strip()
+    return ""
+
+
 def check_compiler(on_cpu: bool) -> None:
     """That `compile=true` finds what it needs, before the data is read.
 
     Raises:
         UserError: no C++ compiler for a CPU.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    if on_cpu and shutil.which(compiler[0]) is None:
+    if on_cpu and not cpp_compiler()[1]:
         raise UserError(
             "compile=true needs a C++ compiler on a CPU, and there is no g++: install one (Debian: "
-            "apt install g++), name another in CXX, or leave compile=false"
+            "apt install g++), name another in CXX, or leave compile=auto"
         )
 
 

@@ -114,6 +114,13 @@ def test_cores_and_memory_against_cgroup_limits():
     assert "cgroup limit 2.0 GB" in checks.check_memory(64 * GB, 50 * GB, 2 * GB).facts
 
 
+def test_the_compiler_of_kernels():
+    assert checks.check_cpp_compiler("g++", "g++ (Debian) 12.2.0").state == "ok"
+    line = checks.check_cpp_compiler("g++", None)
+    assert line.state == "note"
+    assert "-> apt install g++" in words(line)
+
+
 def test_dockers_64_mb_of_shared_memory():
     line = checks.check_shared_memory(64 << 20, 64 << 20, num_workers=1, batch_size=64)
     assert line.state == "problem"

@@ -185,7 +185,7 @@ def test_built_once_and_again_where_the_cache_cannot_be_written(tmp_path, monkey
     monkeypatch.setattr(room, "FLAGS", [flag.replace("-O3", "-O0") for flag in room.FLAGS])
     assert kernels.__wrapped__() is not None
     assert "kernels built for this processor" in capsys.readouterr().out
-    assert len(list((tmp_path / "ssl_xcit").iterdir())) == 1
+    assert len(list((tmp_path / "ssl_xcit" / "kernels").iterdir())) == 1
     assert kernels.__wrapped__() is not None
     assert capsys.readouterr().out == ""
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
