@@ -30,6 +30,11 @@ KINDS = {
     "native_layer_norm": "LayerNorm", "native_layer_norm_backward": "LayerNorm",
     "copy_": "copies", "cat": "copies", "fill_": "copies", "zero_": "copies",
     "_fused_adamw_": "AdamW", "lerp_": "EMA", "_foreach_lerp_": "EMA",
+    **{
+        name + way: "kernels"
+        for name in ("MLPBranch", "AttentionBranch", "LocalBranch", "FusedStem")
+        for way in ("", "Backward")
+    },
     "_softmax": "softmax", "_softmax_backward_data": "softmax", "softmax": "softmax",
 }  # fmt: skip
 
@@ -89,11 +94,14 @@ def main() -> None:
         for _ in range(3):
             sides["ours"]()
     spent: Counter[str] = Counter()
+    copies = 0
     for row in profiled.key_averages():
+        copies += row.count * (row.key == "aten::copy_")
         spent[KINDS.get(row.key.removeprefix("aten::"), "all else")] += row.self_cpu_time_total
     total = sum(spent.values())
     costs = {kind: round(100 * value / total, 1) for kind, value in spent.most_common()}
     print("where our step's time goes, in %: " + ", ".join(f"{k} {v}" for k, v in costs.items()))
+    print(f"calls of copy_ a step: {copies // 3:,}")
     save("utilisation", {f"{ARGS.model}, {ARGS.precision}, batch {ARGS.batch}": {
         "gflop_an_image": nominal / ARGS.batch / 1e9,
         "gflop_an_image_executed": work["ours"] / ARGS.batch / 1e9,
@@ -101,6 +109,7 @@ def main() -> None:
         "share": median,
         "share_by_round": shares,
         "percent_of_time": costs,
+        "copies": copies // 3,
     }})  # fmt: skip
 
 

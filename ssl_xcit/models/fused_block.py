@@ -40,6 +40,15 @@ def applies(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody waits for a layer inside to be called, which the kernels would not do."""
+    return any(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+        for layer in module.modules()
+        if layer is not module
+    )
+
+
 def precision_of(x: Tensor) -> torch.dtype:
     """What activations are kept in."""
     return torch.get_autocast_dtype("cpu") if autocasting(x.device) else x.dtype
@@ -225,8 +234,9 @@ def normalisation(
     else:
         assert momentum is not None and bn.num_batches_tracked is not None  # noqa: PT018
         bn.num_batches_tracked += 1
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
+        # by .data, as torch's BatchNorm does: another pass by it may have saved them for its gradient
+        running_mean.data.lerp_(mean, momentum)
+        running_var.data.lerp_(var * (count / max(count - 1, 1)), momentum)
     rstd = (var + bn.eps).rsqrt()
     times = weight * rstd
     return mean, rstd, times, bias - mean * times

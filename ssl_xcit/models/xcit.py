@@ -24,6 +24,7 @@ from ssl_xcit.models.fused_block import (
     applies,
     attention_branch,
     has_kernels,
+    is_watched,
     local_branch,
     mlp_branch,
     samples_of,
@@ -115,7 +116,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C h w"]:
         """(B, in_chans, H, W) -> (B, C, ceil(H / p), ceil(W / p)), channels-last."""
-        if self.fused and not x.requires_grad:
+        if self.fused and not x.requires_grad and not is_watched(self):
             layers: Any = self.proj[::2]
             if applies(x, layers[0][0].weight) and has_kernels(layers[0][1], len(x)):
                 run = kernels()
@@ -217,7 +218,8 @@ class XCABlock(nn.Module):
         """Three residual branches in the paper's order; the statistics of channel attention are
         those of the tokens that are not `left_out`.
         """
-        if self.fused and left_out is None and applies(x, self.gamma1):
+        fused = self.fused and left_out is None and applies(x, self.gamma1)
+        if fused and not is_watched(self):
             return self.by_kernels(x, grid)
         if left_out is None:
             x = self.drop_path.by_sample(x, lambda kept: self.attn(self.norm1(kept), self.gamma1))

@@ -142,6 +142,27 @@ def test_a_network_by_kernels_trains_evaluates_and_recomputes():
     assert deepcopy(nets["fused"]).double()(x.double()).dtype == torch.float64  # not by kernels
 
 
+def test_a_layer_that_is_watched_is_called():
+    block, fused = made(64, 2)
+    seen = []
+    hook = fused.attn.register_forward_pre_hook(lambda attn, inputs: seen.append(inputs[0].shape))
+    plain, ours = (everything(b, tokens(64, (4, 4)), (4, 4)) for b in (block, fused))
+    assert seen == [(5, 16, 64)]
+    assert torch.equal(ours["out"], plain["out"])
+    hook.remove()
+    everything(fused, tokens(64, (4, 4)), (4, 4))
+    assert len(seen) == 1
+
+
+def test_a_pass_by_the_plain_form_before_one_by_kernels():
+    """As with masks, where the tokens that are left out are the plain form's."""
+    _, fused = made(64, 2)
+    x = tokens(64, (4, 4)).requires_grad_()
+    left_out = torch.zeros(5, 16, dtype=torch.bool)
+    (fused(x, (4, 4), left_out).sum() + fused(x, (4, 4)).sum()).backward()
+    assert x.grad is not None
+
+
 def test_it_keeps_less_for_the_backward_pass():
     block, fused = made(128, 4)
     x = tokens(128, (6, 6), images=32).requires_grad_()
