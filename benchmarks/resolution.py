@@ -19,12 +19,14 @@ from measure import compared, extra_memory, interleaved, line, save
 from torch import nn
 
 from ssl_xcit import create_model
+from ssl_xcit.models.devices import prepare_cpu
 
 
 def models() -> dict[str, nn.Module]:
     """All in training mode, without stochastic depth or a classifier."""
     patch = int(ARGS.model.rsplit("_p", 1)[1])
     ours = create_model(f"xcit_{ARGS.model}")
+    prepare_cpu(ours)
     found: dict[str, nn.Module] = {
         "ours": ours,
         "timm": timm.create_model(f"xcit_{ARGS.model}_224", num_classes=0).train(),

@@ -58,10 +58,12 @@ from ssl_xcit.training.session import (
     train,
 )
 from ssl_xcit.training.settings import PretrainSettings
+from ssl_xcit.training.step_memory import networks_of
 from ssl_xcit.training.trainer import make_trainer, runs_on_cpu
 from ssl_xcit.utils.files import write_json
 from ssl_xcit.utils.hardware import (
     check_compiler,
+    compiles_on_gpu,
     default_workers,
     precision_for,
 )
@@ -83,7 +85,8 @@ def main(settings: PretrainSettings) -> Path:
     precision = precision_for(str(settings.trainer.precision), on_cpu)
     settings = replace(settings, trainer=replace(settings.trainer, precision=precision))
     if settings.compile == "auto" and not on_cpu:
-        settings = replace(settings, compile=not settings.checkpoint_blocks)
+        compiles = compiles_on_gpu() and not settings.checkpoint_blocks
+        settings = replace(settings, compile=compiles)
     if settings.compile is True:
         check_compiler(on_cpu)
     hydra = HydraConfig.get()
@@ -139,7 +142,8 @@ def main(settings: PretrainSettings) -> Path:
     def networks(plan: Plan) -> Pretraining:
         made = make_module(settings, plan, preprocess, start)
         if settings.compile == "auto":
-            prepare_cpu(made)
+            for network in networks_of(made):
+                prepare_cpu(network)
         if settings.compile is True:  # SharedBatchNorm of several ranks breaks a program in two
             for network in (made.student, made.teacher):
                 network.compile_backbone(plan.objective.takes_patches, trainer.world_size == 1)

@@ -158,7 +158,7 @@ def normalise(
         torch.tensor(values).mul_(255.0)[:, None, None].to(pixels.device, non_blocking=True)
         for values in preprocess.statistics()
     )
-    out = pixels.float()
+    out = pixels.to(torch.float32, copy=True)
     by_pixel = out.movedim(-3, -1)
     if by_pixel.is_contiguous():
         mean, std = (values.flatten().repeat(by_pixel.shape[-2]) for values in (mean, std))

@@ -7,6 +7,7 @@ gradient are float32. For the backward pass x and what the large products gave a
 and attention are computed again, inside the cache. No second derivatives.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,14 +30,16 @@ class Samples(NamedTuple):
 ALL = Samples(None, None, 1.0)
 
 
-def applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether there are kernels for such tokens or pixels and weights."""
+def applies(x: Tensor, module: nn.Module) -> bool:
+    """Whether there are kernels for such tokens or pixels and a module's weights."""
     return (
         type(x) is Tensor
         and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == torch.float32
         and not torch.compiler.is_compiling()
         and precision_of(x) in NAMES
+        and all(weight.dtype == torch.float32 for weight in module.parameters())
+        and not is_watched(module)
     )
 
 
@@ -75,6 +78,7 @@ class Branch:
         self.B, self.N, self.C = x.shape
         self.images = self.B if samples.kept is None else len(samples.kept)
         self.rows = self.images * self.N
+        self.keeps = torch.is_grad_enabled()
 
     def normed(self, x: Tensor, gain: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
         """The norm of those that take the branch, (rows, C)."""
@@ -136,7 +140,7 @@ class MLPBranch(torch.autograd.Function):
         w1, w2 = weight1.to(low), weight2.to(low)
         normed = branch.normed(x, gain, shift)
         inner = normed @ w1.T
-        active = torch.empty_like(inner)
+        active = torch.empty_like(inner) if branch.keeps else inner
         branch.kernels("bias_gelu", low, inner, bias1, branch.rows, len(w1), active)
         ctx.branch = branch
         ctx.save_for_backward(x, gain, shift, w1, bias1, w2, inner)
@@ -234,7 +238,7 @@ def normalisation(
     else:
         assert momentum is not None and bn.num_batches_tracked is not None  # noqa: PT018
         bn.num_batches_tracked += 1
-        # by .data, as torch's BatchNorm does: another pass by it may have saved them for its gradient
+        # by .data: a pass by torch's BatchNorm may have saved them for its gradient
         running_mean.data.lerp_(mean, momentum)
         running_var.data.lerp_(var * (count / max(count - 1, 1)), momentum)
     rstd = (var + bn.eps).rsqrt()
@@ -242,11 +246,14 @@ def normalisation(
     return mean, rstd, times, bias - mean * times
 
 
-def has_kernels(bn: nn.Module, images: int) -> bool:
-    """Whether there are kernels for this BatchNorm, not for that of several ranks, and images for
-    all threads.
+def has_kernels(norms: Sequence[nn.Module], images: int) -> bool:
+    """Whether there are kernels for these BatchNorms, not for those of several ranks, and images
+    for all threads.
     """
-    return type(bn) is nn.BatchNorm2d and images >= torch.get_num_threads()
+    return images >= torch.get_num_threads() and all(
+        type(bn) is nn.BatchNorm2d and bn.momentum is not None and bn.running_mean is not None
+        for bn in norms
+    )
 
 
 class LocalBranch(torch.autograd.Function):

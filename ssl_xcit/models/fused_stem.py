@@ -73,6 +73,7 @@ class FusedStem(torch.autograd.Function):
             weights.append(weight.to(low, memory_format=torch.channels_last))
             inputs = activated(kernels, layers[-1]) if layers else pixels
             convolved = torch.ops.aten.convolution(inputs, weights[-1], None, *HALVING)
+            convolved = convolved.contiguous(memory_format=torch.channels_last)
             mean, var = moments(kernels, convolved) if bn.training else (None, None)
             count = convolved.numel() // len(weight)
             found = normalisation(bn, bn_weight, bn_bias, mean, var, count)
@@ -123,6 +124,8 @@ class FusedStem(torch.autograd.Function):
             d_normed, d_weight, _ = torch.ops.aten.convolution_backward(
                 d_convolved, inputs, weights[i], None, *HALVING, [i > 0, True, False]
             )
+            if i:
+                d_normed = d_normed.contiguous(memory_format=torch.channels_last)
             found = [d_weight.to(grad.dtype), d_gain, d_bias, *found]
         return (None, None, None, None, *found)
 

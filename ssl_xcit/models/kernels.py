@@ -74,52 +74,54 @@ def kernels() -> Kernels | None:
     if not is_there:
         log.info("no C++ compiler (%s), so training takes the slower plain forms", compiler[0])
         return None
-    flags = [*FLAGS]
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        flags.append("-mprefer-vector-width=512")
-    what = (
-        SOURCE.read_bytes(),
-        *flags,
-        *compiler,
-        compiler_version(compiler),
-        processor(),
-        processor_flags(),
-    )
-    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
-    path = cache_folder() / f"{digest}.so"
     try:
-        if not path.exists():
-            _build([*compiler, *flags], path)
-        return Kernels(path)
+        return _loaded(compiler)
     except (OSError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
+        output = str(getattr(error, "stderr", None) or error).strip() or type(error).__name__
         log.warning(
             "%s did not build the kernels for this processor, so training takes the slower plain "
-            "forms: %s", compiler[0], output.strip().splitlines()[0],
+            "forms: %s", compiler[0], output.splitlines()[0],
         )  # fmt: skip
         return None
 
 
+def _loaded(compiler: list[str]) -> Kernels:
+    flags = [*FLAGS]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        flags.append("-mprefer-vector-width=512")
+    about = compiler_version(compiler), processor(), processor_flags()
+    what = (SOURCE.read_bytes(), *flags, *compiler, *about)
+    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    path = cache_folder() / f"{digest}.so"
+    with suppress(OSError):  # not there yet, or cut short
+        return Kernels(path)
+    return _built(compiler, flags, path)
+
+
 def cache_folder() -> Path:
-    """Where built kernels stay: the user's own; or else a new folder of this process."""
-    folder = default_cache() / "kernels"
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
-            return folder
-    return Path(tempfile.mkdtemp(prefix="ssl_xcit_"))
+    """Where built kernels stay: a folder that is the user's own, or else a new one."""
+    for folder in (default_cache(), Path(tempfile.gettempdir()) / f"ssl_xcit-{os.getuid()}"):
+        with suppress(OSError):
+            inner = folder / "kernels"
+            inner.mkdir(parents=True, exist_ok=True, mode=0o700)
+            owners = {inner.stat().st_uid, folder.stat().st_uid}
+            if owners == {os.getuid()} and os.access(inner, os.W_OK):
+                return inner
+    return Path(tempfile.mkdtemp(prefix="ssl_xcit-"))
 
 
-def _build(command: list[str], path: Path) -> None:
+def _built(compiler: list[str], flags: list[str], path: Path) -> Kernels:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
         compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
         # linked without -fopenmp: threads are those of the OpenMP that torch has loaded
         for words in (
-            [*command, "-c", str(SOURCE), "-o", str(compiled)],
-            [command[0], "-shared", str(compiled), "-o", str(linked)],
+            [*compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)],
+            [*compiler, "-shared", str(compiled), "-o", str(linked)],
         ):
             subprocess.run(words, check=True, capture_output=True, text=True)
+        loaded = Kernels(linked)
         linked.replace(path)  # at once: other processes may be building it, too
     seconds = time.perf_counter() - started
     say(f"kernels built for this processor in {seconds:.0f} s, once on this machine: {path}")
+    return loaded

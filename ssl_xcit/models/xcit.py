@@ -24,13 +24,12 @@ from ssl_xcit.models.fused_block import (
     applies,
     attention_branch,
     has_kernels,
-    is_watched,
     local_branch,
     mlp_branch,
     samples_of,
 )
 from ssl_xcit.models.fused_stem import fused_stem
-from ssl_xcit.models.kernels import WIDTHS, kernels
+from ssl_xcit.models.kernels import WIDTHS, Kernels, kernels
 from ssl_xcit.models.layers import (
     LAYER_NORM_EPS,
     MLP,
@@ -55,6 +54,7 @@ SIZES: dict[str, tuple[int, int, int, float, bool]] = {
 }
 # patch: divisors of C, one per stride-2 convolution
 STEM_WIDTHS = {4: (2, 1), 8: (4, 2, 1), 16: (8, 4, 2, 1)}
+FEW_TOKENS = 1 << 15  # of a pass without gradients, whose hidden layer is made at once
 CACHED_SIZES = 8  # grids whose position waves are kept
 TASK_LAYERS = ("head.", "fpn")  # prefixes of the layers that not every task needs
 LARGEST_STRIDE = 32  # of the pyramid's maps
@@ -102,6 +102,8 @@ def masked(
 class Stem(nn.Module):
     """Patches by 3 x 3 convolutions of stride 2 with BatchNorm, GELU between; sides round up."""
 
+    fused = False  # see `XCiT.fuse`
+
     def __init__(self, patch_size: int, in_chans: int, dim: int):
         super().__init__()
         widths = [dim // divisor for divisor in STEM_WIDTHS[patch_size]]
@@ -112,15 +114,13 @@ class Stem(nn.Module):
             conv = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
             layers.append(nn.Sequential(conv, nn.BatchNorm2d(channels_out)))
         self.proj = nn.Sequential(*layers)
-        self.fused = False  # see `XCiT.fuse`
 
     def forward(self, x: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C h w"]:
         """(B, in_chans, H, W) -> (B, C, ceil(H / p), ceil(W / p)), channels-last."""
-        if self.fused and not x.requires_grad and not is_watched(self):
+        if self.fused and not x.requires_grad and applies(x, self):
             layers: Any = self.proj[::2]
-            if applies(x, layers[0][0].weight) and has_kernels(layers[0][1], len(x)):
-                run = kernels()
-                assert run is not None
+            run = kernels() if has_kernels([layer[1] for layer in layers], len(x)) else None
+            if run is not None:
                 return fused_stem(run, x, list(layers))
         return self.proj(x.contiguous(memory_format=torch.channels_last))
 
@@ -195,6 +195,8 @@ class LocalPatchInteraction(nn.Module):
 class XCABlock(nn.Module):
     """Pre-norm: channel attention (gamma1), local patch interaction (gamma3), MLP (gamma2)."""
 
+    fused = False  # take the kernels of this machine, see `XCiT.fuse`
+
     def __init__(self, dim: int, num_heads: int, layer_scale: float, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
@@ -207,7 +209,6 @@ class XCABlock(nn.Module):
         self.gamma3 = nn.Parameter(layer_scale * torch.ones(dim))
         self.gamma2 = nn.Parameter(layer_scale * torch.ones(dim))
         self.drop_path = DropPath(drop_path)
-        self.fused = False  # take the kernels of this machine, see `XCiT.fuse`
 
     def forward(
         self,
@@ -218,9 +219,9 @@ class XCABlock(nn.Module):
         """Three residual branches in the paper's order; the statistics of channel attention are
         those of the tokens that are not `left_out`.
         """
-        fused = self.fused and left_out is None and applies(x, self.gamma1)
-        if fused and not is_watched(self):
-            return self.by_kernels(x, grid)
+        run = kernels() if self.fused and left_out is None and applies(x, self) else None
+        if run is not None:
+            return self.by_kernels(run, x, grid)
         if left_out is None:
             x = self.drop_path.by_sample(x, lambda kept: self.attn(self.norm1(kept), self.gamma1))
         else:  # the branch is not told which samples it has
@@ -231,23 +232,23 @@ class XCABlock(nn.Module):
         )
 
     def by_kernels(
-        self, x: Float[Tensor, "B N C"], grid: tuple[int, int]
+        self, run: Kernels, x: Float[Tensor, "B N C"], grid: tuple[int, int]
     ) -> Float[Tensor, "B N C"]:
         """The same, the passes between products fused."""
-        run = kernels()
-        assert run is not None
         drop = self.drop_path
         _, N, C = x.shape
         if gram_is_faster(N, C, torch.is_grad_enabled(), in_low_precision(x), x.device):
             x = drop.by_sample(x, lambda kept: self.attn(self.norm1(kept), self.gamma1))
         else:
             x = attention_branch(run, x, self.norm1, self.attn, self.gamma1, samples_of(drop, x))
-        if has_kernels(self.local_mp.bn, len(x)):
+        if has_kernels([self.local_mp.bn], len(x)):
             factor = drop.draw(x)
             factor = None if factor is None else factor.flatten()
             x = local_branch(run, x, self.norm3, self.local_mp, grid, self.gamma3, factor)
         else:  # BatchNorm of several ranks, or too few images for the threads
             x = drop(x, self.local_mp(self.norm3(x), grid, self.gamma3))
+        if not torch.is_grad_enabled() and len(x) * N > FEW_TOKENS:  # the hidden layer by parts
+            return drop.by_sample(x, lambda kept: self.mlp.of_norm(kept, self.norm2, self.gamma2))
         return mlp_branch(run, x, self.norm2, self.mlp, self.gamma2, samples_of(drop, x))
 
 

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,18 @@ def keep_memory() -> None:
             library.mallopt(option, value)
 
 
+def compiles_on_gpu() -> bool:
+    """Whether `torch.compile` has what it needs: Triton, a C compiler, a GPU from Volta on."""
+    import torch
+
+    compilers = (os.environ.get("CC") or "gcc", "cc", "clang")
+    return (
+        find_spec("triton") is not None
+        and any(shutil.which(name) for name in compilers)
+        and torch.cuda.get_device_capability() >= (7, 0)
+    )
+
+
 def cpp_compiler() -> tuple[list[str], bool]:
     """The words that call the C++ compiler, `CXX` or g++, and whether it is there."""
     words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
@@ -105,7 +118,7 @@ def cpp_compiler() -> tuple[list[str], bool]:
 
 def compiler_version(compiler: Sequence[str]) -> str:
     """What it says of itself, on one line."""
-    with suppress(OSError):
+    with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
             [*compiler, "--version"], capture_output=True, text=True, check=False, timeout=60
         )

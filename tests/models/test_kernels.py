@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 from copy import deepcopy
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from numerics import kept_bytes, relative
 
 from ssl_xcit.models import kernels as room
-from ssl_xcit.models.fused_block import MLPBranch
+from ssl_xcit.models import xcit
+from ssl_xcit.models.fused_block import MLPBranch, applies
 from ssl_xcit.models.kernels import kernels
 from ssl_xcit.models.xcit import Stem, XCABlock, XCiT
 
@@ -203,14 +205,41 @@ def test_without_a_compiler_the_plain_forms_run(compiler, said, tmp_path):
 
 def test_built_once_and_again_where_the_cache_cannot_be_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "env g++")  # a compiler of several words
     monkeypatch.setattr(room, "FLAGS", [flag.replace("-O3", "-O0") for flag in room.FLAGS])
     assert kernels.__wrapped__() is not None
     assert "kernels built for this processor" in capsys.readouterr().out
-    assert len(list((tmp_path / "ssl_xcit" / "kernels").iterdir())) == 1
+    (built,) = (tmp_path / "ssl_xcit" / "kernels").iterdir()
     assert kernels.__wrapped__() is not None
     assert capsys.readouterr().out == ""
+    elsewhere = tmp_path / "other" / "ssl_xcit" / "kernels" / built.name
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.write_bytes(b"cut short")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert kernels.__wrapped__() is not None
+    assert "kernels built for this processor" in capsys.readouterr().out
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    assert room.cache_folder().is_dir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert room.cache_folder().is_relative_to(tmp_path)
+
+
+def test_a_network_with_weights_of_another_type_takes_the_plain_form():
+    block, fused = made(64, 2)
+    x = tokens(64, (4, 4))
+    assert applies(x, fused)
+    fused.norm1.double()
+    assert not applies(x, fused)
+    assert not applies(x.double(), block)
+
+
+def test_inference_on_many_tokens_makes_the_hidden_layer_by_parts(monkeypatch):
+    _, fused = made(64, 2, training=False)
+    x = tokens(64, (4, 4))
+    with torch.inference_mode():
+        at_once = fused(x, (4, 4))
+        monkeypatch.setattr(xcit, "FEW_TOKENS", 8)
+        by_parts = fused(x, (4, 4))
+    assert torch.allclose(at_once, by_parts, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
