@@ -274,3 +274,16 @@ def test_the_stem_by_kernels_is_the_stem(patch, dim, size, channels, training):
     pixels = x.clone().requires_grad_()
     fused(pixels).sum().backward()  # the plain form's, which has this gradient
     assert pixels.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_near_and_far(dtype):
+    """Far out exactly 0 and x: a BatchNorm behind dead channels would enlarge what is left."""
+    x = torch.cat((torch.linspace(-9, 9, 4080), torch.tensor([-1e6, -5.01, 5.01, 1e6] * 4)))
+    x, ours = x.to(dtype).view(-1, 64), torch.empty(64, 64, dtype=dtype)
+    kernels()("bias_gelu", dtype, x, torch.zeros(64), 64, 64, ours)
+    exact = torch.nn.functional.gelu(x.double())
+    error = (ours.double() - exact).abs() / (1 + exact.abs())
+    assert error.max() < (2e-6 if dtype == torch.float32 else 4e-3)
+    assert torch.equal(ours[x > 5], x[x > 5])
+    assert not ours[x < -5].any()
