@@ -10,8 +10,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from ssl_xcit.data.decode import RGB
-from ssl_xcit.models.devices import prepare_cpu
-from ssl_xcit.training.build import make_module
+from ssl_xcit.training.build import accelerate_, make_module
 from ssl_xcit.training.module import Pretraining
 from ssl_xcit.training.plan import make_plan
 from ssl_xcit.training.settings import PretrainSettings
@@ -41,12 +40,8 @@ def step_of(
 ) -> Callable[[], Any]:
     """A step as in the middle of a run, on these views or on random pixels."""
     settings, module = composed(words)
-    if settings.compile is True:
-        for network in (module.student, module.teacher):
-            network.compile_backbone(module.objective.takes_patches)
     module.to(device)
-    if device == "cpu" and settings.compile == "auto":
-        prepare_cpu(module)
+    accelerate_(module, settings.compile)
     optimizer = module.configure_optimizers()
     alone: Any = SimpleNamespace(world_size=1, global_rank=0, global_step=STEPS // 2)
     module._trainer = alone
@@ -75,5 +70,6 @@ def precision(settings: PretrainSettings, device: str) -> str:
 def expected(words: Sequence[str], device: str = "cpu") -> StepMemory:
     """What `ssl-xcit pretrain plan=true` expects of such a step."""
     settings, module = composed(words)
+    accelerate_(module, settings.compile)
     low = precision(settings, device)
     return step_memory(module, shapes(settings), torch.device(device), low)

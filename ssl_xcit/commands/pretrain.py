@@ -18,7 +18,6 @@ from ssl_xcit.data.identity import indices_of
 from ssl_xcit.data.multicrop import Crops, MultiCrop, Recipe, crops_at
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import LabelledPair, Source
-from ssl_xcit.models.devices import prepare_cpu
 from ssl_xcit.models.weights import TrainingWeights, load_backbone, model_name
 from ssl_xcit.training.budget import (
     MOST,
@@ -27,7 +26,7 @@ from ssl_xcit.training.budget import (
     parse_budget,
     steps_in_budget,
 )
-from ssl_xcit.training.build import make_module, make_schedules
+from ssl_xcit.training.build import accelerate_, make_module, make_schedules
 from ssl_xcit.training.datamodule import TrainingData, multi_crop_data
 from ssl_xcit.training.health import HEALTHY
 from ssl_xcit.training.init_weights import described_start, read_start
@@ -58,7 +57,6 @@ from ssl_xcit.training.session import (
     train,
 )
 from ssl_xcit.training.settings import PretrainSettings
-from ssl_xcit.training.step_memory import networks_of
 from ssl_xcit.training.trainer import make_trainer, runs_on_cpu
 from ssl_xcit.utils.files import write_json
 from ssl_xcit.utils.hardware import (
@@ -141,17 +139,12 @@ def main(settings: PretrainSettings) -> Path:
 
     def networks(plan: Plan) -> Pretraining:
         made = make_module(settings, plan, preprocess, start)
-        if settings.compile == "auto":
-            for network in networks_of(made):
-                prepare_cpu(network)
-        if settings.compile is True:  # SharedBatchNorm of several ranks breaks a program in two
-            for network in (made.student, made.teacher):
-                network.compile_backbone(plan.objective.takes_patches, trainer.world_size == 1)
+        accelerate_(made, settings.compile, trainer.world_size)
         return made
 
     if settings.plan:
         if trainer.is_global_zero:
-            module = make_module(settings, plan, preprocess, start)
+            module = networks(plan)
             evaluated = f"evaluated on {pair.name}" if pair else NO_LABELS
             show_plan(settings, trainer, plan, module, augment, evaluated, run_dir)
         return run_dir

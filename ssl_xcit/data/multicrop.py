@@ -49,7 +49,7 @@ Jitter = Annotated[
 ]
 Probabilities = Annotated[Sequence[Share], Len(3, 3), Words("3 probabilities, 0 to 1")]
 STAGED = ("global_size", "local_size", "num_local")  # what may change with the step
-PAIRS = ("global_scale", "local_scale", "jitter", "blur_prob", "blur_radius", "solarise_prob")
+SEQUENCES = ("global_scale", "local_scale", "jitter", "blur_prob", "blur_radius", "solarise_prob")
 BLUR_SIZE = 224  # global crops that `blur_radius` is for
 
 
@@ -116,14 +116,14 @@ class Recipe:
     stages: Sequence[Mapping[str, float]] = ()
 
     def __post_init__(self) -> None:
-        """Make the recipes of the stages, and plain tuples of the numbers: to read a list of
-        OmegaConf's takes as long as to make a crop.
+        """Make the recipes of the stages, and plain tuples of sequences: reading OmegaConf's lists
+        takes as long as making a crop.
 
         Raises:
             UserError: a stage without an end above that of the one before, or with other numbers
                 than the sizes and the number of local crops.
         """
-        for name in PAIRS:
+        for name in SEQUENCES:
             setattr(self, name, tuple(getattr(self, name)))
         last, self.parts = 0.0, list[tuple[float, "Recipe"]]()
         for stage in self.stages:

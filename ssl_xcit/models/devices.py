@@ -1,13 +1,17 @@
 """Move networks to the devices that a setting names, and make the best of a CPU."""
 
+import ctypes
 import os
+from contextlib import suppress
 
 import torch
 from torch import nn
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.utils.hardware import keep_memory
+
+# M_MMAP_THRESHOLD (its largest value), M_TRIM_THRESHOLD, M_TOP_PAD, in bytes
+MALLOPT = {-3: 32 << 20, -1: 2**31 - 1, -2: 64 << 20}
 
 
 def placed(network: nn.Module, device: str) -> list[torch.device]:
@@ -44,3 +48,13 @@ def prepare_cpu(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, XCiT):
             module.fuse()
+
+
+def keep_memory() -> None:
+    """Let this process keep freed memory for the next tensors. glibc returns that of each large one
+    to the system, and a step would take tens of thousands of page faults to get it again.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        for option, value in MALLOPT.items():
+            library.mallopt(option, value)

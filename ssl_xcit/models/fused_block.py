@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from ssl_xcit.models.kernels import NAMES, Kernels
@@ -33,7 +34,7 @@ ALL = Samples(None, None, 1.0)
 def applies(x: Tensor, module: nn.Module) -> bool:
     """Whether there are kernels for such tokens or pixels and a module's weights."""
     return (
-        type(x) is Tensor
+        type(x) in (Tensor, FakeTensor)
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.compiler.is_compiling()
@@ -112,12 +113,12 @@ class Branch:
         self, d_normed: Tensor, x: Tensor, gain: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, both ways, and of the norm's gain and shift."""
-        dx, d_gain, d_shift = torch.empty_like(x), torch.empty_like(gain), torch.empty_like(gain)
+        dx, sums = torch.empty_like(x), gain.new_empty(2, self.C)
         self.kernels(
             "layer_norm_backward", self.low, d_normed, x, self.samples.slot, grad,
-            self.B * self.N, self.N, self.C, gain, self.eps, dx, d_gain, d_shift,
+            self.B * self.N, self.N, self.C, gain, self.eps, dx, sums,
         )  # fmt: skip
-        return dx, d_gain, d_shift
+        return dx, sums[0], sums[1]
 
 
 class MLPBranch(torch.autograd.Function):
@@ -192,8 +193,8 @@ class AttentionBranch(torch.autograd.Function):
         qkv = normed @ w_qkv.T
         mixed = torch.empty_like(normed)
         branch.kernels(
-            "mix", low, qkv, bias_qkv, temperature, branch.images, branch.N, H, branch.C // H,
-            mixed,
+            "channel_mixing", low, qkv, bias_qkv, temperature, branch.images, branch.N, H,
+            branch.C // H, mixed,
         )  # fmt: skip
         ctx.branch = branch
         ctx.save_for_backward(x, gain, shift, w_qkv, bias_qkv, temperature, w_proj, qkv, mixed)
@@ -209,18 +210,18 @@ class AttentionBranch(torch.autograd.Function):
         grad = grad.contiguous()
         d_out, d_bias_proj = branch.of_branch(grad)
         d_mixed, d_weight_proj = d_out @ w_proj, d_out.T @ mixed
-        d_qkv, d_bias_qkv = torch.empty_like(qkv), torch.empty_like(bias_qkv)
-        d_temperature = torch.empty_like(temperature)
+        d_qkv, sums = torch.empty_like(qkv), x.new_empty(len(bias_qkv) + H)
         branch.kernels(
-            "mix_backward", branch.low, qkv, bias_qkv, temperature, d_mixed, branch.images,
-            branch.N, H, branch.C // H, d_qkv, d_bias_qkv, d_temperature,
+            "channel_mixing_backward", branch.low, qkv, bias_qkv, temperature, d_mixed,
+            branch.images, branch.N, H, branch.C // H, d_qkv, sums,
         )  # fmt: skip
+        d_bias_qkv, d_temperature = sums.split((len(bias_qkv), H))
         normed = branch.normed(x, gain, shift, d_out)
         d_weight_qkv = d_qkv.T @ normed
         dx, d_gain, d_shift = branch.of_norm(torch.mm(d_qkv, w_qkv, out=normed), x, gain, grad)
         return (
-            None, dx, d_gain, d_shift, d_weight_qkv.to(x.dtype), d_bias_qkv, d_temperature,
-            d_weight_proj.to(x.dtype), d_bias_proj,
+            None, dx, d_gain, d_shift, d_weight_qkv.to(x.dtype), d_bias_qkv,
+            d_temperature.view_as(temperature), d_weight_proj.to(x.dtype), d_bias_proj,
         )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 //
 // Plain loops over channels, which the compiler vectorises for the processor at hand. Values are
 // float32 or bfloat16 (as 16-bit integers), sums float32. Sums over tokens are taken in parts of
-// fixed size and in order, so a result does not depend on the number of threads.
+// fixed size and in order, so what a kernel gives does not depend on the number of threads.
+// Channels C are a multiple of 16 where heads and depthwise convolutions have them.
 
 #include <algorithm>
 #include <cmath>
@@ -16,16 +17,16 @@ using bf16 = uint16_t;
 constexpr float EPS = 1e-12f;  // the smallest norm divided by
 constexpr int64_t PART = 128;  // rows summed together
 
-inline float up(float x) { return x; }
-inline float up(bf16 x) {
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
   uint32_t bits = uint32_t(x) << 16;
   float out;
   std::memcpy(&out, &bits, 4);
   return out;
 }
 
-inline void down(float x, float& out) { out = x; }
-inline void down(float x, bf16& out) {  // to nearest, ties to even; NaN as arithmetic makes it stays
+inline void put(float x, float& out) { out = x; }
+inline void put(float x, bf16& out) {  // to nearest, ties to even; NaN as arithmetic makes it stays
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   out = bf16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
@@ -61,38 +62,54 @@ inline float gelu(float x) {
   float t = x * x * 0.08f - 1.0f, p = PHI[13];
 #pragma GCC unroll 13
   for (int i = 12; i >= 0; i--) p = p * t + PHI[i];
-  float below = 0.5f + x * p;
-  below = x > 5.0f ? 1.0f : below;  // comparisons are false for NaN, which stays
-  below = x < -5.0f ? 0.0f : below;  // exactly: a BatchNorm would make much of what is left of it
-  return x * below;
+  float cdf = 0.5f + x * p;
+  cdf = x > 5.0f ? 1.0f : cdf;  // comparisons are false for NaN, which stays
+  cdf = x < -5.0f ? 0.0f : cdf;  // exactly: a BatchNorm would make much of what is left of it
+  return x * cdf;
 }
 
 // Phi(x) and its density, with one exp for both; Abramowitz and Stegun 7.1.26 (error 1e-7).
-inline void normal(float x, float& below, float& density) {
+inline void normal(float x, float& cdf, float& pdf) {
   float z = std::fabs(x) * 0.70710678f;
   float e = exp_negative(-z * z);
   float t = 1.0f / (1.0f + 0.3275911f * z);
-  float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-  float tail = 0.5f * p * e;
-  below = x < 0.0f ? tail : 1.0f - tail;
-  density = 0.39894228f * e;
+  float p = 1.061405429f;
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  float tail = 0.5f * p * t * e;
+  cdf = x < 0.0f ? tail : 1.0f - tail;
+  pdf = 0.39894228f * e;
 }
 
 int64_t parts(int64_t rows) { return (rows + PART - 1) / PART; }
 
-// out (C) = sum of the rows of `partial` (n, C), in order
-void add_up(const std::vector<float>& partial, int64_t n, int64_t C, float* out) {
+// out (width) = sum of the rows of `partial` (n, width), in order
+void sum_rows(const std::vector<float>& partial, int64_t n, int64_t width, float* out) {
 #pragma omp parallel for schedule(static)
-  for (int64_t start = 0; start < C; start += 64) {
-    int64_t stop = std::min(C, start + 64);
+  for (int64_t start = 0; start < width; start += 64) {
+    int64_t stop = std::min(width, start + 64);
     for (int64_t c = start; c < stop; c++) out[c] = 0.0f;
     for (int64_t i = 0; i < n; i++)
 #pragma omp simd
-      for (int64_t c = start; c < stop; c++) out[c] += partial[i * C + c];
+      for (int64_t c = start; c < stop; c++) out[c] += partial[i * width + c];
   }
 }
 
-inline void moments(const float* x, int64_t C, float eps, float& mean, float& rstd) {
+// Call work(row, sum) for each row; out (width) is the sum of what it adds to its `sum`
+template <typename Work>
+inline void summed(int64_t rows, int64_t width, float* out, Work work) {
+  int64_t n = parts(rows);
+  std::vector<float> partial(n * width, 0.0f);
+#pragma omp parallel for schedule(static)
+  for (int64_t part = 0; part < n; part++)
+    for (int64_t row = part * PART; row < std::min(rows, (part + 1) * PART); row++)
+      work(row, &partial[part * width]);
+  sum_rows(partial, n, width, out);
+}
+
+inline void row_moments(const float* x, int64_t C, float eps, float& mean, float& rstd) {
   float sum = 0.0f, squares = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t c = 0; c < C; c++) sum += x[c];
@@ -102,9 +119,16 @@ inline void moments(const float* x, int64_t C, float eps, float& mean, float& rs
   rstd = 1.0f / std::sqrt(squares / float(C) + eps);
 }
 
-// Samples of a branch: `kept[i]` is the sample of its i-th; null: all
+// Samples that take a branch: `kept[i]` is the sample of its i-th, `slot[b]` the place of sample b
+// in it, or -1; null: all of them. The row of x for a row of the branch:
 inline int64_t source(const int32_t* kept, int64_t row, int64_t N) {
   return kept ? int64_t(kept[row / N]) * N + row % N : row;
+}
+
+// The row of the branch for a row of x, or -1
+inline int64_t place(const int32_t* slot, int64_t row, int64_t N) {
+  if (!slot) return row;
+  return slot[row / N] < 0 ? -1 : int64_t(slot[row / N]) * N + row % N;
 }
 
 template <typename T>
@@ -114,10 +138,10 @@ void layer_norm(const float* x, const int32_t* kept, int64_t rows, int64_t N, in
   for (int64_t row = 0; row < rows; row++) {
     const float* in = x + source(kept, row, N) * C;
     float mean, rstd;
-    moments(in, C, eps, mean, rstd);
+    row_moments(in, C, eps, mean, rstd);
     T* to = out + row * C;
 #pragma omp simd
-    for (int64_t c = 0; c < C; c++) down((in[c] - mean) * rstd * gain[c] + shift[c], to[c]);
+    for (int64_t c = 0; c < C; c++) put((in[c] - mean) * rstd * gain[c] + shift[c], to[c]);
   }
 }
 
@@ -127,10 +151,10 @@ inline void norm_row_backward(const T* d, const float* in, const float* grad, in
                               const float* gain, float eps, float* dx, float* d_gain,
                               float* d_shift) {
   float mean, rstd, a = 0.0f, b = 0.0f;
-  moments(in, C, eps, mean, rstd);
+  row_moments(in, C, eps, mean, rstd);
 #pragma omp simd reduction(+ : a, b)
   for (int64_t c = 0; c < C; c++) {
-    float hat = (in[c] - mean) * rstd, dn = up(d[c]), scaled = dn * gain[c];
+    float hat = (in[c] - mean) * rstd, dn = to_float(d[c]), scaled = dn * gain[c];
     a += scaled;
     b += scaled * hat;
     d_gain[c] += dn * hat;
@@ -141,34 +165,23 @@ inline void norm_row_backward(const T* d, const float* in, const float* grad, in
 #pragma omp simd
   for (int64_t c = 0; c < C; c++) {
     float hat = (in[c] - mean) * rstd;
-    dx[c] = grad[c] + (up(d[c]) * gain[c] - a - hat * b) * rstd;
+    dx[c] = grad[c] + (to_float(d[c]) * gain[c] - a - hat * b) * rstd;
   }
 }
 
-// dx = grad + d layer_norm(x); a sample that is in no slot has grad alone
+// dx = grad + d layer_norm(x); `sums` (2, C): of the gradients of gain and shift
 template <typename T>
 void layer_norm_backward(const T* d_normed, const float* x, const int32_t* slot, const float* grad,
                          int64_t rows, int64_t N, int64_t C, const float* gain, float eps,
-                         float* dx, float* d_gain, float* d_shift) {
-  int64_t n = parts(rows);
-  std::vector<float> partial(n * 2 * C, 0.0f), sums(2 * C);
-#pragma omp parallel for schedule(static)
-  for (int64_t part = 0; part < n; part++) {
-    float *pg = &partial[part * 2 * C], *ps = pg + C;
-    for (int64_t row = part * PART; row < std::min(rows, (part + 1) * PART); row++) {
-      const float *in = x + row * C, *g = grad + row * C;
-      float* to = dx + row * C;
-      int64_t from = slot ? (slot[row / N] < 0 ? -1 : int64_t(slot[row / N]) * N + row % N) : row;
-      if (from < 0) {
-        std::memcpy(to, g, C * sizeof(float));
-        continue;
-      }
-      norm_row_backward(d_normed + from * C, in, g, C, gain, eps, to, pg, ps);
-    }
-  }
-  add_up(partial, n, 2 * C, sums.data());
-  std::copy(sums.begin(), sums.begin() + C, d_gain);
-  std::copy(sums.begin() + C, sums.end(), d_shift);
+                         float* dx, float* sums) {
+  summed(rows, 2 * C, sums, [=](int64_t row, float* sum) {
+    int64_t from = place(slot, row, N);
+    if (from < 0)
+      std::memcpy(dx + row * C, grad + row * C, C * sizeof(float));
+    else
+      norm_row_backward(d_normed + from * C, x + row * C, grad + row * C, C, gain, eps,
+                        dx + row * C, sum, sum + C);
+  });
 }
 
 template <typename T>
@@ -178,7 +191,7 @@ void bias_gelu(const T* inner, const float* bias, int64_t rows, int64_t C, T* ou
     const T* in = inner + row * C;
     T* to = out + row * C;
 #pragma omp simd
-    for (int64_t c = 0; c < C; c++) down(gelu(up(in[c]) + bias[c]), to[c]);
+    for (int64_t c = 0; c < C; c++) put(gelu(to_float(in[c]) + bias[c]), to[c]);
   }
 }
 
@@ -186,26 +199,19 @@ void bias_gelu(const T* inner, const float* bias, int64_t rows, int64_t C, T* ou
 template <typename T>
 void bias_gelu_backward(const T* inner, const float* bias, int64_t rows, int64_t C, T* grad,
                         T* active, float* d_bias) {
-  int64_t n = parts(rows);
-  std::vector<float> partial(n * C, 0.0f);
-#pragma omp parallel for schedule(static)
-  for (int64_t part = 0; part < n; part++) {
-    float* sum = &partial[part * C];
-    for (int64_t row = part * PART; row < std::min(rows, (part + 1) * PART); row++) {
-      const T* in = inner + row * C;
-      T *g = grad + row * C, *to = active + row * C;
+  summed(rows, C, d_bias, [=](int64_t row, float* sum) {
+    const T* in = inner + row * C;
+    T *g = grad + row * C, *to = active + row * C;
 #pragma omp simd
-      for (int64_t c = 0; c < C; c++) {
-        float x = up(in[c]) + bias[c], below, density;
-        normal(x, below, density);
-        down(x * below, to[c]);
-        float d = up(g[c]) * (below + x * density);
-        sum[c] += d;
-        down(d, g[c]);
-      }
+    for (int64_t c = 0; c < C; c++) {
+      float x = to_float(in[c]) + bias[c], cdf, pdf;
+      normal(x, cdf, pdf);
+      put(x * cdf, to[c]);
+      float d = to_float(g[c]) * (cdf + x * pdf);
+      sum[c] += d;
+      put(d, g[c]);
     }
-  }
-  add_up(partial, n, C, d_bias);
+  });
 }
 
 // out = x + scale * (branch + bias), for samples in a slot
@@ -216,14 +222,14 @@ void residual(const float* x, const T* branch, const float* bias, const int32_t*
   for (int64_t row = 0; row < rows; row++) {
     const float* in = x + row * C;
     float* to = out + row * C;
-    int64_t from = slot ? (slot[row / N] < 0 ? -1 : int64_t(slot[row / N]) * N + row % N) : row;
+    int64_t from = place(slot, row, N);
     if (from < 0) {
       std::memcpy(to, in, C * sizeof(float));
       continue;
     }
     const T* b = branch + from * C;
 #pragma omp simd
-    for (int64_t c = 0; c < C; c++) to[c] = in[c] + scale * (up(b[c]) + bias[c]);
+    for (int64_t c = 0; c < C; c++) to[c] = in[c] + scale * (to_float(b[c]) + bias[c]);
   }
 }
 
@@ -231,23 +237,16 @@ void residual(const float* x, const T* branch, const float* bias, const int32_t*
 template <typename T>
 void residual_backward(const float* grad, const int32_t* kept, float scale, int64_t rows, int64_t N,
                        int64_t C, T* out, float* d_bias) {
-  int64_t n = parts(rows);
-  std::vector<float> partial(n * C, 0.0f);
-#pragma omp parallel for schedule(static)
-  for (int64_t part = 0; part < n; part++) {
-    float* sum = &partial[part * C];
-    for (int64_t row = part * PART; row < std::min(rows, (part + 1) * PART); row++) {
-      const float* g = grad + source(kept, row, N) * C;
-      T* to = out + row * C;
+  summed(rows, C, d_bias, [=](int64_t row, float* sum) {
+    const float* g = grad + source(kept, row, N) * C;
+    T* to = out + row * C;
 #pragma omp simd
-      for (int64_t c = 0; c < C; c++) {
-        float value = scale * g[c];
-        sum[c] += value;
-        down(value, to[c]);
-      }
+    for (int64_t c = 0; c < C; c++) {
+      float value = scale * g[c];
+      sum[c] += value;
+      put(value, to[c]);
     }
-  }
-  add_up(partial, n, C, d_bias);
+  });
 }
 
 // Sixteen channels; of two or four registers where the processor's are shorter
@@ -273,7 +272,7 @@ struct Tile {
     }
   }
 
-  inline void store(float* out, int count) const { std::memcpy(out, sum, count * D * sizeof(float)); }
+  inline void store(float* out) const { std::memcpy(out, sum, sizeof(sum)); }
 };
 
 // out (D, D) = a^T b, of (N, D) each
@@ -282,7 +281,7 @@ inline void gram(const float* a, const float* b, int64_t N, float* out) {
   for (int i = 0; i < D; i += 4) {
     Tile<D> tile;
     for (int64_t n = 0; n < N; n++) tile.add(a + n * D + i, 1, b + n * D);
-    tile.store(out + i * D, 4);
+    tile.store(out + i * D);
   }
 }
 
@@ -291,7 +290,7 @@ template <int D>
 inline void times(const float* x, const float* m, float* out) {
   Tile<D> tile;
   for (int k = 0; k < D; k++) tile.add(x + k, D, m + k * D);
-  tile.store(out, 4);
+  tile.store(out);
 }
 
 // What both passes have of one image and head
@@ -311,7 +310,7 @@ struct Head {
       for (int p = 0; p < 3; p++) {
         const T* from = qkv + n * 3 * C + p * C;
 #pragma omp simd
-        for (int c = 0; c < D; c++) parts[p][n * D + c] = up(from[c]) + bias[p * C + c];
+        for (int c = 0; c < D; c++) parts[p][n * D + c] = to_float(from[c]) + bias[p * C + c];
       }
     float* norms[2] = {q_norm, k_norm};
     for (int p = 0; p < 2; p++) {
@@ -347,40 +346,40 @@ inline void transpose(const float* m, float* out) {
 }
 
 template <int D, typename T>
-void mix(const T* qkv, const float* bias, const float* temperature, int64_t B, int64_t N, int64_t H,
-         T* out) {
+void mix_heads(const T* qkv, const float* bias, const float* temperature, int64_t B, int64_t N,
+               int64_t H, T* out) {
   int64_t C = H * D;
 #pragma omp parallel
   {
     Head<D> head(N);
-    alignas(64) float turned[D * D];
+    alignas(64) float transposed[D * D];
 #pragma omp for collapse(2) schedule(static)
     for (int64_t b = 0; b < B; b++)
       for (int64_t h = 0; h < H; h++) {
         head.load(qkv + b * N * 3 * C + h * D, bias + h * D, N, C, temperature[h]);
-        transpose<D>(head.attention, turned);
+        transpose<D>(head.attention, transposed);
         for (int64_t n = 0; n < N; n += 4) {
           float rows[4][D];
           int count = int(std::min<int64_t>(4, N - n));
-          times<D>(&head.v[n * D], turned, rows[0]);
+          times<D>(&head.v[n * D], transposed, rows[0]);
           for (int r = 0; r < count; r++)
 #pragma omp simd
-            for (int c = 0; c < D; c++) down(rows[r][c], out[(b * N + n + r) * C + h * D + c]);
+            for (int c = 0; c < D; c++) put(rows[r][c], out[(b * N + n + r) * C + h * D + c]);
         }
       }
   }
 }
 
 template <int D, typename T>
-void mix_backward(const T* qkv, const float* bias, const float* temperature, const T* grad,
-                  int64_t B, int64_t N, int64_t H, T* d_qkv, float* d_bias, float* d_temperature) {
+void mix_heads_backward(const T* qkv, const float* bias, const float* temperature, const T* grad,
+                  int64_t B, int64_t N, int64_t H, T* d_qkv, float* sums) {
   int64_t C = H * D;
-  std::vector<float> partial(B * (3 * C + H), 0.0f), sums(3 * C + H);
+  std::vector<float> partial(B * (3 * C + H), 0.0f);
 #pragma omp parallel
   {
     Head<D> head(N);
     std::vector<float> g((N + 3) * D);
-    alignas(64) float d[D * D], turned[D * D];
+    alignas(64) float d[D * D], transposed[D * D];
     float of_q[D], of_k[D];
 #pragma omp for collapse(2) schedule(static)
     for (int64_t b = 0; b < B; b++)
@@ -388,7 +387,7 @@ void mix_backward(const T* qkv, const float* bias, const float* temperature, con
         head.load(qkv + b * N * 3 * C + h * D, bias + h * D, N, C, temperature[h]);
         for (int64_t n = 0; n < N; n++)
 #pragma omp simd
-          for (int c = 0; c < D; c++) g[n * D + c] = up(grad[(b * N + n) * C + h * D + c]);
+          for (int c = 0; c < D; c++) g[n * D + c] = to_float(grad[(b * N + n) * C + h * D + c]);
         gram<D>(g.data(), head.v.data(), N, d);  // gradient of the attention
         float *sum = &partial[b * (3 * C + H)], of_temperature = 0.0f, inverse[D];
         for (int j = 0; j < D; j++) inverse[j] = 1.0f / head.k_norm[j];
@@ -408,14 +407,14 @@ void mix_backward(const T* qkv, const float* bias, const float* temperature, con
           }
           of_temperature += scaled;
           // a norm that was clamped is a constant
-          of_q[i] = head.q_norm[i] > EPS ? scaled * temperature[h] / head.q_norm[i] / head.q_norm[i] : 0.0f;
+          of_q[i] = head.q_norm[i] > EPS ? scaled * by_q / head.q_norm[i] : 0.0f;
         }
         for (int j = 0; j < D; j++)
           of_k[j] = head.k_norm[j] > EPS ? of_k[j] / head.k_norm[j] / head.k_norm[j] : 0.0f;
         sum[3 * C + h] = of_temperature;
-        transpose<D>(d, turned);
+        transpose<D>(d, transposed);
         const float* left[3] = {head.k.data(), head.q.data(), g.data()};
-        const float* right[3] = {turned, d, head.attention};
+        const float* right[3] = {transposed, d, head.attention};
         const float* own[2] = {head.q.data(), head.k.data()};
         const float* radial[2] = {of_q, of_k};
         for (int p = 0; p < 3; p++)
@@ -432,20 +431,43 @@ void mix_backward(const T* qkv, const float* bias, const float* temperature, con
 #pragma omp simd
               for (int c = 0; c < D; c++) {
                 total[c] += rows[r][c];
-                down(rows[r][c], to[c]);
+                put(rows[r][c], to[c]);
               }
             }
           }
       }
   }
-  add_up(partial, B, 3 * C + H, sums.data());
-  std::copy(sums.begin(), sums.begin() + 3 * C, d_bias);
-  std::copy(sums.begin() + 3 * C, sums.end(), d_temperature);
+  sum_rows(partial, B, 3 * C + H, sums);
+}
+
+// (q k v) (B, N, 3, H, d) before their bias -> softmax(cosines * temperature) v, (B, N, H d)
+template <typename T>
+void channel_mixing(const T* qkv, const float* bias, const float* temperature, int64_t B, int64_t N,
+                    int64_t H, int64_t d, T* out) {
+  switch (d) {  // the widths of `kernels.WIDTHS`
+    case 16: return mix_heads<16>(qkv, bias, temperature, B, N, H, out);
+    case 32: return mix_heads<32>(qkv, bias, temperature, B, N, H, out);
+    case 48: return mix_heads<48>(qkv, bias, temperature, B, N, H, out);
+    case 64: return mix_heads<64>(qkv, bias, temperature, B, N, H, out);
+  }
+}
+
+// `sums` (3 C + H): of the gradients of q, k and v over all tokens, and of the temperatures
+template <typename T>
+void channel_mixing_backward(const T* qkv, const float* bias, const float* temperature,
+                             const T* grad, int64_t B, int64_t N, int64_t H, int64_t d, T* d_qkv,
+                             float* sums) {
+  switch (d) {
+    case 16: return mix_heads_backward<16>(qkv, bias, temperature, grad, B, N, H, d_qkv, sums);
+    case 32: return mix_heads_backward<32>(qkv, bias, temperature, grad, B, N, H, d_qkv, sums);
+    case 48: return mix_heads_backward<48>(qkv, bias, temperature, grad, B, N, H, d_qkv, sums);
+    case 64: return mix_heads_backward<64>(qkv, bias, temperature, grad, B, N, H, d_qkv, sums);
+  }
 }
 
 // Mean and biased variance from the sums (n, 2, C) of `count` values and their squares
-void spread(const std::vector<double>& partial, int64_t n, int64_t count, int64_t C, float* mean,
-            float* variance) {
+void mean_and_variance(const std::vector<double>& partial, int64_t n, int64_t count, int64_t C,
+                       float* mean, float* variance) {
   for (int64_t c = 0; c < C; c++) {
     double sum = 0.0, squares = 0.0;
     for (int64_t i = 0; i < n; i++) {
@@ -460,9 +482,9 @@ void spread(const std::vector<double>& partial, int64_t n, int64_t count, int64_
 }
 
 // Local patch interaction of one image: tokens (rows, columns, C), kernels (9, C), zero padding.
-// out = bias + sum over taps of image[token + tap] * weight[tap]; `turned` takes tap -tap instead.
+// out = bias + sum over taps of image[token + tap] * weight[tap]; `flipped` takes tap -tap instead.
 void depthwise(const float* image, const float* weight, const float* bias, int64_t rows,
-               int64_t columns, int64_t C, bool turned, float* out) {
+               int64_t columns, int64_t C, bool flipped, float* out) {
   for (int64_t r = 0; r < rows; r++)
     for (int64_t c = 0; c < columns; c++) {
       const float *from[9], *by[9];
@@ -471,12 +493,13 @@ void depthwise(const float* image, const float* weight, const float* bias, int64
         for (int64_t dc = -1; dc <= 1; dc++) {
           if (r + dr < 0 || r + dr >= rows || c + dc < 0 || c + dc >= columns) continue;
           from[taps] = image + ((r + dr) * columns + c + dc) * C;
-          by[taps++] = weight + (turned ? (1 - dr) * 3 + 1 - dc : (dr + 1) * 3 + dc + 1) * C;
+          by[taps++] = weight + (flipped ? (1 - dr) * 3 + 1 - dc : (dr + 1) * 3 + dc + 1) * C;
         }
       float* to = out + (r * columns + c) * C;
       for (int64_t j = 0; j < C; j += WIDTH) {
         Lanes sum = bias ? *(const Lanes*)(bias + j) : Lanes{};
-        for (int t = 0; t < taps; t++) sum += *(const Lanes*)(from[t] + j) * *(const Lanes*)(by[t] + j);
+        for (int t = 0; t < taps; t++)
+          sum += *(const Lanes*)(from[t] + j) * *(const Lanes*)(by[t] + j);
         *(Lanes*)(to + j) = sum;
       }
     }
@@ -505,7 +528,7 @@ void depthwise_weight(const float* image, const float* grad, int64_t rows, int64
 inline void normed_row(const float* in, int64_t C, const float* gain, const float* shift, float eps,
                        float* out) {
   float mean, rstd;
-  moments(in, C, eps, mean, rstd);
+  row_moments(in, C, eps, mean, rstd);
 #pragma omp simd
   for (int64_t c = 0; c < C; c++) out[c] = (in[c] - mean) * rstd * gain[c] + shift[c];
 }
@@ -522,24 +545,25 @@ void local_first(const float* x, const float* gain, const float* shift, float ep
     std::vector<float> image(N * C), out(N * C);
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < B; b++) {
-      for (int64_t n = 0; n < N; n++) normed_row(x + (b * N + n) * C, C, gain, shift, eps, &image[n * C]);
+      for (int64_t n = 0; n < N; n++)
+        normed_row(x + (b * N + n) * C, C, gain, shift, eps, &image[n * C]);
       depthwise(image.data(), weight, bias, rows, columns, C, false, out.data());
       T* to = convolved + b * N * C;
 #pragma omp simd
-      for (int64_t i = 0; i < N * C; i++) down(out[i], to[i]);
+      for (int64_t i = 0; i < N * C; i++) put(out[i], to[i]);
       if (!mean) continue;
       double *sum = &partial[b * 2 * C], *squares = sum + C;
       for (int64_t n = 0; n < N; n++)
 #pragma omp simd
         for (int64_t c = 0; c < C; c++) {
-          float active = gelu(up(to[n * C + c]));
+          float active = gelu(to_float(to[n * C + c]));
           sum[c] += active;
           squares[c] += double(active) * active;
         }
     }
   }
   if (!mean) return;
-  spread(partial, B, B * N, C, mean, variance);
+  mean_and_variance(partial, B, B * N, C, mean, variance);
 }
 
 // out = x + scale_b * conv(times * gelu(convolved) + plus)
@@ -562,7 +586,7 @@ void local_second(const float* x, const T* convolved, const float* times, const 
       for (int64_t n = 0; n < N; n++)
 #pragma omp simd
         for (int64_t c = 0; c < C; c++)
-          image[n * C + c] = gelu(up(convolved[(b * N + n) * C + c])) * times[c] + plus[c];
+          image[n * C + c] = gelu(to_float(convolved[(b * N + n) * C + c])) * times[c] + plus[c];
       depthwise(image.data(), weight, bias, rows, columns, C, false, branch.data());
 #pragma omp simd
       for (int64_t i = 0; i < N * C; i++) to[i] = in[i] + factor * branch[i];
@@ -593,7 +617,7 @@ void local_second_backward(const float* grad, const T* convolved, const float* m
       for (int64_t n = 0; n < N; n++)
 #pragma omp simd
         for (int64_t c = 0; c < C; c++) {
-          float a = gelu(up(convolved[(b * N + n) * C + c]));
+          float a = gelu(to_float(convolved[(b * N + n) * C + c]));
           active[n * C + c] = (a - mean[c]) * rstd[c];
           image[n * C + c] = a * times[c] + plus[c];
           g[n * C + c] = factor * grad[(b * N + n) * C + c];
@@ -606,11 +630,11 @@ void local_second_backward(const float* grad, const T* convolved, const float* m
           float d = back[n * C + c];
           sum[10 * C + c] += d;
           sum[11 * C + c] += d * active[n * C + c];
-          down(d, to[n * C + c]);
+          put(d, to[n * C + c]);
         }
     }
   }
-  add_up(partial, B, 12 * C, sums);
+  sum_rows(partial, B, 12 * C, sums);
 }
 
 // Through BatchNorm (whose gradient is times * (d - of_mean - hat * of_variance)), GELU, the first
@@ -636,22 +660,23 @@ void local_first_backward(const T* d_normed, const T* convolved, const float* me
         const int64_t at = (b * N + n) * C;
 #pragma omp simd
         for (int64_t c = 0; c < C; c++) {
-          float in = up(convolved[at + c]), below, density;
-          normal(in, below, density);
-          float hat = (in * below - mean[c]) * rstd[c];
-          float through = times[c] * (up(d_normed[at + c]) - of_mean[c] - hat * of_variance[c]);
-          d[n * C + c] = through * (below + in * density);
+          float in = to_float(convolved[at + c]), cdf, pdf;
+          normal(in, cdf, pdf);
+          float hat = (in * cdf - mean[c]) * rstd[c];
+          float through = to_float(d_normed[at + c]) - of_mean[c] - hat * of_variance[c];
+          d[n * C + c] = times[c] * through * (cdf + in * pdf);
         }
       }
       depthwise_weight(image.data(), d.data(), rows, columns, C, sum, sum + 9 * C);
       depthwise(d.data(), weight, nullptr, rows, columns, C, true, back.data());
       for (int64_t n = 0; n < N; n++) {
         const int64_t at = (b * N + n) * C;
-        norm_row_backward(&back[n * C], x + at, grad + at, C, gain, eps, dx + at, sum + 10 * C, sum + 11 * C);
+        norm_row_backward(&back[n * C], x + at, grad + at, C, gain, eps, dx + at, sum + 10 * C,
+                          sum + 11 * C);
       }
     }
   }
-  add_up(partial, B, 12 * C, sums);
+  sum_rows(partial, B, 12 * C, sums);
 }
 
 // Stem: BatchNorm and GELU between convolutions; rows are pixels.
@@ -662,7 +687,7 @@ void norm_gelu(const T* x, const float* times, const float* plus, int64_t rows, 
   for (int64_t row = 0; row < rows; row++)
 #pragma omp simd
     for (int64_t c = 0; c < C; c++)
-      down(gelu(up(x[row * C + c]) * times[c] + plus[c]), out[row * C + c]);
+      put(gelu(to_float(x[row * C + c]) * times[c] + plus[c]), out[row * C + c]);
 }
 
 // grad becomes the gradient of times * x + plus. `sums` (2, C): of it, and of it times
@@ -670,26 +695,19 @@ void norm_gelu(const T* x, const float* times, const float* plus, int64_t rows, 
 template <typename T>
 void norm_gelu_backward(const T* x, const float* times, const float* plus, const float* mean,
                         const float* rstd, int64_t rows, int64_t C, T* grad, float* sums) {
-  int64_t n = parts(rows);
-  std::vector<float> partial(n * 2 * C, 0.0f);
-#pragma omp parallel for schedule(static)
-  for (int64_t part = 0; part < n; part++) {
-    float *sum = &partial[part * 2 * C], *along = sum + C;
-    for (int64_t row = part * PART; row < std::min(rows, (part + 1) * PART); row++) {
-      const T* in = x + row * C;
-      T* g = grad + row * C;
+  summed(rows, 2 * C, sums, [=](int64_t row, float* sum) {
+    const T* in = x + row * C;
+    T* g = grad + row * C;
 #pragma omp simd
-      for (int64_t c = 0; c < C; c++) {
-        float value = up(in[c]), z = value * times[c] + plus[c], below, density;
-        normal(z, below, density);
-        float d = up(g[c]) * (below + z * density);
-        sum[c] += d;
-        along[c] += d * (value - mean[c]) * rstd[c];
-        down(d, g[c]);
-      }
+    for (int64_t c = 0; c < C; c++) {
+      float value = to_float(in[c]), z = value * times[c] + plus[c], cdf, pdf;
+      normal(z, cdf, pdf);
+      float d = to_float(g[c]) * (cdf + z * pdf);
+      sum[c] += d;
+      sum[C + c] += d * (value - mean[c]) * rstd[c];
+      put(d, g[c]);
     }
-  }
-  add_up(partial, n, 2 * C, sums);
+  });
 }
 
 // Mean and biased variance of each column
@@ -703,45 +721,41 @@ void column_moments(const T* x, int64_t rows, int64_t C, float* mean, float* var
     for (int64_t row = part * PART; row < std::min(rows, (part + 1) * PART); row++)
 #pragma omp simd
       for (int64_t c = 0; c < C; c++) {
-        double value = up(x[row * C + c]);
+        double value = to_float(x[row * C + c]);
         sum[c] += value;
         squares[c] += value * value;
       }
   }
-  spread(partial, n, rows, C, mean, variance);
+  mean_and_variance(partial, n, rows, C, mean, variance);
 }
 
 // out = times * x + plus
 template <typename T>
-void affine(const T* x, const float* times, const float* plus, int64_t rows, int64_t C, float* out) {
+void affine(const T* x, const float* times, const float* plus, int64_t rows, int64_t C,
+            float* out) {
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; row++)
 #pragma omp simd
-    for (int64_t c = 0; c < C; c++) out[row * C + c] = up(x[row * C + c]) * times[c] + plus[c];
+    for (int64_t c = 0; c < C; c++)
+      out[row * C + c] = to_float(x[row * C + c]) * times[c] + plus[c];
 }
 
 // Sums of BatchNorm's gradient, and of it times the normalised input: (2, C)
 template <typename T>
 void batch_norm_sums(const float* grad, const T* x, const float* mean, const float* rstd,
                      int64_t rows, int64_t C, float* sums) {
-  int64_t n = parts(rows);
-  std::vector<float> partial(n * 2 * C, 0.0f);
-#pragma omp parallel for schedule(static)
-  for (int64_t part = 0; part < n; part++) {
-    float *sum = &partial[part * 2 * C], *along = sum + C;
-    for (int64_t row = part * PART; row < std::min(rows, (part + 1) * PART); row++)
+  summed(rows, 2 * C, sums, [=](int64_t row, float* sum) {
 #pragma omp simd
-      for (int64_t c = 0; c < C; c++) {
-        float g = grad[row * C + c];
-        sum[c] += g;
-        along[c] += g * (up(x[row * C + c]) - mean[c]) * rstd[c];
-      }
-  }
-  add_up(partial, n, 2 * C, sums);
+    for (int64_t c = 0; c < C; c++) {
+      float g = grad[row * C + c];
+      sum[c] += g;
+      sum[C + c] += g * (to_float(x[row * C + c]) - mean[c]) * rstd[c];
+    }
+  });
 }
 
 // out = times * (grad - of_mean - (x - mean) * rstd * of_variance)
-template <typename Grad, typename T>
+template <typename T, typename Grad = T>
 void batch_norm_backward(const Grad* grad, const T* x, const float* mean, const float* rstd,
                          const float* times, const float* of_mean, const float* of_variance,
                          int64_t rows, int64_t C, T* out) {
@@ -749,117 +763,45 @@ void batch_norm_backward(const Grad* grad, const T* x, const float* mean, const 
   for (int64_t row = 0; row < rows; row++)
 #pragma omp simd
     for (int64_t c = 0; c < C; c++) {
-      float hat = (up(x[row * C + c]) - mean[c]) * rstd[c];
-      down(times[c] * (up(grad[row * C + c]) - of_mean[c] - hat * of_variance[c]), out[row * C + c]);
+      float hat = (to_float(x[row * C + c]) - mean[c]) * rstd[c];
+      float d = to_float(grad[row * C + c]) - of_mean[c] - hat * of_variance[c];
+      put(times[c] * d, out[row * C + c]);
     }
+}
+
+// The same of a float32 gradient
+template <typename T>
+void batch_norm_backward_last(const float* grad, const T* x, const float* mean, const float* rstd,
+                              const float* times, const float* of_mean, const float* of_variance,
+                              int64_t rows, int64_t C, T* out) {
+  batch_norm_backward<T, float>(grad, x, mean, rstd, times, of_mean, of_variance, rows, C, out);
 }
 
 }  // namespace
 
-#define FOR_WIDTH(d, call)          \
-  switch (d) {                      \
-    case 16: { constexpr int D = 16; call; return 0; } \
-    case 32: { constexpr int D = 32; call; return 0; } \
-    case 48: { constexpr int D = 48; call; return 0; } \
-    case 64: { constexpr int D = 64; call; return 0; } \
-    default: return 1;              \
-  }
-
-#define EXPORT(T, NAME)                                                                            \
-  void layer_norm_##NAME(const float* x, const int32_t* kept, int64_t rows, int64_t N, int64_t C,  \
-                         const float* gain, const float* shift, float eps, T* out) {               \
-    layer_norm<T>(x, kept, rows, N, C, gain, shift, eps, out);                                     \
-  }                                                                                                \
-  void layer_norm_backward_##NAME(const T* d, const float* x, const int32_t* slot,                 \
-                                  const float* grad, int64_t rows, int64_t N, int64_t C,           \
-                                  const float* gain, float eps, float* dx, float* d_gain,          \
-                                  float* d_shift) {                                                \
-    layer_norm_backward<T>(d, x, slot, grad, rows, N, C, gain, eps, dx, d_gain, d_shift);          \
-  }                                                                                                \
-  void bias_gelu_##NAME(const T* inner, const float* bias, int64_t rows, int64_t C, T* out) {      \
-    bias_gelu<T>(inner, bias, rows, C, out);                                                       \
-  }                                                                                                \
-  void bias_gelu_backward_##NAME(const T* inner, const float* bias, int64_t rows, int64_t C,       \
-                                 T* grad, T* active, float* d_bias) {                              \
-    bias_gelu_backward<T>(inner, bias, rows, C, grad, active, d_bias);                             \
-  }                                                                                                \
-  void residual_##NAME(const float* x, const T* branch, const float* bias, const int32_t* slot,    \
-                       float scale, int64_t rows, int64_t N, int64_t C, float* out) {              \
-    residual<T>(x, branch, bias, slot, scale, rows, N, C, out);                                    \
-  }                                                                                                \
-  void residual_backward_##NAME(const float* grad, const int32_t* kept, float scale, int64_t rows, \
-                                int64_t N, int64_t C, T* out, float* d_bias) {                     \
-    residual_backward<T>(grad, kept, scale, rows, N, C, out, d_bias);                              \
-  }                                                                                                \
-  void local_first_##NAME(const float* x, const float* gain, const float* shift, float eps,         \
-                          const float* weight, const float* bias, int64_t B, int64_t rows,         \
-                          int64_t columns, int64_t C, T* convolved, float* mean, float* var) {     \
-    local_first<T>(x, gain, shift, eps, weight, bias, B, rows, columns, C, convolved, mean, var);  \
-  }                                                                                                \
-  void local_second_##NAME(const float* x, const T* convolved, const float* times,                 \
-                           const float* plus, const float* weight, const float* bias,              \
-                           const float* scale, int64_t B, int64_t rows, int64_t columns,           \
-                           int64_t C, float* out) {                                                \
-    local_second<T>(x, convolved, times, plus, weight, bias, scale, B, rows, columns, C, out);     \
-  }                                                                                                \
-  void local_second_backward_##NAME(                                                               \
-      const float* grad, const T* convolved, const float* mean, const float* rstd,                 \
-      const float* times, const float* plus, const float* weight, const float* scale, int64_t B,   \
-      int64_t rows, int64_t columns, int64_t C, T* d_normed, float* sums) {                        \
-    local_second_backward<T>(grad, convolved, mean, rstd, times, plus, weight, scale, B, rows,     \
-                             columns, C, d_normed, sums);                                          \
-  }                                                                                                \
-  void local_first_backward_##NAME(                                                                \
-      const T* d_normed, const T* convolved, const float* mean, const float* rstd,                 \
-      const float* times, const float* of_mean, const float* of_variance, const float* x,          \
-      const float* gain, const float* shift, float eps, const float* weight, const float* grad,    \
-      int64_t B, int64_t rows, int64_t columns, int64_t C, float* dx, float* sums) {               \
-    local_first_backward<T>(d_normed, convolved, mean, rstd, times, of_mean, of_variance, x, gain, \
-                            shift, eps, weight, grad, B, rows, columns, C, dx, sums);              \
-  }                                                                                                \
-  void norm_gelu_##NAME(const T* x, const float* times, const float* plus, int64_t rows,           \
-                        int64_t C, T* out) {                                                       \
-    norm_gelu<T>(x, times, plus, rows, C, out);                                                    \
-  }                                                                                                \
-  void norm_gelu_backward_##NAME(const T* x, const float* times, const float* plus,                \
-                                 const float* mean, const float* rstd, int64_t rows, int64_t C,    \
-                                 T* grad, float* sums) {                                           \
-    norm_gelu_backward<T>(x, times, plus, mean, rstd, rows, C, grad, sums);                        \
-  }                                                                                                \
-  void column_moments_##NAME(const T* x, int64_t rows, int64_t C, float* mean, float* var) {       \
-    column_moments<T>(x, rows, C, mean, var);                                                      \
-  }                                                                                                \
-  void affine_##NAME(const T* x, const float* times, const float* plus, int64_t rows, int64_t C,   \
-                     float* out) {                                                                 \
-    affine<T>(x, times, plus, rows, C, out);                                                       \
-  }                                                                                                \
-  void batch_norm_sums_##NAME(const float* grad, const T* x, const float* mean, const float* rstd, \
-                              int64_t rows, int64_t C, float* sums) {                              \
-    batch_norm_sums<T>(grad, x, mean, rstd, rows, C, sums);                                        \
-  }                                                                                                \
-  void batch_norm_backward_##NAME(const T* grad, const T* x, const float* mean, const float* rstd, \
-                                  const float* times, const float* of_mean,                        \
-                                  const float* of_variance, int64_t rows, int64_t C, T* out) {     \
-    batch_norm_backward<T, T>(grad, x, mean, rstd, times, of_mean, of_variance, rows, C, out);     \
-  }                                                                                                \
-  void batch_norm_backward_last_##NAME(const float* grad, const T* x, const float* mean,           \
-                                       const float* rstd, const float* times,                      \
-                                       const float* of_mean, const float* of_variance,             \
-                                       int64_t rows, int64_t C, T* out) {                          \
-    batch_norm_backward<float, T>(grad, x, mean, rstd, times, of_mean, of_variance, rows, C, out); \
-  }                                                                                                \
-  int mix_##NAME(const T* qkv, const float* bias, const float* temperature, int64_t B, int64_t N,  \
-                 int64_t H, int64_t d, T* out) {                                                   \
-    FOR_WIDTH(d, (mix<D, T>(qkv, bias, temperature, B, N, H, out)))                                \
-  }                                                                                                \
-  int mix_backward_##NAME(const T* qkv, const float* bias, const float* temperature,               \
-                          const T* grad, int64_t B, int64_t N, int64_t H, int64_t d, T* d_qkv,     \
-                          float* d_bias, float* d_temperature) {                                   \
-    FOR_WIDTH(d, (mix_backward<D, T>(qkv, bias, temperature, grad, B, N, H, d_qkv, d_bias,         \
-                                     d_temperature)))                                              \
-  }
+// Each kernel as a pointer to a function, for float32 and for bfloat16
+#define EXPORT(kernel)                        \
+  void* kernel##_f32 = (void*)kernel<float>;  \
+  void* kernel##_bf16 = (void*)kernel<bf16>;
 
 extern "C" {
-EXPORT(float, f32)
-EXPORT(bf16, bf16)
+EXPORT(layer_norm)
+EXPORT(layer_norm_backward)
+EXPORT(bias_gelu)
+EXPORT(bias_gelu_backward)
+EXPORT(residual)
+EXPORT(residual_backward)
+EXPORT(channel_mixing)
+EXPORT(channel_mixing_backward)
+EXPORT(local_first)
+EXPORT(local_second)
+EXPORT(local_second_backward)
+EXPORT(local_first_backward)
+EXPORT(norm_gelu)
+EXPORT(norm_gelu_backward)
+EXPORT(column_moments)
+EXPORT(affine)
+EXPORT(batch_norm_sums)
+EXPORT(batch_norm_backward)
+EXPORT(batch_norm_backward_last)
 }

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ssl_xcit.utils.files import default_cache
 from ssl_xcit.utils.hardware import compiler_version, cpp_compiler, processor, processor_flags
@@ -28,15 +29,10 @@ from ssl_xcit.utils.terminal import say
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
 # no -ffast-math: what is not finite has to stay so
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp",
+FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
     "-fPIC",
-]
+)  # fmt: skip
 WIDTHS = (16, 32, 48, 64)  # channels of a head that there are kernels for
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -49,17 +45,23 @@ class Kernels:
         self.functions: dict[tuple[str, torch.dtype], Any] = {}
 
     def __call__(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
-        """Run a kernel for values of this type; integers are 64 bits, floats 32."""
+        """Run a kernel for values of this type; integers are 64 bits, floats 32. Fake tensors, by
+        which `plan=true` computes the memory of a step, have nothing to run it on.
+        """
+        if any(isinstance(argument, FakeTensor) for argument in arguments):
+            return
         function = self.functions.get((name, dtype))
         if function is None:
-            function = self.library[f"{name}_{NAMES[dtype]}"]
-            function.restype = None
-            function.argtypes = [_argument_type(argument) for argument in arguments]
+            address = ctypes.c_void_p.in_dll(self.library, f"{name}_{NAMES[dtype]}").value
+            assert address is not None
+            types = (argument_type(argument) for argument in arguments)
+            function = ctypes.CFUNCTYPE(None, *types)(address)
             self.functions[name, dtype] = function
         function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
-def _argument_type(argument: object) -> Any:
+def argument_type(argument: object) -> Any:
+    """C's type of an argument; it is the same at every call of a kernel."""
     if argument is None or isinstance(argument, Tensor):
         return ctypes.c_void_p
     return ctypes.c_int64 if isinstance(argument, int) else ctypes.c_float
@@ -72,21 +74,25 @@ def kernels() -> Kernels | None:
     """
     compiler, is_there = cpp_compiler()
     if not is_there:
-        log.info("no C++ compiler (%s), so training takes the slower plain forms", compiler[0])
+        log.warning(
+            "no C++ compiler (%s), so networks run on this CPU by the slower plain forms: install "
+            "one (Debian: apt install g++), or name another in CXX", compiler[0],
+        )  # fmt: skip
         return None
     try:
-        return _loaded(compiler)
+        return loaded(compiler)
     except (OSError, subprocess.SubprocessError) as error:
         output = str(getattr(error, "stderr", None) or error).strip() or type(error).__name__
         log.warning(
-            "%s did not build the kernels for this processor, so training takes the slower plain "
+            "%s did not build the kernels for this processor, so networks run by the slower plain "
             "forms: %s", compiler[0], output.splitlines()[0],
         )  # fmt: skip
         return None
 
 
-def _loaded(compiler: list[str]) -> Kernels:
-    flags = [*FLAGS]
+def loaded(compiler: list[str]) -> Kernels:
+    """The kernels of this source, compiler and processor, from the cache or built."""
+    flags = list(FLAGS)
     if platform.machine().lower() in ("x86_64", "amd64"):
         flags.append("-mprefer-vector-width=512")
     about = compiler_version(compiler), processor(), processor_flags()
@@ -95,7 +101,7 @@ def _loaded(compiler: list[str]) -> Kernels:
     path = cache_folder() / f"{digest}.so"
     with suppress(OSError):  # not there yet, or cut short
         return Kernels(path)
-    return _built(compiler, flags, path)
+    return built(compiler, flags, path)
 
 
 def cache_folder() -> Path:
@@ -110,7 +116,8 @@ def cache_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="ssl_xcit-"))
 
 
-def _built(compiler: list[str], flags: list[str], path: Path) -> Kernels:
+def built(compiler: list[str], flags: list[str], path: Path) -> Kernels:
+    """Build the kernels, and put the file in its place."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
         compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"

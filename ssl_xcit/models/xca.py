@@ -47,9 +47,10 @@ def channel_attention(
     q: Float[Tensor, "B H d N"], k: Float[Tensor, "B H d N"], temperature: Float[Tensor, "H 1 1"]
 ) -> Float[Tensor, "B H d d"]:
     """softmax_j((q_i . k_j) / (|q_i| |k_j|) * temperature): channel i of q attends to j of k."""
-    gram = q @ k.mT  # (B, H, d, d)
-    q_norm = vector_norm(q, dim=-1).clamp_min(EPS).unsqueeze(-1)  # (B, H, d, 1)
-    k_norm = vector_norm(k, dim=-1).clamp_min(EPS).unsqueeze(-2)  # (B, H, 1, d)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    gram = (q @ k.mT).to(exact)  # (B, H, d, d)
+    q_norm = vector_norm(q, dim=-1, dtype=exact).clamp_min(EPS).unsqueeze(-1)  # (B, H, d, 1)
+    k_norm = vector_norm(k, dim=-1, dtype=exact).clamp_min(EPS).unsqueeze(-2)  # (B, H, 1, d)
     return (gram / (q_norm * k_norm) * temperature).softmax(dim=-1)
 
 

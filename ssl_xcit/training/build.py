@@ -1,16 +1,20 @@
 """Build student, teacher and schedules of a run (learning rate, weight decay, EMA)."""
 
+from typing import Literal
+
 import torch
 from hydra.utils import instantiate
 
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.errors import UserError
+from ssl_xcit.models.devices import prepare_cpu
 from ssl_xcit.models.weights import TrainingWeights
 from ssl_xcit.training.init_weights import start_backbone, start_head, start_state
 from ssl_xcit.training.module import Pretraining, Schedules, make_networks
 from ssl_xcit.training.plan import Plan
 from ssl_xcit.training.schedules import BackboneUnfreezeSchedule, Cosine
 from ssl_xcit.training.settings import OptimSettings, PretrainSettings
+from ssl_xcit.training.step_memory import networks_of
 
 
 def make_module(
@@ -55,6 +59,19 @@ def make_module(
     except (TypeError, ValueError) as error:  # torch's own words on its arguments
         raise UserError(f"optim.optimizer: {error}") from error
     return module
+
+
+def accelerate_(module: Pretraining, compiled: bool | Literal["auto"], num_ranks: int = 1) -> None:
+    """Let networks run by the kernels of this machine's CPU (`auto`), as programs of
+    `torch.compile` (True), or as they are. SharedBatchNorm, which several ranks have, breaks a
+    program in two.
+    """
+    if compiled == "auto":
+        for network in networks_of(module):
+            prepare_cpu(network)
+    elif compiled:
+        for backbone in (module.student, module.teacher):
+            backbone.compile_backbone(module.objective.takes_patches, num_ranks == 1)
 
 
 def make_schedules(optim: OptimSettings, plan: Plan) -> Schedules:

@@ -1,6 +1,5 @@
 """Describe the machine: its name, usable cores, bfloat16, a compiler."""
 
-import ctypes
 import logging
 import os
 import platform
@@ -20,8 +19,6 @@ from ssl_xcit.errors import UserError
 log = logging.getLogger(__name__)
 IMPORTED = time.perf_counter()
 clock: dict[str, float] = {}
-# M_MMAP_THRESHOLD (its largest value), M_TRIM_THRESHOLD, M_TOP_PAD, in bytes
-MALLOPT = {-3: 32 << 20, -1: 2**31 - 1, -2: 64 << 20}
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -88,26 +85,25 @@ def precision_for(setting: str, on_cpu: bool) -> str:
     return setting
 
 
-def keep_memory() -> None:
-    """Let this process keep freed memory for the next tensors. glibc gives the memory of each large
-    one back to the system, and a step takes tens of thousands of pages again, one by one.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        library = ctypes.CDLL(None)
-        for option, value in MALLOPT.items():
-            library.mallopt(option, value)
-
-
 def compiles_on_gpu() -> bool:
-    """Whether `torch.compile` has what it needs: Triton, a C compiler, a GPU from Volta on."""
+    """Whether `torch.compile` has what it needs: Triton, a C compiler, a GPU from Volta on. A
+    warning says what is missing.
+    """
     import torch
 
     compilers = (os.environ.get("CC") or "gcc", "cc", "clang")
-    return (
-        find_spec("triton") is not None
-        and any(shutil.which(name) for name in compilers)
-        and torch.cuda.get_device_capability() >= (7, 0)
-    )
+    needs = {
+        "Triton (pip install triton)": find_spec("triton") is not None,
+        "a C compiler (Debian: apt install gcc)": any(map(shutil.which, compilers)),
+        "a GPU of compute capability 7.0": torch.cuda.get_device_capability() >= (7, 0),
+    }
+    missing = [what for what, is_there in needs.items() if not is_there]
+    if missing:
+        log.warning(
+            "compile=auto: torch.compile needs %s, so the backbones are not compiled",
+            " and ".join(missing),
+        )
+    return not missing
 
 
 def cpp_compiler() -> tuple[list[str], bool]:

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from ssl_xcit.data.decode import RGB, open_picture
 from ssl_xcit.data.fused import FusedMultiCrop
-from ssl_xcit.data.multicrop import PAIRS, Recipe, TorchvisionMultiCrop
+from ssl_xcit.data.multicrop import SEQUENCES, Recipe, TorchvisionMultiCrop
 from ssl_xcit.data.preprocess import normalise, resize_center_crop, to_views
 
 
@@ -110,7 +110,7 @@ def test_blur_is_in_proportion_to_the_crops():
 @pytest.mark.parametrize("kind", [FusedMultiCrop, TorchvisionMultiCrop])
 def test_numbers_from_yaml_are_plain_tuples(kind):
     """To read one of OmegaConf's lists takes as long as to make a crop."""
-    numbers = {name: list(getattr(kind(), name)) for name in PAIRS}
+    numbers = {name: list(getattr(kind(), name)) for name in SEQUENCES}
     augment = kind(**OmegaConf.create(numbers), stages=[{"until": 0.5, "num_local": 1}])
     for recipe in (augment, augment.at(0.2)):
         for name, values in numbers.items():

@@ -11,11 +11,12 @@ from numerics import kept_bytes, relative
 
 from ssl_xcit.models import kernels as room
 from ssl_xcit.models import xcit
-from ssl_xcit.models.fused_block import MLPBranch, applies
+from ssl_xcit.models.fused_block import applies
 from ssl_xcit.models.kernels import kernels
 from ssl_xcit.models.xcit import Stem, XCABlock, XCiT
+from ssl_xcit.utils.hardware import cpp_compiler
 
-pytestmark = pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not cpp_compiler()[1], reason="no C++ compiler")
 GRIDS = {"square": (6, 6), "odd": (3, 7), "one token": (1, 1), "wide": (2, 33)}
 
 
@@ -96,10 +97,12 @@ def test_what_it_gives_does_not_depend_on_the_number_of_threads():
     def passes(threads):
         torch.set_num_threads(threads)
         out = [torch.empty(700, 64) for _ in range(2)]
-        sums = [torch.empty(64) for _ in range(3)]
-        run("layer_norm_backward", x.dtype, x, x, None, grad, 700, 1, 64, weight, 1e-6, out[0],
-            sums[0], sums[1])  # fmt: skip
-        run("bias_gelu_backward", x.dtype, x, weight, 700, 64, grad.clone(), out[1], sums[2])
+        sums = [torch.empty(2, 64), torch.empty(64)]
+        run(
+            "layer_norm_backward", x.dtype, x, x, None, grad, 700, 1, 64, weight, 1e-6, out[0],
+            sums[0],
+        )  # fmt: skip
+        run("bias_gelu_backward", x.dtype, x, weight, 700, 64, grad.clone(), out[1], sums[1])
         return [*out, *sums]
 
     before = torch.get_num_threads()
@@ -178,7 +181,6 @@ def test_second_derivatives_are_refused():
     (first,) = torch.autograd.grad(fused(x, (4, 4)).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         first.sum().backward()
-    assert issubclass(MLPBranch, torch.autograd.Function)
 
 
 BUILD = """
@@ -206,7 +208,7 @@ def test_without_a_compiler_the_plain_forms_run(compiler, said, tmp_path):
 def test_built_once_and_again_where_the_cache_cannot_be_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "env g++")  # a compiler of several words
-    monkeypatch.setattr(room, "FLAGS", [flag.replace("-O3", "-O0") for flag in room.FLAGS])
+    monkeypatch.setattr(room, "FLAGS", ["-O0" if flag == "-O3" else flag for flag in room.FLAGS])
     assert kernels.__wrapped__() is not None
     assert "kernels built for this processor" in capsys.readouterr().out
     (built,) = (tmp_path / "ssl_xcit" / "kernels").iterdir()
