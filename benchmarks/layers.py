@@ -5,8 +5,9 @@
 `mixing`: attention across channels head by head on strided views against batched products on
 copies. `class attention`: without keys and values against with them. `mlp`: the branch by parts
 against its four layers, with the memory kept for the backward pass. `drop path`: a block whose
-dropped samples are not computed against one that multiplies them by 0, at rate 0.1. Forward and
-backward, float32, at the sizes of a DINO step. Writes benchmarks/results/layers.json.
+dropped samples are not computed against one that multiplies them by 0, at rate 0.1. `block` and
+`stem`: with the kernels against the plain forms, in float32 and bfloat16. Forward and backward,
+float32 but for these, at the sizes of a DINO step. Writes benchmarks/results/layers.json.
 """
 
 import argparse
@@ -119,6 +120,26 @@ def main() -> None:
             finally:
                 DropPath.by_sample = plain_drop_path  # type: ignore[method-assign]
 
+        for part, inputs, *arguments in (
+            ("block", x, (side, side)),
+            ("stem", torch.randn(B, 3, 16 * side, 16 * side)),
+        ):
+            plain, fused = (create_model(f"xcit_{name}") for _ in range(2))
+            fused.fuse()
+            plain, fused = (
+                m.blocks[0] if part == "block" else m.patch_embed for m in (plain, fused)
+            )
+            for precision in (torch.float32, torch.bfloat16):
+
+                def of(module: nn.Module, x=inputs, a=arguments, p=precision) -> Any:
+                    def forward() -> Tensor:
+                        with torch.autocast("cpu", torch.bfloat16, enabled=p == torch.bfloat16):
+                            return module(x, *a)
+
+                    return forward
+
+                title = f"{part} by kernels, {str(precision).removeprefix('torch.')}, {where}"
+                pair(title, of(fused), of(plain))
         pair(f"drop path, {where}", lambda b=dropping, x=x, s=side: b(x, (s, s)), masked)
     save("layers", results)
 

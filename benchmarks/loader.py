@@ -3,9 +3,10 @@
     python benchmarks/loader.py [--rounds 15] [--entries 1000,10000,100000] [--only crops,...]
 
 Parts: `crops` (our fused multi-crop against Pillow and torchvision, the same JPEGs, interleaved in
-one process on one thread), `resize` (one box, three ways), `small` (CIFAR-size arrays), `memory`
-(private memory of one loader process), `reading` (files and tar shards), `index` (folders of links,
-by size). Prints medians and ratios and writes benchmarks/results/loader.json.
+one process on one thread), `demo` (the same of `ssl-xcit pretrain`'s own crops), `resize` (one box,
+three ways), `small` (CIFAR-size arrays), `memory` (private memory of one loader process), `reading`
+(files and tar shards), `index` (folders of links, by size). Prints medians and ratios and writes
+benchmarks/results/loader.json.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -32,11 +35,13 @@ from ssl_xcit.data import folders, fused
 from ssl_xcit.data.decode import RGB, decode, open_picture
 from ssl_xcit.data.fused import FusedMultiCrop
 from ssl_xcit.data.multicrop import MultiCrop, TorchvisionMultiCrop
-from ssl_xcit.data.photos import photographs
+from ssl_xcit.data.photos import photographs, photos
 from ssl_xcit.data.sets import Arrays
 from ssl_xcit.data.shards import tar_shards
 from ssl_xcit.data.sources import Files, Source
 from ssl_xcit.training.datamodule import multi_crop_data
+from ssl_xcit.training.settings import PretrainSettings
+from ssl_xcit.utils.validation import parse
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95
 
@@ -145,6 +150,24 @@ def shares(images: list[bytes]) -> dict[str, float]:
     total = sum(found.values())
     print("  " + ", ".join(f"{n} {v:.2f} ms ({v / total:.0%})" for n, v in found.items()))
     return found
+
+
+def demo() -> dict[str, Any]:
+    """The crops of `ssl-xcit pretrain` without further words, from its photographs on disk."""
+    composed = []
+    with initialize_config_module("ssl_xcit.conf", version_base="1.3"):
+        for words in ([], ["augment=torchvision"]):
+            settings = parse(PretrainSettings, compose("pretrain", words))
+            composed.append(instantiate(settings.augment))
+    source = photos()
+    places = np.linspace(0, len(source) - 1, 40).astype(int).tolist()
+
+    def run(augment: MultiCrop) -> None:
+        for seed, place in enumerate(places):
+            augment(open_picture(source.read(place)), seed)
+
+    found = compare(lambda: run(composed[0]), lambda: run(composed[1]), len(places))
+    return said("the demo's crops of its photographs", found)
 
 
 def resize() -> dict[str, float]:
@@ -287,8 +310,8 @@ def index() -> dict[str, Any]:
 
 
 PARTS = {
-    "crops": crops, "resize": resize, "small": small, "memory": memory, "reading": reading,
-    "index": index,
+    "crops": crops, "demo": demo, "resize": resize, "small": small, "memory": memory,
+    "reading": reading, "index": index,
 }  # fmt: skip
 
 if __name__ == "__main__":

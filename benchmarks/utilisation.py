@@ -31,8 +31,11 @@ KINDS = {
     "copy_": "copies", "cat": "copies", "fill_": "copies", "zero_": "copies",
     "_fused_adamw_": "AdamW", "lerp_": "EMA", "_foreach_lerp_": "EMA",
     **{
-        name + way: "kernels"
-        for name in ("MLPBranch", "AttentionBranch", "LocalBranch", "FusedStem")
+        function + way: f"kernels of {what}"
+        for function, what in (
+            ("MLPBranch", "MLPs"), ("AttentionBranch", "attention"),
+            ("LocalBranch", "local patch interaction"), ("FusedStem", "the stem"),
+        )
         for way in ("", "Backward")
     },
     "_softmax": "softmax", "_softmax_backward_data": "softmax", "softmax": "softmax",

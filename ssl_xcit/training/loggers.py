@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,11 +125,18 @@ class FailsafeLogger(Logger):
         self.call("finalize", status)
 
     @rank_zero_only
-    def finish(self) -> None:
+    def conclude(self, run_dir: Path) -> None:
+        """Hand on what a finished run has left, where that is wanted."""
+        self.begin()
+        if hasattr(self.inner, "conclude"):
+            self.call("conclude", run_dir)
+
+    @rank_zero_only
+    def finish(self, exit_code: int) -> None:
         """wandb's run ends here, not with the process."""
         experiment: Any = getattr(self.inner, "experiment", None)
         if hasattr(experiment, "finish"):
             try:
-                experiment.finish()
+                experiment.finish(exit_code=exit_code)
             except Exception as error:
                 self.warn(error, "its record may end early")

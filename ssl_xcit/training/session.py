@@ -57,12 +57,17 @@ def run_to_the_end(
     """Train and conclude (with the seconds that training took); ends the process with the exit code
     of a signal that stopped it.
     """
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, FailsafeLogger)]
+    code = 1
     try:
         stop.install()
         seconds = train()
         stop.after_training()
         if trainer.is_global_zero:
             conclude(seconds)
+            for logger in loggers:
+                logger.conclude(run_dir)
+        code = 0
     except Stopped as stopped:
         if trainer.is_global_zero:
             say_stopped(stopped, run_dir)
@@ -70,6 +75,8 @@ def run_to_the_end(
                 requeue()
         sys.exit(0 if watched_child(trainer) else stopped.exit_code)
     finally:
+        for logger in loggers:
+            logger.finish(code)
         stop.checkpoints.leave()
         if not stop.stopping:  # else they stay: a scheduler may ask twice
             stop.restore()
@@ -125,10 +132,6 @@ def train(
     except BaseException:
         kill_children(trainer)
         raise
-    finally:
-        for logger in trainer.loggers:
-            if isinstance(logger, FailsafeLogger):
-                logger.finish()
     return time.perf_counter() - started
 
 

@@ -1,7 +1,9 @@
 """Lightning's Trainer as our runs need it, and the other ranks that it starts."""
 
 import os
+import re
 import signal
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -10,8 +12,10 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -65,7 +69,8 @@ def make_trainer(
         )
     stop = StopOnSignal(checkpoints)
     loggers = [
-        make_logger(name, node, run_dir, run_id) for name, node in (settings.logger or {}).items()
+        make_logger(name, node, run_dir, run_id, as_plain(settings))
+        for name, node in (settings.logger or {}).items()
     ]
     try:
         trainer = instantiate(
@@ -162,16 +167,41 @@ def leave_signals(trainer: lightning.Trainer) -> None:
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
-def make_logger(name: str, node: Node, run_dir: Path, run_id: str) -> FailsafeLogger:
-    """A logger of the settings; one that knows `offline` goes there when it reaches nobody."""
-    if node.get("id", "") is None:  # a run that goes on is the same run there
-        node = {**node, "id": run_id}
-    ways = [partial(instantiate, node, save_dir=str(run_dir))]
+def make_logger(
+    name: str, node: Node, run_dir: Path, run_id: str, settings: Mapping[str, Any]
+) -> FailsafeLogger:
+    """A logger of the settings; one that knows `offline` goes there when it reaches nobody. What is
+    null of its `id`, `name`, `group` and `tags` is the run's.
+    """
+    of_run = {
+        "id": run_id,  # a run that goes on is the same run there
+        "name": run_dir.name,
+        "group": re.sub(r"_seed-[^_]*", "", run_dir.name),
+        "tags": tags(),
+    }
+    node = {**node, **{k: v for k, v in of_run.items() if node.get(k, "") is None}}
+    if node.get("offline") and "WANDB_SWEEP_ID" in os.environ:
+        node["offline"] = False  # wandb's agent has started it and waits for its numbers
+
+    def make(**changed: Any) -> Logger:
+        logger = instantiate(node, save_dir=str(run_dir), **changed)
+        if hasattr(logger, "describe"):
+            logger.describe(settings)
+        return logger
+
+    ways: list[Callable[[], Logger]] = [make]
     if node.get("offline") is False:
         # wandb remembers the first mode and is still trying the first id
-        offline = {"offline": True, "mode": "offline", "id": f"{node['id']}-offline"}
-        ways.append(partial(instantiate, node, save_dir=str(run_dir), **offline))
+        ways.append(partial(make, offline=True, mode="offline", id=f"{node['id']}-offline"))
     return FailsafeLogger(name, ways)
+
+
+def tags() -> list[str]:
+    """What runs are found by: the command, and the options of its groups that tell most."""
+    hydra = HydraConfig.get()
+    groups = ("data", "model", "objective", "transfer")
+    chosen = (hydra.runtime.choices.get(group) for group in groups)
+    return [str(hydra.job.name), *(option for option in chosen if option)]
 
 
 def watched_child(trainer: lightning.Trainer) -> bool:

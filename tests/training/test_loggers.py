@@ -68,7 +68,7 @@ def test_wandb_gets_files(tmp_path):
     try:
         logger.log_image("pictures", [PICTURE], 7)
     finally:
-        logger.finish()
+        logger.finish(0)
     (file,) = tmp_path.rglob("media/images/*.png")
     assert file.name.startswith("pictures_")
 
