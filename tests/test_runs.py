@@ -1,10 +1,12 @@
 """Commands from Python, against the same commands as a person types them."""
 
+import asyncio
 import math
 import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,28 @@ def test_nested_settings_and_values():
 def test_wrong_settings_raise(here, settings, message):
     with pytest.raises(UserError, match=message):
         ssl_xcit.pretrain(**settings)
+
+
+def in_a_loop(work):
+    """As in a notebook's cell: the event loop of the thread is running."""
+
+    async def cell():
+        return work()
+
+    return asyncio.run(cell())
+
+
+def in_a_thread(work):
+    """Where there is neither a loop nor a way to hear signals."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+@pytest.mark.parametrize("call", [in_a_loop, in_a_thread])
+def test_with_an_event_loop_and_without(here, called, call):
+    name = call.__name__
+    run = call(lambda: ssl_xcit.pretrain(name=name, **SETTINGS))
+    assert str(last_state(run.folder)[0]) == str(last_state(called.folder)[0])
 
 
 def test_ctrl_c_keeps_the_run(here, called):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import faiss
 import numpy as np
+import scipy  # parts are imported when they are used first
 import torch
 from jaxtyping import Float32, Float64, Int64
-from scipy.optimize import linear_sum_assignment
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.utils.validation import Count
@@ -97,7 +97,7 @@ class Clustering(Evaluator):
         right = np.empty((len(items), self.runs))
         for run, clusters in enumerate(runs):
             table = contingency(items[:, [0, run + 1]], ones)
-            of_class, of_cluster = linear_sum_assignment(table, maximize=True)
+            of_class, of_cluster = scipy.optimize.linear_sum_assignment(table, maximize=True)
             stands_for = np.full(table.shape[1], -1)
             stands_for[of_cluster] = of_class
             right[:, run] = stands_for[clusters] == classes

@@ -18,11 +18,11 @@ from typing import Annotated, Any, NamedTuple
 import cv2
 import lightning
 import numpy as np
+import scipy  # parts are imported when they are used first
 import torch
 from annotated_types import Ge
 from jaxtyping import Float
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ssl_xcit.data.decode import BadImage, open_picture, read_image
@@ -325,7 +325,7 @@ def aligned(
         return centred / centred.norm(dim=0).clamp_min(1e-12)
 
     fit = (unit(scores.double()).mT @ unit(before.double())).numpy()
-    rows, columns = linear_sum_assignment(-np.abs(fit))
+    rows, columns = scipy.optimize.linear_sum_assignment(-np.abs(fit))
     order = rows[np.argsort(columns)]
     signs = np.where(fit[order, np.arange(len(order))] < 0, -1.0, 1.0)
     return scores[:, torch.from_numpy(order)] * torch.from_numpy(signs).to(scores)

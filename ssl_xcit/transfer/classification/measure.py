@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy  # parts are imported when they are used first
 from jaxtyping import Bool, Float, Float32, Int64
-from scipy.stats import binomtest, norm
 
 from ssl_xcit.transfer.task import Measured, Target
 
@@ -172,7 +172,7 @@ class MultiLabelMeasure:
 
 def wilson(hits: int, count: int) -> Interval:
     """Return Wilson's 95 % score interval of hits / count, in percent."""
-    interval = binomtest(hits, count).proportion_ci(0.95, method="wilson")
+    interval = scipy.stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
     return 100.0 * float(interval.low), 100.0 * float(interval.high)
 
 
@@ -236,5 +236,5 @@ def halves_interval(
             means.append(average_precisions(truth[half], scores[half], there).mean())
     error = np.std(means, ddof=1) * np.sqrt((N // 2) / (N - N // 2))
     mean = average_precisions(truth, scores, classes).mean()
-    half_width = float(norm.ppf(0.975)) * error
+    half_width = float(scipy.stats.norm.ppf(0.975)) * error
     return 100.0 * float(max(0.0, mean - half_width)), 100.0 * float(min(1.0, mean + half_width))
