@@ -235,7 +235,17 @@ def hints_of(path: str) -> dict[str, Any]:
         hints = get_type_hints(function, include_extras=True)
     except (NameError, TypeError):  # annotations that are for a type checker only
         hints = {}
-    return {"**" if p.kind is p.VAR_KEYWORD else p.name: hints.get(p.name, Any) for p in parameters}
+    return {
+        "**" if p.kind is p.VAR_KEYWORD else p.name: as_written(hints.get(p.name, Any), p.default)
+        for p in parameters
+    }
+
+
+def as_written(hint: Any, default: Any) -> Any:
+    """A parameter's type without the `| None` that Python 3.10 adds where None is the default."""
+    inner = get_args(hint)[0] if is_union(hint) else None
+    added = default is None and get_origin(inner) is Annotated and allows(inner, None)
+    return inner if added else hint
 
 
 def located(path: str) -> Any:
