@@ -315,7 +315,7 @@ def test_class_weights():
         log_p = task.logits((pixels / 255 - MEAN) / STD).log_softmax(1)
         loss = task.losses(pixels, targets)["cross_entropy"]
     terms = [-weights[t] * float(log_p[i, t]) for i, t in enumerate(targets)]
-    assert float(loss) == pytest.approx(np.mean(terms), abs=1e-6)
+    assert float(loss) == pytest.approx(np.mean(terms), rel=1e-6)
 
     rows = np.array([[1, 0], [1, 0], [1, 1], [0, 0]])
     several = of_pair(pair_of(rows, rows))
