@@ -195,6 +195,9 @@ def paired_differences(one: RunFeatures, two: RunFeatures) -> Content:
     else:
         try:
             differences = paired_knn(one, two)
+            if others := [run.name for run in (one.run, two.run) if knn_kind(run) != "cls"]:
+                words = f"Of class tokens; the numbers above of {' and '.join(others)} are of "
+                words += "features that were chosen, which this command compares:"
             command = shlex.join(["ssl-xcit", "eval", f"ckpt=[{one.run.path},{two.run.path}]"])
         except Exception as error:
             words = f"Not compared image by image: {message_of(error)}. "
@@ -202,6 +205,13 @@ def paired_differences(one: RunFeatures, two: RunFeatures) -> Content:
     rows = difference_rows(differences, 2)
     table = Table(DIFFERENCE_HEADINGS, rows, "numeric") if rows else None
     return {"title": title, "words": words, "table": table, "command": command}
+
+
+def knn_kind(run: Run) -> str:
+    """What the run's final k-NN was measured on."""
+    own = list(mapping(run.summary.get("results")) or {""})[-1]
+    chosen = mapping(mapping(run.summary.get("chosen")).get(own))
+    return str(mapping(chosen.get("knn")).get("kind", "cls"))
 
 
 def recorded_differences(one: Run, two: Run) -> dict[str, Difference]:

@@ -206,6 +206,9 @@ def pyav() -> Any:
         raise UserError(
             f"films need PyAV ({error}): pip install 'ssl-xcit[video]'; folders of frames do not"
         ) from error
+    # a level, as older torchvisions set, lets decoding threads wait for the interpreter to log
+    # while the interpreter waits for them to end
+    av.logging.set_level(None)
     return av
 
 

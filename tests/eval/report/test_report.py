@@ -31,6 +31,7 @@ from ssl_xcit.utils.terminal import printable
 A, B = Path("runs/a"), Path("runs/b")
 TINY = [w for w in SMALL if not w.startswith("evaluation.evaluators.linear")]
 TINY += ["evaluation.evaluators.linear=null", "evaluation.evaluators.knn.k=[20]"]
+TINY += ["evaluation.evaluators.knn.kinds=[cls]"]
 OPTIONS = ReportOptions(num_workers=0, max_images=24, device="cpu")
 PARTS = ["results", "curves", "pictures", "channels", "neighbours", "atlas", "settings",
          "commands", "environment", "bad"]  # fmt: skip
@@ -319,11 +320,21 @@ def test_several_runs_are_compared(here, capsys):
     # what `eval` has left is taken where it is of these weights
     others = ("linear", "few_shot", "logistic", "clustering", "retrieval")
     words = [f"evaluation.evaluators.{name}=null" for name in others]
-    words += ["evaluation.baselines=null", "num_workers=0"]
+    words += ["evaluation.baselines=null", "num_workers=0", "evaluation.evaluators.knn.kinds=[cls]"]
     assert run("eval", "ckpt=[runs/a,runs/b]", *words) == 0
     (paired,) = sections.results_section(features_of(A, B))["differences"]
     assert paired["words"] == "From comparison.json."
     assert difference in paired["table"].rows
+
+
+def test_a_difference_says_when_it_is_of_other_features_than_the_numbers(here):
+    (paired,) = sections.results_section(features_of(A, B))["differences"]
+    assert paired["words"] == ""
+    chosen = {"pretrained": {"knn": {"kind": "cls_patch"}}}
+    edit(B / "summary.json", lambda c: c.update(chosen=chosen))
+    (paired,) = sections.results_section(features_of(A, B))["differences"]
+    assert paired["words"].startswith("Of class tokens; the numbers above of b are of features")
+    assert paired["command"] == "ssl-xcit eval 'ckpt=[runs/a,runs/b]'"
 
 
 def test_runs_of_one_name_keep_their_own_numbers(here):
