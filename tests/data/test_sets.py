@@ -155,7 +155,7 @@ def test_words_as_labels_of_hugging_face(tmp_path):
         return rows.cast_column("image", datasets.Image())
 
     whole = datasets.DatasetDict({"train": part(["b", "a ", "b", "a"]), "test": part(["c", "a"])})
-    whole.save_to_disk(tmp_path / "set")
+    whole.save_to_disk(str(tmp_path / "set"))
     pair = sets.labelled_huggingface(str(tmp_path / "set"), "train", "test")
     assert pair.train.class_names == ("a", "b")
     assert pair.train.labels.tolist() == [1, 0, 1, 0]
