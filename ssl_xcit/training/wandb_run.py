@@ -42,8 +42,8 @@ class WandbRun(WandbLogger):
         """Take the settings as the run's config; of absolute paths the last part."""
         self._wandb_init["config"] = without_paths(settings)
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Hand on, each under its panel."""
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Hand on, numbers and pictures, each under its panel."""
         super().log_metrics({panel_of(name) + name: v for name, v in metrics.items()}, step)
 
     def conclude(self, run_dir: Path) -> None:

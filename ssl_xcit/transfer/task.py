@@ -6,7 +6,7 @@ fits, and knows none of them by name.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64, Shaped, UInt8
@@ -130,7 +130,8 @@ class Task(Protocol):
     """
 
     kind: str
-    backbone: XCiT
+    if TYPE_CHECKING:  # checks at run time do not find modules in modules, from Python 3.12 on
+        backbone: XCiT
     class_names: tuple[str, ...]
     settings: dict[str, Any]
     prepare: Prepare
