@@ -156,7 +156,7 @@ def demo() -> dict[str, Any]:
     """The crops of `ssl-xcit pretrain` without further words, from its photographs on disk."""
     composed = []
     with initialize_config_module("ssl_xcit.conf", version_base="1.3"):
-        for words in ([], ["augment=torchvision"]):
+        for words in (["experiment=photos"], ["experiment=photos", "augment=torchvision"]):
             settings = parse(PretrainSettings, compose("pretrain", words))
             composed.append(instantiate(settings.augment))
     source = photos()
