@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.training.run_name import SMALL_MODEL, key_of
 from ssl_xcit.utils.hardware import start_clock
-from ssl_xcit.utils.imports import LeanImport
+from ssl_xcit.utils.imports import lean_import
 from ssl_xcit.utils.terminal import OneLine, printable, say
 from ssl_xcit.utils.validation import missing_keys, parse
 
@@ -296,9 +296,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.argv = [program[0], command, *flags, *HydraConfig.get().overrides.task]
         os.environ["HYDRA_FULL_ERROR"] = "1" if debugging else "0"
         try:
-            if "torchmetrics" not in sys.modules:
-                sys.meta_path.insert(0, LeanImport())
-            function = main_of(cfg)
+            with lean_import():
+                function = main_of(cfg)
             set_up_logging()  # after the imports, which set up their own
             function(settings_for(function, cfg))
         except KeyboardInterrupt:

@@ -167,7 +167,7 @@ for words in (['pretrain', 'data.root=none'], ['eval', 'ckpt=none']):
 assert 'lightning' in sys.modules
 heavy = {'transformers', 'matplotlib', 'sklearn', 'pandas', 'wandb', 'tensorboard', 'timm', 'onnx',
          'datasets', 'huggingface_hub', 'plotly', 'optuna', 'openTSNE', 'skimage.io', 'av',
-         'IPython'} & set(sys.modules)
+         'IPython', 'scipy.stats', 'scipy.signal'} & set(sys.modules)
 assert not heavy, heavy
 """
 

@@ -209,8 +209,10 @@ def paired_differences(one: RunFeatures, two: RunFeatures) -> Content:
 
 def knn_kind(run: Run) -> str:
     """What the run's final k-NN was measured on."""
-    own = list(mapping(run.summary.get("results")) or {""})[-1]
-    chosen = mapping(mapping(run.summary.get("chosen")).get(own))
+    rows = list(mapping(run.summary.get("results")))
+    if not rows:
+        return "cls"
+    chosen = mapping(mapping(run.summary.get("chosen")).get(rows[-1]))  # behind the baselines
     return str(mapping(chosen.get("knn")).get("kind", "cls"))
 
 

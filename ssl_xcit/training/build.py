@@ -70,8 +70,8 @@ def accelerate_(module: Pretraining, compiled: bool | Literal["auto"], num_ranks
         for network in networks_of(module):
             prepare_cpu(network)
     elif compiled:
-        for backbone in (module.student, module.teacher):
-            backbone.compile_backbone(module.objective.takes_patches, num_ranks == 1)
+        for network in (module.student, module.teacher):
+            network.compile_backbone(module.objective.takes_patches, num_ranks == 1)
 
 
 def make_schedules(optim: OptimSettings, plan: Plan) -> Schedules:

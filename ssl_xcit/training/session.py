@@ -75,9 +75,9 @@ def run_to_the_end(
                 requeue()
         sys.exit(0 if watched_child(trainer) else stopped.exit_code)
     finally:
-        for logger in loggers:
-            logger.finish(code)
         stop.checkpoints.leave()
+        for logger in loggers:  # which may wait for their servers
+            logger.finish(code)
         if not stop.stopping:  # else they stay: a scheduler may ask twice
             stop.restore()
 

@@ -1,7 +1,6 @@
 """Lightning's Trainer as our runs need it, and the other ranks that it starts."""
 
 import os
-import re
 import signal
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -170,23 +169,17 @@ def leave_signals(trainer: lightning.Trainer) -> None:
 def make_logger(
     name: str, node: Node, run_dir: Path, run_id: str, settings: Mapping[str, Any]
 ) -> FailsafeLogger:
-    """A logger of the settings; one that knows `offline` goes there when it reaches nobody. What is
-    null of its `id`, `name`, `group` and `tags` is the run's.
-    """
-    of_run = {
-        "id": run_id,  # a run that goes on is the same run there
-        "name": run_dir.name,
-        "group": re.sub(r"_seed-[^_]*", "", run_dir.name),
-        "tags": tags(),
-    }
-    node = {**node, **{k: v for k, v in of_run.items() if node.get(k, "") is None}}
+    """A logger of the settings; one that knows `offline` goes there when it reaches nobody."""
+    node = dict(node)
+    if node.get("id", "") is None:  # a run that goes on is the same run there
+        node["id"] = run_id
     if node.get("offline") and "WANDB_SWEEP_ID" in os.environ:
         node["offline"] = False  # wandb's agent has started it and waits for its numbers
 
     def make(**changed: Any) -> Logger:
         logger = instantiate(node, save_dir=str(run_dir), **changed)
         if hasattr(logger, "describe"):
-            logger.describe(settings)
+            logger.describe(run_dir.name, tags(), settings)
         return logger
 
     ways: list[Callable[[], Logger]] = [make]

@@ -3,7 +3,8 @@ by subject, and what the run leaves at its end as artifacts.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -38,9 +39,18 @@ class WandbRun(WandbLogger):
         self._wandb_init.pop("anonymous", None)  # of which wandb warns, though it is None
         self.log_report, self.log_model = log_report, log_model
 
-    def describe(self, settings: Mapping[str, Any]) -> None:
-        """Take the settings as the run's config; of absolute paths the last part."""
-        self._wandb_init["config"] = without_paths(settings)
+    def describe(self, name: str, tags: Sequence[str], settings: Mapping[str, Any]) -> None:
+        """Take these where the logger's own settings are null: the run folder's name, without its
+        seed as group; tags; the run's settings as config, of absolute paths the last part.
+        """
+        own = {
+            "name": name,
+            "group": re.sub(r"_seed-[^_]*", "", name),
+            "tags": list(tags),
+            "config": without_paths(settings),
+        }
+        given = {key: value for key, value in self._wandb_init.items() if value is not None}
+        self._wandb_init = {**self._wandb_init, **own, **given}
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Hand on, numbers and pictures, each under its panel."""

@@ -12,12 +12,24 @@ from types import ModuleType
 UNUSED = ("transformers", "matplotlib", "scipy")  # seconds to import
 
 
-class LeanImport(MetaPathFinder):
-    """Of a library, once: while it is imported, what it would take along is not installed.
-    Lightning imports torchmetrics, which imports all of `UNUSED` wherever it finds them.
+@contextmanager
+def lean_import(library: str = "torchmetrics") -> Iterator[None]:
+    """Meanwhile, if this library is imported, its code finds none of `UNUSED`. Lightning imports
+    torchmetrics, which imports all of them wherever it finds them.
     """
+    finder = LeanFinder(library)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
 
-    def __init__(self, library: str = "torchmetrics"):
+
+class LeanFinder(MetaPathFinder):
+    """Finds one library, once."""
+
+    def __init__(self, library: str):
         self.library = library
 
     def find_spec(

@@ -13,12 +13,11 @@ class WandbServer:
 
     def __init__(self):
         self.runs, self.history, self.summary, self.ended = {}, {}, {}, {}
-        self.artifacts, self.files, self.asked = {}, {}, []
+        self.artifacts, self.files = {}, {}
         self.sweep, self.commands = {}, []  # for an agent
 
     def answer(self, operation, given):
         """The data of a GraphQL operation."""
-        self.asked.append(operation)
         respond = getattr(self, operation, None)
         return respond(given) if respond else {}
 
