@@ -24,6 +24,28 @@ def test_auto_on_a_gpu(has, expected, monkeypatch):
     assert hardware.precision_for("auto", on_cpu=False) == expected
 
 
+@pytest.mark.parametrize(
+    ("triton", "compiler", "capability", "missing"),
+    [
+        (True, True, (9, 0), None),
+        (False, True, (7, 0), "pip install triton"),
+        (True, False, (8, 0), "apt install gcc"),
+        (True, True, (6, 1), "compute capability 7.0"),
+        (False, False, (9, 0), "triton) and a C compiler"),
+    ],
+)
+def test_what_compiling_on_a_gpu_lacks_is_said(
+    triton, compiler, capability, missing, monkeypatch, caplog
+):
+    monkeypatch.setattr(hardware, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: "/cc" if compiler else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert hardware.compiles_on_gpu() == (missing is None)
+    assert len(caplog.messages) == (missing is not None)
+    if missing is not None:
+        assert missing in caplog.text
+
+
 def test_a_precision_that_is_asked_for_is_taken(monkeypatch, caplog):
     monkeypatch.setattr(hardware, "has_bfloat16", lambda on_cpu: False)
     assert hardware.precision_for("32-true", on_cpu=True) == "32-true"
