@@ -37,6 +37,9 @@ class WandbRun(WandbLogger):
     def __init__(self, *, log_report: bool = True, log_model: bool = False, **given: Any):
         super().__init__(**given)
         self._wandb_init.pop("anonymous", None)  # of which wandb warns, though it is None
+        if self._offline:  # by its mode; Lightning's way sets WANDB_MODE for all later runs
+            self._offline = False
+            self._wandb_init["mode"] = "offline"
         self.log_report, self.log_model = log_report, log_model
 
     def describe(self, name: str, tags: Sequence[str], settings: Mapping[str, Any]) -> None:

@@ -1,14 +1,16 @@
 """Pictures on their way to whatever loggers there are."""
 
 import logging
+import os
 from importlib import resources
 
 import numpy as np
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
 from ssl_xcit.training.loggers import FailsafeLogger, give_images, takes_images
+from ssl_xcit.training.wandb_run import WandbRun
 
 PICTURE = np.zeros((8, 12, 3), np.uint8)
 
@@ -63,12 +65,14 @@ def test_tensorboard_writes_what_its_own_reader_finds(tmp_path):
 
 
 def test_wandb_gets_files(tmp_path):
-    inner = WandbLogger(save_dir=str(tmp_path), offline=True, project="p")
+    inner = WandbRun(save_dir=str(tmp_path), offline=True, project="p")
     logger = FailsafeLogger("wandb", [lambda: inner])
     try:
         logger.log_image("pictures", [PICTURE], 7)
     finally:
         logger.finish(0)
+    assert "WANDB_MODE" not in os.environ  # later runs of this process may be on line
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
     (file,) = tmp_path.rglob("media/images/*.png")
     assert file.name.startswith("pictures_")
 
