@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy, interpolate, normalize, one_hot
 from ssl_xcit.errors import UserError
 from ssl_xcit.utils.validation import Count, Positive, Text
 
-from ..evaluators.logistic import Problem
+from ..evaluators.logistic import Problem, softmax_loss
 from ..evaluators.protocol import Fraction, OneOrMore, Seed, Task, as_list
 from ..features.extractor import FeatureExtractor
 from ..statistics import Estimate
@@ -109,7 +109,7 @@ def logistic_path(
     """Weights and biases with the least mean cross-entropy + strength / 2 |W|^2, one pair a
     strength, each from the last one's.
     """
-    problem, model = Problem(x, classes, cross_entropy, num_classes), None
+    problem, model = Problem(x, classes, softmax_loss, num_classes), None
     for strength in strengths:
         model = problem.solve(strength, model, iterations)
         yield model

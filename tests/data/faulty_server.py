@@ -28,7 +28,8 @@ class FaultyServer(ThreadingHTTPServer):
         self.ranges, self.bytes_per_second = ranges, bytes_per_second
         self.random, self.lock = random.Random(0), threading.Lock()
         self.done = Counter()  # how often what was answered
-        self.sent = Counter()  # bytes by file
+        self.counted = Counter()  # see `sent`
+        self.answering = 0  # requests
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address):
@@ -41,6 +42,15 @@ class FaultyServer(ThreadingHTTPServer):
     def __exit__(self, *error):
         self.shutdown()
         self.server_close()
+
+    @property
+    def sent(self):
+        """Bytes by file; waits for requests whose client was killed or has all it wants."""
+        deadline = time.monotonic() + 30
+        while self.answering:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return self.counted
 
     def fault(self):
         """The fault of this request, or an empty string."""
@@ -66,6 +76,15 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET(body=False)
 
     def do_GET(self, body=True):
+        with self.server.lock:
+            self.server.answering += 1
+        try:
+            self.answer(body)
+        finally:
+            with self.server.lock:
+                self.server.answering -= 1
+
+    def answer(self, body):
         server, path = self.server, self.path.partition("?")[0]
         fault = server.fault()
         status = next((s for end, s in server.statuses.items() if path.endswith(end)), None)
@@ -109,4 +128,4 @@ class Handler(BaseHTTPRequestHandler):
                     return
                 self.wfile.write(content[half:])
             with server.lock:
-                server.sent[path.lstrip("/")] += len(content)
+                server.counted[path.lstrip("/")] += len(content)

@@ -236,7 +236,8 @@ def test_a_fetch_that_is_killed_leaves_nothing_that_counts(tmp_path):
         kept = part.stat().st_size
         assert 0 < kept < file.size
         assert not cache.path(file).exists()
-        server.bytes_per_second, server.sent["a.tar"] = None, 0
+        server.sent["a.tar"] = 0
+        server.bytes_per_second = None
         assert cache.fetch(file).read_bytes() == content
         assert server.sent["a.tar"] == file.size - kept
 

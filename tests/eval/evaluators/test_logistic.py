@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, r2_score
 from test_linear import problem
 
 from ssl_xcit.eval.evaluators.linear import LinearProbe
 from ssl_xcit.eval.evaluators.logistic import (
+    STRENGTHS,
     Logistic,
     MultiLabel,
+    Problem,
     Regression,
     fit_classes,
     fit_labels,
@@ -18,13 +21,15 @@ from ssl_xcit.eval.evaluators.logistic import (
     mean_average_precision,
     ranked,
     scaled,
+    softmax_loss,
 )
 from ssl_xcit.eval.features.extract import FeatureSet
 
 
 @pytest.mark.parametrize("strength", [1e-2, 1e-4])
-def test_weights_are_scikit_learns(strength):
-    data = problem()
+@pytest.mark.parametrize("dim", [32, 100])  # 64 axes are scaled together
+def test_weights_are_scikit_learns(strength, dim):
+    data = problem(dim=dim)
     x, _ = scaled(data.train)
     y = torch.from_numpy(data.train_labels)
     weight, bias = fit_classes(x, y, 5)(strength, None)
@@ -33,6 +38,39 @@ def test_weights_are_scikit_learns(strength):
     assert np.abs(weight.numpy() - reference.coef_).max() < 0.01 * np.abs(reference.coef_).max()
     shift = bias.numpy() - reference.intercept_
     assert np.abs(shift - shift.mean()).max() < 0.02
+
+
+def test_the_weakest_regularisation_reaches_scikit_learns_minimum():
+    data, strength = problem(dim=100, noise=3.0), 1e-6
+    x, _ = scaled(data.train)
+    y = torch.from_numpy(data.train_labels)
+    weight, bias = fit_classes(x, y, 5)(strength, None)
+    reference = LogisticRegression(C=1 / (strength * len(x)), tol=1e-8, max_iter=10_000)
+    reference.fit(x.numpy(), data.train_labels)
+
+    def minimised(weight, bias):
+        loss = torch.nn.functional.cross_entropy(x @ weight.T + bias, y)
+        return float(loss + 0.5 * strength * weight.square().sum())
+
+    found = minimised(weight.double(), bias.double())
+    expected = minimised(*map(torch.from_numpy, (reference.coef_, reference.intercept_)))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert weight.square().sum() > 100  # the data are separable
+
+
+def test_a_path_of_strengths_takes_few_steps():
+    digits = load_digits()
+    x, _ = scaled(digits.data.astype(np.float32))
+    steps = []
+
+    def counted(logits, targets):
+        steps.append(1)
+        return softmax_loss(logits, targets)
+
+    path, model = Problem(x, torch.from_numpy(digits.target), counted, 10), None
+    for strength in STRENGTHS:
+        model = path.solve(strength, model)
+    assert len(steps) < 350  # 1,275 where every axis is scaled alone, once
 
 
 @pytest.mark.parametrize("noise", [0.5, 2.0, 4.0])
