@@ -18,6 +18,8 @@ import numpy as np
 import scipy  # parts are imported when they are used first
 from jaxtyping import Bool, Float, Shaped
 
+from ssl_xcit.utils.intervals import wilson
+
 ALPHA = 0.05
 HALVES = 400
 Items = Shaped[np.ndarray, "Q *rest"]
@@ -91,15 +93,9 @@ def is_share(estimate: Estimate) -> bool:
     return estimate.statistic is percent and estimate.items.dtype == bool
 
 
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Wilson's score interval of hits / count, in percent."""
-    interval = scipy.stats.binomtest(hits, count).proportion_ci(1 - ALPHA, method="wilson")
-    return 100.0 * float(interval.low), 100.0 * float(interval.high)
-
-
 def quantile(count: int) -> float:
     """Student's 97.5 % quantile for the mean of so many images."""
-    return float(scipy.stats.t.ppf(1 - ALPHA / 2, count - 1))
+    return float(scipy.special.stdtrit(count - 1, 0.975))
 
 
 def standard_error(items: Items, statistic: Statistic) -> float:
@@ -159,7 +155,7 @@ def paired_difference(one: Estimate, two: Estimate) -> Difference:
         p = mcnemar(one.items, two.items)
     else:
         score = abs(value) / error if error > 0 else math.inf
-        p = 2 * float(scipy.stats.t.sf(score, Q - 1)) if value else 1.0
+        p = 2 * float(scipy.special.stdtr(Q - 1, -score)) if value else 1.0
         p = max(p, 2 * 0.5 ** min(Q, 1000))  # no test of Q signs can give a lower one
     return Difference(value, value - half, value + half, min(1.0, p))
 
@@ -167,7 +163,7 @@ def paired_difference(one: Estimate, two: Estimate) -> Difference:
 def mcnemar(one: Bool[np.ndarray, " Q"], two: Bool[np.ndarray, " Q"]) -> float:
     """p of the exact two-sided McNemar test on the images that only one of both gets right."""
     gained, lost = int((two & ~one).sum()), int((one & ~two).sum())
-    return float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return min(1.0, 2 * float(scipy.special.bdtr(min(gained, lost), gained + lost, 0.5)))
 
 
 def holm(ps: Iterable[float]) -> list[bool]:

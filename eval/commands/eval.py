@@ -28,7 +28,7 @@ from ssl_xcit.training.run_dir import versions
 from ssl_xcit.training.run_name import key_of
 from ssl_xcit.transfer.checks import check_part
 from ssl_xcit.transfer.evaluate import bad_images_words
-from ssl_xcit.transfer.load import task_in, transfer_record
+from ssl_xcit.transfer.record import transfer_record
 from ssl_xcit.transfer.task import Task
 from ssl_xcit.utils.files import sha256_of, writable_folder, writable_or_here
 from ssl_xcit.utils.tables import shown_in_terminal
@@ -45,7 +45,6 @@ from ..checkpoints import (
     transfer_data_of_run,
 )
 from ..features.cache import cache_folder, data_digest
-from ..heads import evaluate_tasks, named_test_data
 from ..results import Evaluation, print_all, write_results
 from ..runner import PRETRAINED
 
@@ -165,7 +164,11 @@ def load(
     """The backbone in a checkpoint, and its task where it has one."""
     content = read_weights(path)
     backbone, record = backbone_in(content, path, which, architecture), transfer_record(content)
-    return backbone, None if record is None else task_in(content, record, path, which)
+    if record is None:
+        return backbone, None
+    from ssl_xcit.transfer.load import task_in  # with torchvision, which features do without
+
+    return backbone, task_in(content, record, path, which)
 
 
 def tasks_in(
@@ -192,6 +195,8 @@ def measure_tasks(
     given: Mapping[str, Any],
 ) -> Path | None:
     """Measure tasks with their own heads, on images that are given or those of the first's run."""
+    from ..heads import evaluate_tasks, named_test_data  # as in `load`
+
     if int(os.environ.get("RANK", "0")):
         return None  # the first rank does it alone
     backbones = [task.backbone for task in tasks.values()]

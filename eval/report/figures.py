@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from plotly.colors import sample_colorscale
 
+from ssl_xcit.utils.intervals import wilson
 from ssl_xcit.utils.tables import metrics_of, title_of
 from ssl_xcit.utils.terminal import printable
 
-from ..statistics import wilson
 from .importance import as_numbers
 from .run_reader import Curve, Run, RunResults
 from .sweep import SweepResults

@@ -17,7 +17,6 @@ from annotated_types import Ge, Gt, Le, Len, Predicate
 from jaxtyping import UInt8
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from ssl_xcit.data.decode import Picture
 from ssl_xcit.errors import UserError
@@ -204,6 +203,8 @@ class TorchvisionMultiCrop(Recipe):
 
     def __post_init__(self) -> None:
         """Build the transforms."""
+        from torchvision.transforms import v2  # the usual recipe does without
+
         super().__post_init__()
 
         def view(size: int, scale: Sequence[float], which: int) -> v2.Transform:

@@ -72,8 +72,8 @@ class ClassAttentionBlock(nn.Module):
         self.attn = ClassAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = MLP(dim)
-        self.gamma1 = nn.Parameter(layer_scale * torch.ones(dim))
-        self.gamma2 = nn.Parameter(layer_scale * torch.ones(dim))
+        self.gamma1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
+        self.gamma2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.tokens_norm = tokens_norm
 
     def normed(

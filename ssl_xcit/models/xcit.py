@@ -205,9 +205,9 @@ class XCABlock(nn.Module):
         self.local_mp = LocalPatchInteraction(dim)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = MLP(dim)
-        self.gamma1 = nn.Parameter(layer_scale * torch.ones(dim))
-        self.gamma3 = nn.Parameter(layer_scale * torch.ones(dim))
-        self.gamma2 = nn.Parameter(layer_scale * torch.ones(dim))
+        self.gamma1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
+        self.gamma3 = nn.Parameter(torch.full((dim,), float(layer_scale)))
+        self.gamma2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.drop_path = DropPath(drop_path)
 
     def forward(

@@ -13,7 +13,7 @@ from ssl_xcit.models.weights import checkpoint_path, checkpoints_of, load_backbo
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.training.run_dir import is_begun
 from ssl_xcit.training.settings import FinetuneSettings
-from ssl_xcit.transfer.load import transfer_record
+from ssl_xcit.transfer.record import transfer_record
 from ssl_xcit.utils.files import sha256_of
 
 

@@ -17,21 +17,11 @@ from ssl_xcit.models.weights import (
 )
 from ssl_xcit.transfer.classification.task import Classification
 from ssl_xcit.transfer.kinds import KINDS
+from ssl_xcit.transfer.record import transfer_record
 from ssl_xcit.transfer.task import Task
 from ssl_xcit.utils.validation import Checker
 
 SIZE = 224  # of images for weights of others, as published
-
-
-def transfer_record(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a checkpoint says of its task: `kind`, `class_names`, `settings`; None: it has none."""
-    record = content.get("transfer")
-    if not isinstance(record, Mapping) or record.get("kind") not in KINDS:
-        return None
-    names, settings = record.get("class_names"), record.get("settings")
-    if not isinstance(names, list) or not isinstance(settings, Mapping):
-        return None
-    return record
 
 
 def load_task(
@@ -98,6 +88,8 @@ def task_in(
     state = unwrapped(content["state_dict"])
     averaged = which == "teacher" and any(key.startswith("teacher.") for key in state)
     prefix = "teacher." if averaged else "task."
+    if record["kind"] not in KINDS:
+        raise UserError(f"{file}: this version of ssl_xcit has no task {record['kind']}")
     kind = KINDS[record["kind"]].task
     settings = {**record["settings"], "class_names": record["class_names"]}
     checked: Any = Checker({}).target(

@@ -2,17 +2,11 @@
 
 import numpy as np
 import pytest
-from scipy.stats import sem, t
+from scipy.stats import binomtest, sem, t
 
 from ssl_xcit.eval.evaluators.clustering import ari, nmi
-from ssl_xcit.eval.statistics import Estimate, holm, mcnemar, paired_difference, wilson
-
-
-def test_intervals_of_shares_are_wilsons():
-    """Worked examples with z = 1.96, for all, none and most."""
-    assert wilson(7, 10) == pytest.approx((39.68, 89.22), abs=0.01)
-    assert wilson(0, 10) == pytest.approx((0.0, 27.75), abs=0.01)
-    assert wilson(10, 10) == pytest.approx((72.25, 100.0), abs=0.01)
+from ssl_xcit.eval.statistics import Estimate, holm, mcnemar, paired_difference
+from ssl_xcit.utils.intervals import wilson
 
 
 def test_a_share_is_a_float_with_its_interval():
@@ -86,6 +80,9 @@ def test_mcnemar_counts_the_images_that_differ():
     one, two = (np.repeat(each, [9, 2, 50]) for each in right)
     assert mcnemar(one, two) == pytest.approx(2 * (1 + 11 + 55) / 2**11)
     assert mcnemar(one, one) == 1.0
+    for gained, lost in ((5, 5), (1, 9), (40, 52), (0, 3)):
+        one, two = np.repeat([[True, False], [False, True]], [lost, gained], axis=1)
+        assert mcnemar(one, two) == pytest.approx(binomtest(gained, gained + lost).pvalue)
 
 
 @pytest.mark.parametrize("real", [True, False])

@@ -46,8 +46,8 @@ def everything(block, x, grid, low=False):
     return {"out": out.detach(), "x": x.grad, **gradients, **dict(block.named_buffers())}
 
 
-def tokens(dim, grid, images=5):
-    torch.manual_seed(2)
+def tokens(dim, grid, images=5, seed=2):
+    torch.manual_seed(seed)
     return torch.randn(images, grid[0] * grid[1], dim)
 
 
@@ -72,15 +72,18 @@ def test_a_block_by_kernels_is_the_block(dim, heads, grid, drop_path, training):
 
 @pytest.mark.parametrize("grid", [(6, 6), (3, 7)])
 def test_in_bfloat16_it_rounds_less_than_the_plain_form(grid):
-    block, fused = made(128, 4)
-    x = tokens(128, grid, images=9)
-    exact = everything(deepcopy(block).double(), x.double(), grid)
-    plain, ours = everything(block, x, grid, low=True), everything(fused, x, grid, low=True)
-    assert ours["out"].dtype == torch.float32
-    for name, value in exact.items():
-        if value.is_floating_point():
-            limit = 1.5 * relative(plain[name].double(), value) + 1e-3
-            assert relative(ours[name].double(), value) < limit, name
+    errors = []
+    for seed in range(8):  # in a gradient of four numbers a single draw may be lucky
+        block, fused = made(128, 4)
+        x = tokens(128, grid, 9, seed)
+        exact = everything(deepcopy(block).double(), x.double(), grid)
+        runs = [everything(each, x, grid, low=True) for each in (block, fused)]
+        assert runs[1]["out"].dtype == torch.float32
+        names = [name for name, value in exact.items() if value.is_floating_point()]
+        errors.append([[relative(run[k].double(), exact[k]) for k in names] for run in runs])
+    plain, ours = torch.tensor(errors).square().mean(dim=0).sqrt()
+    over = ours / (1.1 * plain + 1e-4)
+    assert over.max() < 1.0, names[int(over.argmax())]
 
 
 def test_all_samples_may_drop_a_branch():

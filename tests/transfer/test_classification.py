@@ -30,7 +30,6 @@ from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.data.sets import Arrays
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import MissingPath, UserError
-from ssl_xcit.eval import statistics
 from ssl_xcit.models.timm_keys import from_timm_names
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.transfer.classification import measure
@@ -43,6 +42,7 @@ from ssl_xcit.transfer.classification.data import (
 )
 from ssl_xcit.transfer.classification.task import Classification
 from ssl_xcit.transfer.weights_ema import weights_ema
+from ssl_xcit.utils.intervals import wilson
 from ssl_xcit.utils.validation import Checker
 
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -445,7 +445,7 @@ def test_accuracy_is_scikit_learns():
     expected = ece(torch.from_numpy(probabilities), torch.from_numpy(targets))
     assert results["calibration_error"] == pytest.approx(100 * float(expected), abs=1e-4)
     hits = int((predicted == targets).sum())
-    assert intervals["top1"] == statistics.wilson(hits, N)
+    assert intervals["top1"] == wilson(hits, N)
     assert [row["class"] for row in details["per_class"]] == [f"c{k}" for k in range(K - 1)]
     wrong = np.flatnonzero(predicted != targets)
     worst = wrong[probabilities.max(1)[wrong].argmax()]
@@ -469,15 +469,13 @@ def test_equal_probabilities_are_no_right_answers():
 
 def test_the_interval_of_the_mean_over_classes_covers():
     """In 95 % of simulated test sets, about; of one class it is Wilson's."""
-    assert measure.mean_interval(np.array([30.0]), [measure.wilson(3, 10)]) == pytest.approx(
-        measure.wilson(3, 10)
-    )
+    assert measure.mean_interval(np.array([30.0]), [wilson(3, 10)]) == pytest.approx(wilson(3, 10))
     generator = np.random.default_rng(0)
     shares, counts = np.array([0.5, 0.8, 0.95, 0.99]), np.array([30, 12, 50, 20])
     covered = 0
     for _ in range(300):
         hits = generator.binomial(counts, shares)
-        bounds = [measure.wilson(int(h), int(n)) for h, n in zip(hits, counts, strict=True)]
+        bounds = [wilson(int(h), int(n)) for h, n in zip(hits, counts, strict=True)]
         low, high = measure.mean_interval(100 * hits / counts, bounds)
         covered += low <= 100 * shares.mean() <= high
     assert 0.92 < covered / 300 < 0.99

@@ -1,5 +1,6 @@
 """What is not used is not found, for as long as a library is imported that would take it along."""
 
+import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -40,3 +41,21 @@ def test_only_while_the_library_is_imported(tmp_path, monkeypatch):
     assert import_module("colorsys")
     monkeypatch.delitem(sys.modules, "greedy")
     assert import_module("greedy").colorsys is not None
+
+
+LEFT_OUT = """
+import sys
+from pathlib import Path
+from ssl_xcit.eval.commands import embed, eval, search
+from ssl_xcit.models.weights import backbone_in
+from ssl_xcit.models.xcit import XCiT
+
+backbone = XCiT(16, 1, 1)
+backbone_in({"model": backbone.state_dict()}, Path("file.pth"))
+print(sorted({"lightning", "torchvision", "torch._dynamo", "scipy.stats"} & sys.modules.keys()))
+"""
+
+
+def test_features_do_without_the_libraries_of_training():
+    words = [sys.executable, "-c", LEFT_OUT]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy  # parts are imported when they are used first
 from jaxtyping import Bool, Float, Float32, Int64
 
 from ssl_xcit.transfer.task import Measured, Target
+from ssl_xcit.utils.intervals import NORMAL, Interval, wilson
 
 NUM_BINS = 15  # of the calibration error, as published (Guo et al., arXiv:1706.04599)
 NUM_WORST = 32  # images that are listed
 HALVES = 100
-Interval = tuple[float, float]
 
 
 class AccuracyMeasure:
@@ -170,12 +169,6 @@ class MultiLabelMeasure:
         ]
 
 
-def wilson(hits: int, count: int) -> Interval:
-    """Return Wilson's 95 % score interval of hits / count, in percent."""
-    interval = scipy.stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
-    return 100.0 * float(interval.low), 100.0 * float(interval.high)
-
-
 def mean_interval(values: Float[np.ndarray, " K"], intervals: Sequence[Interval]) -> Interval:
     """Return the 95 % interval of the mean of independent values from their own intervals."""
     low, high = np.array(intervals).T
@@ -236,5 +229,5 @@ def halves_interval(
             means.append(average_precisions(truth[half], scores[half], there).mean())
     error = np.std(means, ddof=1) * np.sqrt((N // 2) / (N - N // 2))
     mean = average_precisions(truth, scores, classes).mean()
-    half_width = float(scipy.stats.norm.ppf(0.975)) * error
+    half_width = NORMAL * error
     return 100.0 * float(max(0.0, mean - half_width)), 100.0 * float(min(1.0, mean + half_width))
