@@ -3,6 +3,7 @@ own, and from what the evaluation of the baselines takes.
 """
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -32,7 +33,8 @@ TRIAL = 0.04  # of the budget, for measuring the speed
 LEFT_OUT = 3  # first steps, which are slower
 FEWEST, MOST = 5, 200  # steps that are measured
 FEWEST_STEPS = 20  # of a run
-REPORT = 4.0  # seconds for the report and what else comes after the evaluation
+REPORT = 6.0  # seconds for the report and what else comes after the evaluation
+PICTURE = 1.5  # steps that pictures of a moment of the run take
 MARGIN = 0.01  # of the budget
 
 
@@ -41,6 +43,7 @@ class Speed(NamedTuple):
 
     step_seconds: float
     evaluation_seconds: float  # of the backbone's row
+    online_seconds: float = 0.0  # of one online evaluation
 
 
 def parse_budget(text: str) -> float:
@@ -101,13 +104,15 @@ def measure_speed(
     return watch.step_seconds()
 
 
-def steps_within(text: str, speed: Speed, online_share: float, first_steps: int = 0) -> int:
+def steps_within(
+    text: str, speed: Speed, callbacks: Mapping[str, Any], first_steps: float = 0.0
+) -> int:
     """Steps that end, with evaluation and report, when the budget does.
 
     Args:
         text: the budget.
         speed: as measured.
-        online_share: of the training time, for online evaluation.
+        callbacks: settings of what takes time beside the steps.
         first_steps: that are taken before the run, by a range test.
 
     Raises:
@@ -115,11 +120,14 @@ def steps_within(text: str, speed: Speed, online_share: float, first_steps: int 
     """
     budget = parse_budget(text)
     passed = seconds_since_start()
-    around = passed + speed.evaluation_seconds + REPORT + first_steps * speed.step_seconds
-    step = speed.step_seconds * (1.0 + online_share)
-    steps = int((budget * (1.0 - MARGIN) - around) / step)
+    snapshots = callbacks.get("snapshots") or {}
+    beside = first_steps + PICTURE * snapshots.get("moments", 0)
+    around = passed + speed.evaluation_seconds + REPORT + beside * speed.step_seconds
+    left = budget * (1.0 - MARGIN) - around
+    left -= online_seconds(callbacks.get("online"), speed, left)
+    steps = int(left / speed.step_seconds)
     if steps < FEWEST_STEPS:
-        least = (around + FEWEST_STEPS * step) / (1.0 - MARGIN)
+        least = (around + FEWEST_STEPS * speed.step_seconds) / (1.0 - MARGIN)
         raise UserError(
             f"budget={text}: the start has taken {passed:.0f} s, evaluation and report take about "
             f"{speed.evaluation_seconds + REPORT:.0f} s, and a step {speed.step_seconds:.2g} s: "
@@ -128,11 +136,18 @@ def steps_within(text: str, speed: Speed, online_share: float, first_steps: int 
     return steps
 
 
-def online_share(callback: Mapping[str, Any] | None, steps: int) -> float:
-    """Of the training time, for online evaluation as its settings are."""
-    if not callback or steps < callback.get("every_steps", steps + 1):
+def online_seconds(callback: Mapping[str, Any] | None, speed: Speed, training: float) -> float:
+    """Of online evaluation, in so many seconds of training; after the first one its `eval_budget`
+    holds.
+    """
+    one = speed.online_seconds
+    every = (callback or {}).get("every_steps")
+    if every is None or one == 0.0:
         return 0.0
-    return 0.7 * float(callback.get("eval_budget") or 0.05)
+    count = int(training / (every * speed.step_seconds + one))
+    share = callback.get("eval_budget") if callback else None
+    allowed = count if share is None else max(1, int(share * training / one))
+    return min(count, allowed) * one
 
 
 def steps_in_budget(
@@ -148,9 +163,10 @@ def steps_in_budget(
     """Measure what a step and an evaluation take; the baselines, which do not change, are evaluated
     for that and kept in `RUN/baselines.json`.
     """
-    evaluation_seconds = 0.0
+    evaluation_seconds = extraction_seconds = 0.0
     if pair is not None:
         options = {
+            "cache": False,  # features of random weights from there would seem to cost nothing
             "num_workers": settings.num_workers,
             "device": device,
             "max_pixels": data.dataset.preprocess.max_pixels,
@@ -159,7 +175,9 @@ def steps_in_budget(
         if RANDOM not in first.seconds:  # no baseline is a network
             first = evaluate(module.teacher.backbone, pair, baselines=None, **options)
         row = RANDOM if RANDOM in first.seconds else next(iter(first.seconds), None)
-        evaluation_seconds = sum(first.seconds[row].values()) if row else 0.0
+        if row:
+            evaluation_seconds = sum(first.seconds[row].values())
+            extraction_seconds = first.seconds[row]["features"]
         kept = {"results": first.results, "intervals": first.intervals, "chosen": first.chosen}
         with disk_trouble(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -167,11 +185,15 @@ def steps_in_budget(
     step_seconds = measure_speed(
         settings.trainer, module, data, run_dir, parse_budget(str(settings.budget))
     )
-    speed = Speed(step_seconds, evaluation_seconds)
-    online = settings.callbacks.get("online") if pair is not None else None
+    thinned = 0.0
+    if pair is not None and (online := settings.callbacks.get("online")):
+        most = online.get("max_images", math.inf)
+        parts = (len(pair.train), len(pair.test))
+        thinned = sum(min(most, part) for part in parts) / sum(parts)
+        thinned *= len(online.get("networks", [1]))
+    speed = Speed(step_seconds, evaluation_seconds, thinned * extraction_seconds)
     first_steps = MOST_STEPS if settings.optim.lr == "auto" else 0  # of the range test
-    steps = steps_within(str(settings.budget), speed, 0.0, first_steps)
-    steps = steps_within(str(settings.budget), speed, online_share(online, steps), first_steps)
+    steps = steps_within(str(settings.budget), speed, settings.callbacks, first_steps)
     say(
         f"budget={settings.budget}: {step_seconds:.2g} s a step, {evaluation_seconds:.0f} s for "
         f"the evaluation: {steps:,} steps"

@@ -21,7 +21,7 @@ from ssl_xcit.training.budget import (
     LEFT_OUT,
     Speed,
     Stopwatch,
-    online_share,
+    online_seconds,
     parse_budget,
     steps_within,
 )
@@ -45,18 +45,32 @@ def test_words_that_are_no_time(text):
 
 def test_steps_fill_what_start_evaluation_and_report_leave(monkeypatch):
     monkeypatch.setattr(budget, "seconds_since_start", lambda: 20.0)
-    steps = steps_within("10m", Speed(0.5, 60.0), 0.0)
+    speed = Speed(0.5, 60.0, 10.0)
+    steps = steps_within("10m", speed, {})
     assert 20.0 + 0.5 * steps + 60.0 + budget.REPORT == pytest.approx(0.99 * 600, abs=0.5)
-    assert steps_within("10m", Speed(0.5, 60.0), 0.05) == int(steps / 1.05)
+    drawn = steps_within("10m", speed, {"snapshots": {"moments": 8}})
+    assert drawn == steps - 8 * budget.PICTURE
+    assert steps_within("10m", speed, {"online": {"every_steps": 400}}) == steps - 2 * 20
+    assert steps_within("10m", speed, {"online": None, "snapshots": None}) == steps
     with pytest.raises(UserError, match=r"the start has taken 20 s.*give at least budget=\d+s"):
-        steps_within("80s", Speed(0.5, 60.0), 0.0)
+        steps_within("80s", speed, {})
 
 
-def test_online_evaluation_counts_where_there_is_time_for_one():
-    online = {"every_steps": 500, "eval_budget": 0.05}
-    assert online_share(online, 499) == 0.0
-    assert 0.0 < online_share(online, 500) <= 0.05
-    assert online_share(None, 10_000) == 0.0
+@pytest.mark.parametrize(
+    ("training", "one", "share", "seconds"),
+    [
+        (200.0, 10.0, 0.05, 0.0),  # no time for one
+        (300.0, 10.0, 0.05, 10.0),
+        (1200.0, 10.0, 0.05, 40.0),
+        (1200.0, 100.0, 0.05, 100.0),  # the first is made at any cost
+        (1200.0, 100.0, None, 300.0),
+        (1200.0, 0.0, 0.05, 0.0),  # nothing to evaluate on
+    ],
+)
+def test_what_online_evaluation_takes(training, one, share, seconds):
+    online = {"every_steps": 500, "eval_budget": share}
+    assert online_seconds(online, Speed(0.5, 60.0, one), training) == seconds
+    assert online_seconds(None, Speed(0.5, 60.0, one), training) == 0.0
 
 
 def test_the_first_steps_do_not_count(monkeypatch):
