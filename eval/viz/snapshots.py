@@ -169,7 +169,7 @@ class Snapshots(lightning.Callback):
     def draw_moment(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Draw one moment, if this is one; on rank 0, and the others wait only at the next step."""
         step = trainer.global_step
-        if not self.images or step not in self.steps:
+        if not self.images or not (step in self.steps or step == trainer.max_steps):
             return
         if any(moment["step"] == step for moment in self.done):
             return

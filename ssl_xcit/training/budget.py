@@ -18,6 +18,7 @@ from ssl_xcit.errors import UserError
 from ssl_xcit.training.datamodule import TrainingData
 from ssl_xcit.training.lr_range import MOST_STEPS
 from ssl_xcit.training.module import Pretraining
+from ssl_xcit.training.pace import MARGIN, Pace
 from ssl_xcit.training.progress import ProgressBar
 from ssl_xcit.training.run_dir import about_run, disk_trouble
 from ssl_xcit.training.settings import PretrainSettings, TrainerSettings
@@ -35,7 +36,6 @@ FEWEST, MOST = 5, 200  # steps that are measured
 FEWEST_STEPS = 20  # of a run
 REPORT = 6.0  # seconds for the report and what else comes after the evaluation
 PICTURE = 1.5  # steps that pictures of a moment of the run take
-MARGIN = 0.01  # of the budget
 
 
 class Speed(NamedTuple):
@@ -198,6 +198,9 @@ def steps_in_budget(
         f"budget={settings.budget}: {step_seconds:.2g} s a step, {evaluation_seconds:.0f} s for "
         f"the evaluation: {steps:,} steps"
     )
+    with disk_trouble(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        Pace.begin(run_dir, evaluation_seconds + REPORT)
     return steps
 
 

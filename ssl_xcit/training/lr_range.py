@@ -33,7 +33,7 @@ class Rising:
 
     steps: int
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: float) -> float:
         """Value at `step`, counted from 0."""
         share = step / max(1, self.steps - 1)
         return float(LOWEST * (HIGHEST / LOWEST) ** share)
@@ -86,13 +86,13 @@ def range_test(
     return proposed(rates, losses.losses)
 
 
-def at_start(schedule: Callable[[int], float]) -> Callable[[int], float]:
+def at_start(schedule: Callable[[float], float]) -> Callable[[float], float]:
     """What a schedule begins with, all the time."""
     value = schedule(0)
     return lambda step: value
 
 
-def at_end(step: int) -> float:
+def at_end(step: float) -> float:
     """A backbone that is trained from the first step."""
     return 1.0
 

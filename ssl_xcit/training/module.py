@@ -25,11 +25,12 @@ from ssl_xcit.training.optim import (
     ema_update_,
     parameter_groups,
 )
+from ssl_xcit.training.pace import Timeline
 from ssl_xcit.training.step_guard import Diagnosis, StepGuard, seed_step
 from ssl_xcit.utils.ranks import BatchPart, averaged
 from ssl_xcit.utils.validation import BatchNormScope
 
-Schedule = Callable[[int], float]
+Schedule = Callable[[float], float]
 MOST_PROGRAMS = 64  # of a compiled backbone, one a shape
 
 
@@ -159,6 +160,7 @@ class Pretraining(lightning.LightningModule):
         self.teacher.requires_grad_(False)
         self.objective = objective
         self.schedules = schedules
+        self.timeline: Timeline | None = None  # of a run whose length is revised
         self.make_optimizer = optimizer
         self.seed = seed
         self.accumulate = accumulate
@@ -196,7 +198,8 @@ class Pretraining(lightning.LightningModule):
         """Take a step; where loss or gradient of any rank is not finite only the counts move."""
         step = self.global_step
         optimizer: Any = self.optimizers()
-        lr, weight_decay = self.schedules.lr(step), self.schedules.weight_decay(step)
+        place = self.place(step)
+        lr, weight_decay = self.schedules.lr(place), self.schedules.weight_decay(place)
         released = 1.0 if self.schedules.backbone is None else self.schedules.backbone(step)
         shares = (1.0, 1.0) if self.schedules.backbone is None else (released, released, 1.0, 1.0)
         decays = (weight_decay, 0.0) * (len(shares) // 2)
@@ -235,10 +238,16 @@ class Pretraining(lightning.LightningModule):
             module.zero_grad(set_to_none=True)
         optimizer.step()
         self.objective.update_(targets)
-        ema_update_(self.teacher, self.student, self.schedules.ema(step))
+        ema_update_(self.teacher, self.student, self.schedules.ema(place))
         if not self.objective.takes_teacher:  # no forward pass moves its running statistics
             copy_buffers_(self.teacher, self.student)
         return output
+
+    def place(self, step: int) -> float:
+        """Where rate, decay and EMA are in their schedules: at the step, unless a budget has
+        changed the length of the run.
+        """
+        return step if self.timeline is None else self.timeline.place(step)
 
     def forward_backward(
         self,
@@ -281,11 +290,12 @@ class Pretraining(lightning.LightningModule):
 
     def report(self, step: int) -> dict[str, float]:
         """Values for the log after so many steps."""
+        place = self.place(step - 1)
         return {
             **(self.health.report(self, step) if self.health else {}),
-            "lr": self.schedules.lr(step - 1),
-            "weight_decay": self.schedules.weight_decay(step - 1),
-            "ema": self.schedules.ema(step - 1),
+            "lr": self.schedules.lr(place),
+            "weight_decay": self.schedules.weight_decay(place),
+            "ema": self.schedules.ema(place),
             **self.objective.scheduled(step - 1),
             **self.loss_parts(),
         }

@@ -106,7 +106,8 @@ def make_plan(
     steps_per_epoch = num_images / batch_size
     total_steps = max(1, math.floor(epochs * steps_per_epoch))
     if settings.budget is not None:
-        steps = (begun or {}).get("total_steps", steps or PROVISIONAL)
+        before = begun or {}  # whose total may have been revised
+        steps = before.get("planned_steps") or before.get("total_steps") or steps or PROVISIONAL
     if wanted := settings.max_steps or steps:
         total_steps, epochs = wanted, wanted / steps_per_epoch
     length = RunLength(

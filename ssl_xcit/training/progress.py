@@ -47,7 +47,7 @@ class ProgressBar(lightning.Callback):
         """Advance; the loss is only read when it is shown."""
         step = trainer.global_step
         if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, completed=step)
+            self.progress.update(self.task, completed=step, total=trainer.max_steps)
             if self.progress.live.is_started and step % 5 == 0:
                 self.progress.update(self.task, news=self.news(trainer, module))
         elif trainer.is_global_zero:

@@ -294,6 +294,12 @@ def about_run(run_dir: Path) -> dict[str, Any]:
     return read_json(run_dir / "run.json")
 
 
+def replan(run_dir: Path, **steps: int) -> None:
+    """Note other numbers of the plan in `run.json`."""
+    about = about_run(run_dir)
+    write_json({**about, "plan": {**about.get("plan", {}), **steps}}, run_dir / "run.json")
+
+
 def run_id_of(run_dir: Path) -> str:
     """The same for all parts of a run, for loggers that continue one."""
     return str(about_run(run_dir).get("run_id") or uuid.uuid4().hex[:8])

@@ -25,7 +25,7 @@ class Cosine:
     warmup_steps: int = 0  # steps of the linear part
     warmup_start: float = 0.0  # value at step 0 when there is a warm-up
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: float) -> float:
         """Value at `step`, counted from 0; past the end it stays."""
         if step < self.warmup_steps:
             # as numpy.linspace(warmup_start, start, warmup_steps): the last step has `start`
@@ -47,7 +47,7 @@ class Steps:
     warmup_start: float = 0.0  # value at step 0 when there is a warm-up
     factor: Annotated[float, Gt(0), Le(1)] = 0.1
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: float) -> float:
         """Value at `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.warmup_start + step / self.warmup_steps * (self.start - self.warmup_start)
@@ -67,7 +67,7 @@ class Polynomial:
     power: Positive = 1.0
     end: NonNegative = 0.0
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: float) -> float:
         """Value at `step`, counted from 0; past the end it stays."""
         left = max(0.0, 1.0 - step / self.total_steps) ** self.power
         value = self.end + (self.start - self.end) * left
@@ -85,6 +85,6 @@ class BackboneUnfreezeSchedule:
     freeze_steps: int  # of 0
     warmup_steps: int  # from there to 1; the first of them is above 0
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: float) -> float:
         """Value at `step`, counted from 0."""
         return min(1.0, max(0, step - self.freeze_steps + 1) / max(1, self.warmup_steps))

@@ -91,8 +91,12 @@ def train(
     run_dir: Path,
     record: DataRecord,
     announce: Callable[[], None],
+    last_step: int | None = None,
 ) -> float:
-    """From the newest valid checkpoint, or the start, to the last step; seconds that it took."""
+    """From the newest valid checkpoint, or the start, to the last step, as planned where there is
+    no other; seconds that it took.
+    """
+    last_step = plan.total_steps if last_step is None else last_step
     resume = newest_valid(run_dir, may_rename=trainer.is_global_zero)
     if trainer.is_global_zero:
         with disk_trouble(run_dir):
@@ -101,9 +105,9 @@ def train(
         announce()
         if resume is not None:
             taken = int(resume.stem.removeprefix("step-"))
-            left = "" if taken < plan.total_steps else ", which leaves no step to take"
+            left = "" if taken < last_step else ", which leaves no step to take"
             say(f"going on from {resume}{left}")
-    trainer.fit_loop.epoch_loop.max_steps = plan.total_steps
+    trainer.fit_loop.epoch_loop.max_steps = last_step
     started = time.perf_counter()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from commands import SMALL, metrics, run
 
 from ssl_xcit.commands.pretrain import BUDGET_INSTEAD
 from ssl_xcit.errors import UserError
+from ssl_xcit.models.weights import checkpoints_of
 from ssl_xcit.training import budget
 from ssl_xcit.training.budget import (
     LEFT_OUT,
@@ -107,11 +109,11 @@ def test_seconds_since_the_process_or_the_clock_began(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_ends_when_its_budget_does(tmp_path):
-    """Whole commands, one killed after its plan was made: the plan stays, and baselines too."""
+    """Whole commands, one killed on the way: what was decided stays, and baselines too."""
     words = [word for word in SMALL if not word.startswith(("epochs=", "callbacks.checkpoints"))]
     command = [
         sys.executable, "-m", "ssl_xcit", "pretrain", *words, "budget=75s",
-        "callbacks.checkpoints.every_steps=5",
+        "callbacks.checkpoints.every_steps=5", "callbacks.checkpoints.keep_last=10000",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
@@ -123,15 +125,29 @@ def test_a_run_ends_when_its_budget_does(tmp_path):
     assert json.loads((tmp_path / "runs/whole/baselines.json").read_text())["results"].items() <= (
         summary["results"].items()
     )
+    # the same run from its first checkpoint: what was decided of its length is decided
+    again = shutil.copytree(tmp_path / "runs/whole", tmp_path / "runs/again")
+    (again / "summary.json").unlink()
+    _, *later = sorted(again.glob("checkpoints/step-*.ckpt"))
+    last = torch.load(later[-1], weights_only=True)["state_dict"]
+    for file in later:
+        file.unlink()
+    subprocess.run([*command, "name=again"], cwd=tmp_path, env=environment, check=True)
+    assert checkpoints_of(again)[-1] == later[-1]
+    ends = torch.load(later[-1], weights_only=True)["state_dict"]
+    assert all(torch.equal(ends[name], last[name]) for name in last)
     folder = tmp_path / "runs/killed"
     with subprocess.Popen([*command, "name=killed"], cwd=tmp_path, env=environment) as run:
         while not list(folder.glob("checkpoints/step-000005.ckpt")):
             assert run.poll() is None
             time.sleep(0.1)
         run.kill()
-    planned = json.loads((folder / "run.json").read_text())["plan"]["total_steps"]
+    decided = json.loads((folder / "pace.json").read_text())["revisions"]
     subprocess.run([*command, "name=killed"], cwd=tmp_path, env=environment, check=True)
-    assert json.loads((folder / "summary.json").read_text())["plan"]["total_steps"] == planned
+    revisions = json.loads((folder / "pace.json").read_text())["revisions"]
+    assert revisions[: len(decided)] == decided
+    plan = json.loads((folder / "summary.json").read_text())["plan"]
+    assert plan["total_steps"] == revisions[-1][2]
 
 
 def test_max_steps_instead_of_epochs(tmp_path, monkeypatch):
