@@ -15,10 +15,10 @@ from ssl_xcit.training.health import HEALTHY
 from ssl_xcit.training.run_dir import versions
 from ssl_xcit.utils.hardware import machine
 from ssl_xcit.utils.tables import cell_text, format_value, interval_text, metrics_of, title_of
+from ssl_xcit.utils.terminal import duration_in_words
 
 from ..results import DIFFERENCE_HEADINGS, difference_rows
 from ..statistics import Difference
-from ..viz.markup import duration_in_words
 from .figures import COLOURS, is_percent, label_of, numbers_figure
 from .head_sections import left_out
 from .page import Table

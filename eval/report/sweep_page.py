@@ -6,8 +6,9 @@ from typing import Any
 
 from ssl_xcit.sweeps.trial import FAILED, FINISHED
 from ssl_xcit.utils.tables import format_value, interval_text, title_of
+from ssl_xcit.utils.terminal import duration_in_words
 
-from ..viz.markup import duration_in_words, render_macro
+from ..viz.markup import render_macro
 from .figures import importance_figure, parallel_figure, progress_figure
 from .importance import importance
 from .page import Part, Table, make_part, write_page

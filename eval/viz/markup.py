@@ -106,13 +106,3 @@ def file_uri(path: Path, side: int) -> str:
         raise
     except Exception as error:  # Pillow's decoders raise what they like
         raise OSError(f"{path.name}: {error}") from error
-
-
-def duration_in_words(seconds: float) -> str:
-    """`3 min 2 s`, `5 h 12 min`, `2 d 3 h`."""
-    left, parts = round(seconds), []
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, size)
-        if count:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"

@@ -8,15 +8,17 @@ import lightning
 from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 
 from ssl_xcit.training.datamodule import data_of
-from ssl_xcit.utils.terminal import PlainColumn, say
+from ssl_xcit.utils.terminal import PlainColumn, duration_in_words, say
 from ssl_xcit.utils.validation import Count
+
+EARLY = 10.0  # seconds after which the first plain line says how long it will take
 
 
 class ProgressBar(lightning.Callback):
     """Steps, epochs, loss, images a second, remaining time, and the latest online numbers.
 
     Args:
-        lines: how many plain lines a run prints where there is no terminal.
+        lines: how many plain lines a run prints where there is no terminal, and an early one.
     """
 
     def __init__(self, lines: Count = 20):
@@ -25,6 +27,7 @@ class ProgressBar(lightning.Callback):
         self.task: TaskID | None = None
         self.started = 0.0
         self.first_step = 0
+        self.said = False
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Begin at the step that the run begins with."""
@@ -52,11 +55,13 @@ class ProgressBar(lightning.Callback):
                 self.progress.update(self.task, news=self.news(trainer, module))
         elif trainer.is_global_zero:
             every = max(1, trainer.max_steps // self.lines)
-            if step % every == 0 or step == trainer.max_steps:
+            early = not self.said and time.perf_counter() - self.started > EARLY
+            if early or step % every == 0 or step == trainer.max_steps:
+                self.said = True
                 left = (trainer.max_steps - step) * self.seconds_per_step(step)
                 say(
                     f"step {step}/{trainer.max_steps}  {self.news(trainer, module)}  "
-                    f"{left:.0f} s left"
+                    f"{duration_in_words(left)} left"
                 )
 
     def seconds_per_step(self, step: int) -> float:

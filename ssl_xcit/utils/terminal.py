@@ -49,6 +49,16 @@ def say(*lines: str, file: Any = None) -> None:
         print(*map(printable, lines), sep="\n", file=file or sys.stdout, flush=True)
 
 
+def duration_in_words(seconds: float) -> str:
+    """`3 min 2 s`, `5 h 12 min`, `2 d 3 h`."""
+    left, parts = round(seconds), []
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
 class OneLine(logging.Formatter):
     """A record's message on one line; a traceback that comes with it keeps its own."""
 

@@ -24,9 +24,9 @@ from ssl_xcit.eval.report import page as page_module
 from ssl_xcit.eval.report.report import write_report
 from ssl_xcit.eval.report.run_features import ReportOptions, RunFeatures
 from ssl_xcit.eval.report.run_reader import read_run, tell_apart
-from ssl_xcit.eval.viz.markup import duration_in_words, render_macro
+from ssl_xcit.eval.viz.markup import render_macro
 from ssl_xcit.utils.locks import lock_holder
-from ssl_xcit.utils.terminal import printable
+from ssl_xcit.utils.terminal import duration_in_words, printable
 
 A, B = Path("runs/a"), Path("runs/b")
 TINY = [w for w in SMALL if not w.startswith("evaluation.evaluators.linear")]
