@@ -75,7 +75,8 @@ class Snapshots(lightning.Callback):
 
     Args:
         images: how many.
-        moments: how often: before the first step, after the last, and evenly between.
+        moments: how often: before the first step, after the last, and evenly between, as the run
+            was planned.
         size: long side in pixels; sides become multiples of the patch.
     """
 

@@ -32,8 +32,7 @@ from ssl_xcit.training.health import HEALTHY
 from ssl_xcit.training.init_weights import described_start, read_start
 from ssl_xcit.training.lr_range import FEWEST_STEPS, MOST_STEPS, range_test
 from ssl_xcit.training.module import Pretraining
-from ssl_xcit.training.pace import MOST as MOST_REVISED
-from ssl_xcit.training.pace import Pace
+from ssl_xcit.training.pace import GROWTH, Pace
 from ssl_xcit.training.plan import Plan, check_batch, check_one_device, make_plan, scaled_rate
 from ssl_xcit.training.plan_preview import show_plan
 from ssl_xcit.training.run_dir import (
@@ -200,11 +199,12 @@ def main(settings: PretrainSettings) -> Path:
                 pace = Pace(run_dir, parse_budget(str(settings.budget)), plan.total_steps)
                 callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
                 callbacks.insert(0, pace)  # before what acts at the last step
-                data.total_steps *= MOST_REVISED
+                data.total_steps *= GROWTH
+            last_step = pace.timeline.last if pace else None
+            announced = replace(plan, total_steps=last_step or plan.total_steps)
             seconds = train(
                 settings, trainer, module, data, plan, run_dir, record,
-                lambda: announce(settings, plan, module, data, run_dir),
-                pace.timeline.last if pace else None,
+                lambda: announce(settings, announced, module, data, run_dir), last_step,
             )  # fmt: skip
             plan = replace(plan, total_steps=trainer.max_steps)
             return seconds

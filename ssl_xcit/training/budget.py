@@ -18,7 +18,7 @@ from ssl_xcit.errors import UserError
 from ssl_xcit.training.datamodule import TrainingData
 from ssl_xcit.training.lr_range import MOST_STEPS
 from ssl_xcit.training.module import Pretraining
-from ssl_xcit.training.pace import MARGIN, Pace
+from ssl_xcit.training.pace import LEFT_OUT, MARGIN, Pace
 from ssl_xcit.training.progress import ProgressBar
 from ssl_xcit.training.run_dir import about_run, disk_trouble
 from ssl_xcit.training.settings import PretrainSettings, TrainerSettings
@@ -31,7 +31,6 @@ BASELINES = "baselines.json"  # in the run folder
 RANDOM = "random weights"  # the baseline that takes as long as the backbone
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 TRIAL = 0.04  # of the budget, for measuring the speed
-LEFT_OUT = 3  # first steps, which are slower
 FEWEST, MOST = 5, 200  # steps that are measured
 FEWEST_STEPS = 20  # of a run
 REPORT = 6.0  # seconds for the report and what else comes after the evaluation
@@ -98,8 +97,9 @@ def measure_speed(
         run_dir: of the run.
         budget: of the run, in seconds.
     """
-    watch = Stopwatch(TRIAL * budget)
-    trainer = trial_trainer(settings, [watch, ProgressBar(lines=2)], data.total_steps, run_dir)
+    watch, bar = Stopwatch(TRIAL * budget), ProgressBar(lines=2)
+    bar.said = True  # it ends by time, and nothing early can be said of its steps
+    trainer = trial_trainer(settings, [watch, bar], data.total_steps, run_dir)
     trainer.fit(module, datamodule=data)
     return watch.step_seconds()
 

@@ -2,8 +2,10 @@
 moments the steps that are left are planned anew, and the schedules go from there to their ends.
 """
 
+import logging
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +17,13 @@ from ssl_xcit.utils.files import read_json, write_json
 from ssl_xcit.utils.hardware import seconds_since_start
 from ssl_xcit.utils.terminal import say
 
+log = logging.getLogger(__name__)
 FILE = "pace.json"  # in the run folder
 MOMENTS = (0.2, 0.4, 0.6, 0.8, 0.9)  # of the schedules
-MOST = 2  # times as many steps as planned first
+GROWTH = 2  # times as many steps as planned first, at most
 FEWEST = 10  # steps that tell a speed
-EVERY = 10  # steps between two notes of the time
+LEFT_OUT = 3  # first steps of a process, with the loader's start and what is compiled
+EVERY = 5.0  # seconds between two notes of the time
 MARGIN = 0.01  # of the budget
 WORTH_SAYING = 0.02  # of the steps
 
@@ -74,6 +78,8 @@ class Pace(lightning.Callback):
         self.before = float(content.get("seconds", 0.0))  # of processes that were stopped
         revisions = [Revision(*revision) for revision in content.get("revisions", [])]
         self.timeline = Timeline(planned, revisions)
+        self.last_noted = self.timeline.last
+        self.warned = False
 
     @staticmethod
     def begin(run_dir: Path, after_seconds: float) -> None:
@@ -83,50 +89,75 @@ class Pace(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         """Take the schedules where they are."""
         module.timeline = self.timeline
-        self.since = time.perf_counter(), trainer.global_step
-        self.keep()
-        if self.timeline.revisions:
-            self.note_steps()
+        self.since = self.first = trainer.global_step
+        self.began = self.noted = time.perf_counter()
+        self.note(trainer)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: object) -> None:
         """Revise where it is time."""
-        step, timeline = trainer.global_step, self.timeline
-        if step % EVERY == 0:
-            self.keep()
+        step, timeline, now = trainer.global_step, self.timeline, time.perf_counter()
+        if step - self.first <= LEFT_OUT:
+            self.since, self.began = step, now
+        if now - self.noted > EVERY:
+            self.note(trainer)
         made = len(timeline.revisions)
-        known = timeline.revisions[-1].step if made else 0
-        measured = step - max(self.since[1], known)
-        due = made < len(MOMENTS) and timeline.place(step) >= MOMENTS[made] * timeline.planned
-        if self.after is None or not due or measured < FEWEST or step >= timeline.last:
+        if (
+            self.after is None
+            or trainer.world_size > 1  # where each rank has a clock of its own
+            or made == len(MOMENTS)
+            or timeline.place(step) < MOMENTS[made] * timeline.planned
+            or step - self.since < FEWEST
+            or step >= timeline.last
+            or (made and step <= timeline.revisions[-1].step)
+        ):
             return
         module.output.loss.item()  # the step has ended
         now = time.perf_counter()
-        seconds = (now - self.since[0]) / (step - self.since[1])
-        self.since = now, step
+        seconds = (now - self.began) / (step - self.since)
+        self.since, self.began = step, now
         spare = self.budget * (1.0 - MARGIN) - self.spent() - self.after
         planned = timeline.last - step
         # a moment of other work must not decide it all
         left = min(2 * planned, max(math.ceil(planned / 2), round(spare / seconds)))
-        last = min(step + left, MOST * timeline.planned)
-        revision = Revision(step, timeline.place(step), last)
-        if abs(last - timeline.last) > WORTH_SAYING * timeline.last:
-            say(f"{seconds:.2g} s a step: {last:,} steps instead of {timeline.last:,}")
-        timeline.revisions.append(revision)
-        self.keep()
-        self.note_steps()
+        last, before = min(step + left, GROWTH * timeline.planned), timeline.last
+        timeline.revisions.append(Revision(step, timeline.place(step), last))
+        if not self.note(trainer):  # what is not noted must not hold
+            timeline.revisions.pop()
+            return
+        if abs(last - before) > WORTH_SAYING * before:
+            say(f"{seconds:.2g} s a step: {last:,} steps instead of {before:,}")
         trainer.fit_loop.epoch_loop.max_steps = last
+
+    def on_train_end(self, trainer: lightning.Trainer, *_: object) -> None:
+        """Note the time."""
+        self.note(trainer)
+
+    def on_exception(self, trainer: lightning.Trainer, *_: object) -> None:
+        """Note the time, also of a run that is asked to stop."""
+        self.note(trainer)
 
     def spent(self) -> float:
         """Seconds that the run has taken."""
         return self.before + seconds_since_start()
 
-    def note_steps(self) -> None:
-        """In `run.json`, for who looks on."""
+    def note(self, trainer: lightning.Trainer) -> bool:
+        """Note decisions and time, and in `run.json` the steps for who looks on; whether the disk
+        takes it.
+        """
+        self.noted = time.perf_counter()
+        if self.after is None or not trainer.is_global_zero:
+            return False
+        content = {"after_seconds": self.after, "seconds": round(self.spent(), 2)}
         steps = {"planned_steps": self.timeline.planned, "total_steps": self.timeline.last}
-        replan(self.run_dir, **steps)
-
-    def keep(self) -> None:
-        """Note decisions and time."""
-        if self.after is not None:
-            content = {"after_seconds": self.after, "seconds": round(self.spent(), 2)}
+        try:
             write_json({**content, "revisions": self.timeline.revisions}, self.run_dir / FILE)
+        except OSError as error:
+            if not self.warned:
+                log.warning("%s could not be written (%s); training goes on", FILE, error)
+            self.warned = True
+            return False
+        if self.timeline.last != self.last_noted:
+            self.last_noted = self.timeline.last
+            with suppress(OSError):
+                replan(self.run_dir, **steps)
+        return True

@@ -296,8 +296,8 @@ def about_run(run_dir: Path) -> dict[str, Any]:
 
 def replan(run_dir: Path, **steps: int) -> None:
     """Note other numbers of the plan in `run.json`."""
-    about = about_run(run_dir)
-    write_json({**about, "plan": {**about.get("plan", {}), **steps}}, run_dir / "run.json")
+    if about := about_run(run_dir):
+        write_json({**about, "plan": {**about["plan"], **steps}}, run_dir / "run.json")
 
 
 def run_id_of(run_dir: Path) -> str:

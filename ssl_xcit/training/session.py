@@ -96,12 +96,16 @@ def train(
     """From the newest valid checkpoint, or the start, to the last step, as planned where there is
     no other; seconds that it took.
     """
+    steps = (
+        {} if last_step is None else {"planned_steps": plan.total_steps, "total_steps": last_step}
+    )
     last_step = plan.total_steps if last_step is None else last_step
     resume = newest_valid(run_dir, may_rename=trainer.is_global_zero)
     if trainer.is_global_zero:
         with disk_trouble(run_dir):
             resumed_at = None if resume is None else int(resume.stem.removeprefix("step-"))
-            write_settings(as_plain(settings), plan.record(), run_dir, resumed_at, record)
+            about_plan = plan.record() | steps
+            write_settings(as_plain(settings), about_plan, run_dir, resumed_at, record)
         announce()
         if resume is not None:
             taken = int(resume.stem.removeprefix("step-"))

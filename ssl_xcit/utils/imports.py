@@ -9,7 +9,7 @@ from importlib.metadata import Distribution, PackageNotFoundError
 from importlib.util import find_spec
 from types import ModuleType
 
-UNUSED = ("transformers", "matplotlib", "scipy", "torchvision")  # seconds to import
+UNUSED = ("transformers", "matplotlib", "scipy")  # seconds to import
 
 
 @contextmanager

@@ -36,13 +36,14 @@ def train(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(pace.time, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(pace, "seconds_since_start", lambda: clock.now)
+    (tmp_path / "run.json").write_text('{"run_id": "a", "plan": {"num_images": 5}}')
     module = SimpleNamespace(output=SimpleNamespace(loss=torch.zeros(())), timeline=None)
 
-    def take(seconds, start=0, planned=1000, until=None):
+    def take(seconds, start=0, planned=1000, until=None, ranks=1):
         clock.now = START if not start else 6.0
         callback = Pace(tmp_path, BUDGET, planned)
         loop = SimpleNamespace(max_steps=callback.timeline.last)
-        trainer = Mock(lightning.Trainer, global_step=start)
+        trainer = Mock(lightning.Trainer, global_step=start, world_size=ranks, is_global_zero=True)
         trainer.fit_loop = SimpleNamespace(epoch_loop=loop)
         callback.on_train_start(trainer, module)
         while trainer.global_step < min(loop.max_steps, until or 10**9):
@@ -71,8 +72,9 @@ def test_a_run_ends_with_its_budget_whatever_its_speed(train, tmp_path, seconds)
     assert passed + AFTER == pytest.approx(BUDGET, rel=0.04)
     assert len(callback.timeline.revisions) == len(MOMENTS)
     assert callback.timeline.place(callback.timeline.last) == pytest.approx(1000)
-    plan = json.loads((tmp_path / "run.json").read_text())["plan"]
-    assert plan == {"planned_steps": 1000, "total_steps": callback.timeline.last}
+    about = json.loads((tmp_path / "run.json").read_text())
+    plan = {"num_images": 5, "planned_steps": 1000, "total_steps": callback.timeline.last}
+    assert about == {"run_id": "a", "plan": plan}
 
 
 def test_a_killed_run_keeps_what_was_decided_and_makes_up_for_what_it_lost(train, tmp_path):
@@ -100,6 +102,32 @@ def test_the_rest_is_neither_cut_short_nor_endless(train, tmp_path):
     Pace.begin(tmp_path, AFTER)
     callback, _ = train(lambda step: 0.001, planned=100)
     assert callback.timeline.last <= 200
+
+
+def test_what_is_slow_once_tells_nothing(train, tmp_path):
+    Pace.begin(tmp_path, AFTER)
+    callback, _ = train(lambda step: 30.0 if step == 1 else 0.13)
+    expected = (0.99 * BUDGET - AFTER - START - 30.0) / 0.13
+    assert callback.timeline.revisions[0].last == pytest.approx(expected, abs=2)
+
+
+def test_several_ranks_and_a_full_disk_decide_nothing_new(train, tmp_path, monkeypatch, caplog):
+    Pace.begin(tmp_path, AFTER)
+    first, _ = train(lambda step: 0.2, until=300)
+    kept = list(first.timeline.revisions)
+    assert len(kept) == 1
+    ranks, _ = train(lambda step: 0.3, start=250, ranks=2)
+    assert ranks.timeline.revisions == kept
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pace, "write_json", full)
+    alone, _ = train(lambda step: 0.3, start=250)
+    assert alone.timeline.revisions == kept
+    assert [r.getMessage() for r in caplog.records] == [
+        "pace.json could not be written (No space left on device); training goes on"
+    ]
 
 
 def test_without_its_file_nothing_is_revised(train, tmp_path):

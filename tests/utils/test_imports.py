@@ -52,10 +52,17 @@ from ssl_xcit.models.xcit import XCiT
 
 backbone = XCiT(16, 1, 1)
 backbone_in({"model": backbone.state_dict()}, Path("file.pth"))
-print(sorted({"lightning", "torchvision", "torch._dynamo", "scipy.stats"} & sys.modules.keys()))
+taken = ({"lightning", "torchvision", "torch._dynamo", "scipy.stats"} & sys.modules.keys())
+print(sorted(taken))
+
+from ssl_xcit.utils.imports import lean_import
+with lean_import():
+    import lightning
+from torchmetrics.detection import MeanAveragePrecision
 """
 
 
 def test_features_do_without_the_libraries_of_training():
+    """And what training has of them is whole."""
     words = [sys.executable, "-c", LEFT_OUT]
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "[]\n"
