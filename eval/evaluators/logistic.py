@@ -9,7 +9,7 @@ again on all of them, the test images used once.
 Minimised is loss + strength / 2 |W|^2, the loss a mean over images, the bias free, with features
 divided by the root of their total variance. scikit-learn's C is 1 / (strength N). L-BFGS works on
 weights that are scaled by the curvature where it starts: another path to the same minimum, in a
-seventh of the steps.
+sixth of the steps.
 """
 
 import math
