@@ -5,6 +5,7 @@ own, and from what the evaluation of the baselines takes.
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
+import torch
 
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import UserError
@@ -24,8 +26,8 @@ from ssl_xcit.training.run_dir import about_run, disk_trouble
 from ssl_xcit.training.settings import PretrainSettings, TrainerSettings
 from ssl_xcit.training.trainer import trial_trainer
 from ssl_xcit.utils.files import write_json
-from ssl_xcit.utils.hardware import seconds_since_start
-from ssl_xcit.utils.terminal import say
+from ssl_xcit.utils.hardware import resident_bytes, seconds_since_start
+from ssl_xcit.utils.terminal import duration_in_words, say
 
 BASELINES = "baselines.json"  # in the run folder
 RANDOM = "random weights"  # the baseline that takes as long as the backbone
@@ -35,6 +37,14 @@ FEWEST, MOST = 5, 200  # steps that are measured
 FEWEST_STEPS = 20  # of a run
 REPORT = 6.0  # seconds for the report and what else comes after the evaluation
 PICTURE = 1.5  # steps that pictures of a moment of the run take
+
+
+class Trial(NamedTuple):
+    """What steps on trial take."""
+
+    step_seconds: float
+    memory: int  # bytes: of a GPU what was allocated at most, else of the process
+    checkpoint: int  # bytes
 
 
 class Speed(NamedTuple):
@@ -87,8 +97,8 @@ def measure_speed(
     data: TrainingData[Any],
     run_dir: Path,
     budget: float,
-) -> float:
-    """Seconds of a step, waiting for data included.
+) -> Trial:
+    """Seconds of a step, waiting for data included, and what it needs.
 
     Args:
         settings: of the trainer.
@@ -101,7 +111,15 @@ def measure_speed(
     bar.said = True  # it ends by time, and nothing early can be said of its steps
     trainer = trial_trainer(settings, [watch, bar], data.total_steps, run_dir)
     trainer.fit(module, datamodule=data)
-    return watch.step_seconds()
+    device = trainer.strategy.root_device
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(device) if on_gpu else resident_bytes(peak=True)
+    kept = [
+        *module.state_dict().values(),
+        *(each for state in trainer.optimizers[0].state.values() for each in state.values()),
+    ]
+    checkpoint = sum(each.nbytes for each in kept if isinstance(each, torch.Tensor))
+    return Trial(watch.step_seconds(), memory, checkpoint)
 
 
 def steps_within(
@@ -182,7 +200,7 @@ def steps_in_budget(
         with disk_trouble(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             write_json({**made_with, **(kept if row == RANDOM else {})}, run_dir / BASELINES)
-    step_seconds = measure_speed(
+    trial = measure_speed(
         settings.trainer, module, data, run_dir, parse_budget(str(settings.budget))
     )
     thinned = 0.0
@@ -191,12 +209,15 @@ def steps_in_budget(
         parts = (len(pair.train), len(pair.test))
         thinned = sum(min(most, part) for part in parts) / sum(parts)
         thinned *= len(online.get("networks", [1]))
-    speed = Speed(step_seconds, evaluation_seconds, thinned * extraction_seconds)
+    speed = Speed(trial.step_seconds, evaluation_seconds, thinned * extraction_seconds)
     first_steps = MOST_STEPS if settings.optim.lr == "auto" else 0  # of the range test
     steps = steps_within(str(settings.budget), speed, settings.callbacks, first_steps)
+    free = shutil.disk_usage(next(p for p in run_dir.absolute().parents if p.is_dir())).free
     say(
-        f"budget={settings.budget}: {step_seconds:.2g} s a step, {evaluation_seconds:.0f} s for "
-        f"the evaluation: {steps:,} steps"
+        f"budget={settings.budget}: {steps:,} steps of {trial.step_seconds:.2g} s are "
+        f"{duration_in_words(steps * trial.step_seconds)}; {evaluation_seconds:.0f} s for the "
+        f"evaluation; {trial.memory / 1e9:.1f} GB of memory; {trial.checkpoint / 1e6:.0f} MB a "
+        f"checkpoint, {free / 1e9:.1f} GB free"
     )
     with disk_trouble(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)

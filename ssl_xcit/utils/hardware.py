@@ -164,10 +164,11 @@ def memory_of(device: Any) -> int:
     return min(installed, memory_limit() or installed)
 
 
-def resident_bytes() -> int:
-    """Memory that this process has now; 0 where the system does not tell."""
-    with suppress(OSError), open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes(peak: bool = False) -> int:
+    """Memory that this process has now, or had at most; 0 where the system does not tell."""
+    wanted = "VmHWM:" if peak else "VmRSS:"
+    with suppress(OSError, StopIteration), open("/proc/self/status") as file:
+        return 1024 * int(next(line for line in file if line.startswith(wanted)).split()[1])
     return 0
 
 
