@@ -76,33 +76,33 @@ class Scaling:
         curvature = (distance - distance.square()) / len(x)  # p (1 - p) of each class
         K, D = curvature.shape[1], x.shape[1]
         together = min(LEADING, math.isqrt(BLOCK_NUMBERS // K))
-        self.few = max(0, D - 1 - together)
-        self.root = (curvature.T @ x[:, : self.few].square() + strength).sqrt()
-        leading = x[:, self.few :].contiguous()
-        blocks = x.new_empty(K, D - self.few, D - self.few)
+        self.alone = max(0, D - 1 - together)  # axes
+        self.root = (curvature.T @ x[:, : self.alone].square() + strength).sqrt()
+        leading = x[:, self.alone :].contiguous()
+        blocks = x.new_empty(K, D - self.alone, D - self.alone)
         for block, column in zip(blocks, curvature.T, strict=True):
             torch.mm(leading.T, leading * column[:, None], out=block)
         diagonals = blocks.diagonal(dim1=1, dim2=2)
         rounding = 10 * torch.finfo(x.dtype).eps * float(diagonals.amax())
         diagonals.add_(strength + rounding)
         self.block_root = torch.linalg.cholesky(blocks.double())
-        one = torch.eye(D - self.few, dtype=torch.float64, device=x.device).expand_as(blocks)
+        one = torch.eye(D - self.alone, dtype=torch.float64, device=x.device).expand_as(blocks)
         self.inverse = torch.linalg.solve_triangular(self.block_root, one, upper=False).to(x)
 
     def scaled(self, weights: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
         """Of weights."""
-        leading = weights[:, None, self.few :].double() @ self.block_root
-        return torch.cat((weights[:, : self.few] * self.root, leading[:, 0].to(weights)), dim=1)
+        leading = weights[:, None, self.alone :].double() @ self.block_root
+        return torch.cat((weights[:, : self.alone] * self.root, leading[:, 0].to(weights)), dim=1)
 
     def weights(self, scaled: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
         """The other way round."""
-        leading = scaled[:, None, self.few :] @ self.inverse
-        return torch.cat((scaled[:, : self.few] / self.root, leading[:, 0]), dim=1)
+        leading = scaled[:, None, self.alone :] @ self.inverse
+        return torch.cat((scaled[:, : self.alone] / self.root, leading[:, 0]), dim=1)
 
     def gradient(self, gradient: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
         """By the scaled weights, from that by the weights."""
-        leading = self.inverse @ gradient[:, self.few :, None]
-        return torch.cat((gradient[:, : self.few] / self.root, leading[:, :, 0]), dim=1)
+        leading = self.inverse @ gradient[:, self.alone :, None]
+        return torch.cat((gradient[:, : self.alone] / self.root, leading[:, :, 0]), dim=1)
 
 
 class Problem:

@@ -212,16 +212,17 @@ def steps_in_budget(
     speed = Speed(trial.step_seconds, evaluation_seconds, thinned * extraction_seconds)
     first_steps = MOST_STEPS if settings.optim.lr == "auto" else 0  # of the range test
     steps = steps_within(str(settings.budget), speed, settings.callbacks, first_steps)
-    free = shutil.disk_usage(next(p for p in run_dir.absolute().parents if p.is_dir())).free
-    say(
-        f"budget={settings.budget}: {steps:,} steps of {trial.step_seconds:.2g} s are "
-        f"{duration_in_words(steps * trial.step_seconds)}; {evaluation_seconds:.0f} s for the "
-        f"evaluation; {trial.memory / 1e9:.1f} GB of memory; {trial.checkpoint / 1e6:.0f} MB a "
-        f"checkpoint, {free / 1e9:.1f} GB free"
-    )
     with disk_trouble(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         Pace.begin(run_dir, evaluation_seconds + REPORT)
+    memory = f"{trial.memory / 1e9:.1f} GB of memory; " if trial.memory else ""
+    free = shutil.disk_usage(run_dir).free
+    say(
+        f"budget={settings.budget}: {steps:,} steps of {trial.step_seconds:.2g} s are about "
+        f"{duration_in_words(steps * trial.step_seconds)}; {evaluation_seconds:.0f} s for the "
+        f"evaluation; {memory}{trial.checkpoint / 1e6:.0f} MB a "
+        f"checkpoint, {free / 1e9:.1f} GB free"
+    )
     return steps
 
 

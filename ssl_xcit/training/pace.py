@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import lightning
 
-from ssl_xcit.training.run_dir import replan
+from ssl_xcit.training.run_dir import note_steps
 from ssl_xcit.utils.files import read_json, write_json
 from ssl_xcit.utils.hardware import seconds_since_start
 from ssl_xcit.utils.terminal import say
@@ -159,5 +159,5 @@ class Pace(lightning.Callback):
         if self.timeline.last != self.last_noted:
             self.last_noted = self.timeline.last
             with suppress(OSError):
-                replan(self.run_dir, **steps)
+                note_steps(self.run_dir, **steps)
         return True

@@ -294,7 +294,7 @@ def about_run(run_dir: Path) -> dict[str, Any]:
     return read_json(run_dir / "run.json")
 
 
-def replan(run_dir: Path, **steps: int) -> None:
+def note_steps(run_dir: Path, **steps: int) -> None:
     """Note other numbers of the plan in `run.json`."""
     if about := about_run(run_dir):
         write_json({**about, "plan": {**about["plan"], **steps}}, run_dir / "run.json")

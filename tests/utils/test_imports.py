@@ -52,8 +52,7 @@ from ssl_xcit.models.xcit import XCiT
 
 backbone = XCiT(16, 1, 1)
 backbone_in({"model": backbone.state_dict()}, Path("file.pth"))
-taken = ({"lightning", "torchvision", "torch._dynamo", "scipy.stats"} & sys.modules.keys())
-print(sorted(taken))
+print(sorted({"lightning", "torchvision", "torch._dynamo", "scipy.stats"} & sys.modules.keys()))
 
 from ssl_xcit.utils.imports import lean_import
 with lean_import():
