@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 error, 2 wrong configuration or usage, 75 preempted and re
 interrupted and saved.
 """
 
+import argparse
 import copy
 import difflib
 import io
@@ -330,6 +331,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise SystemExit(code)
             return
         if any(word.startswith("-") for word in sys.argv[1:]):
+            if sys.version_info >= (3, 14):  # it refuses a help of Hydra 1.3.8, which is no string
+                argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
             hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name=command)(run)()
         else:
             compose_and_run(command, sys.argv[1:], run)

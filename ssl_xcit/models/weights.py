@@ -212,8 +212,9 @@ def resolve(path: str | Path) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        if (path / "checkpoints").is_dir():
-            os.listdir(path / "checkpoints")  # raises where it may not be read
+        for folder in (path, path / "checkpoints"):
+            if folder.is_dir():
+                os.listdir(folder)  # raises where it may not be read
         if checkpoints := checkpoints_of(path):
             return checkpoints[-1]
         if (path / TIMM_FILE).is_file():
