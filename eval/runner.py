@@ -85,7 +85,12 @@ def evaluate(
     is_first_rank = not ranks or dist.get_rank() == 0
     if not is_first_rank:
         wanted = {}
-    kinds, running = kinds_of(usable), usable if is_first_rank else {}
+    kinds = kinds_of(usable)
+
+    def here(features: FeatureSet) -> dict[str, Evaluator]:
+        together = features.ranks
+        return {n: e for n, e in usable.items() if is_first_rank or (e.on_ranks and together)}
+
     if usable:
         extractor = next(iter(extractors.values()))
         if is_first_rank and pair is not None:
@@ -95,12 +100,13 @@ def evaluate(
             if baseline is not None:
                 started = time.perf_counter()
                 features = baseline(extractor, kinds)
-                measure_features(evaluation, name.replace("_", " "), started, running, features)
+                row = name.replace("_", " ")
+                measure_features(evaluation, row, started, here(features), features)
     for row, extractor in ({} if baselines_only else extractors).items():
         if usable:
             started = time.perf_counter()
             features = extract_pair(extractor, kinds, row, feature_dtype)
-            measure_features(evaluation, row, started, running, features)
+            measure_features(evaluation, row, started, here(features), features)
             if is_first_rank:
                 note_near_duplicates(evaluation, row, features, near_duplicates)
         for name, task in wanted.items():

@@ -82,6 +82,8 @@ class KNN(Evaluator):
         kinds: of features to choose from.
     """
 
+    on_ranks = True
+
     def __init__(
         self,
         k: OneOrMore[Count] = (10, 20, 100, 200),
@@ -107,7 +109,7 @@ class KNN(Evaluator):
             similarity, indices, recall = self.index.nearest(bank, queries, self.k[-1], itself)
             yield "knn_recall", recall
         else:
-            similarity, indices = nearest(bank, queries, self.k[-1], itself)
+            similarity, indices = nearest(bank, queries, self.k[-1], itself, features.ranks)
         for place, temperature in enumerate(self.temperatures):
             for k in self.k:
                 few = similarity[:, :k], indices[:, :k]
@@ -125,7 +127,7 @@ class KNN(Evaluator):
         accuracy = {}
         for kind in kinds:
             bank = features.of(kind).train
-            near = nearest(bank, bank[rows], VAL_NEIGHBOURS, rows)
+            near = nearest(bank, bank[rows], VAL_NEIGHBOURS, rows, features.ranks)
             predicted = elected(classes, near, num_classes, self.temperatures[0])
             accuracy[kind] = float((predicted == classes[rows]).mean())
         best = max(kinds, key=lambda kind: accuracy[kind])

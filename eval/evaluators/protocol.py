@@ -48,10 +48,13 @@ class Evaluator(Measurement, Protocol):
     Attributes:
         labels: the kind of labels that it is for, see `ssl_xcit.data.labels.label_kind`.
         kinds: of features that it reads, see `KINDS`.
+        on_ranks: several ranks, which all have the features (`FeatureSet.ranks`), share its work
+            and call it together; without it the first computes alone.
     """
 
     labels: Literal["classes", "several", "numbers"] = "classes"
     kinds: Sequence[str] = ("cls",)
+    on_ranks: bool = False
 
     def __call__(self, features: FeatureSet) -> Iterator[tuple[str, float]]:
         """Yield (metric, value); accuracies are in percent, an `Estimate` has an interval."""

@@ -368,4 +368,4 @@ def extract_pair(
 
     train = features_of(pair.train, "train")
     test = train if pair.test is pair.train else features_of(pair.test, "test")
-    return as_feature_set(train, test, pair)
+    return as_feature_set(train, test, pair, extractor.ranks)

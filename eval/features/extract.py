@@ -53,6 +53,7 @@ class FeatureSet:
     test_labels: Shaped[np.ndarray, "M *K"]
     more: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # other parts
     class_names: Sequence[str] = ()  # by class id
+    ranks: bool = False  # all ranks have them, and measure them together
 
     @property
     def one_set(self) -> bool:
@@ -211,7 +212,7 @@ def extract(
 
 
 def as_feature_set(
-    train: tuple[Parts, Rows], test: tuple[Parts, Rows], pair: LabelledPair
+    train: tuple[Parts, Rows], test: tuple[Parts, Rows], pair: LabelledPair, ranks: bool = False
 ) -> FeatureSet:
     """Features of some rows of both parts, with those rows' labels."""
     assert pair.train.labels is not None
@@ -223,4 +224,5 @@ def as_feature_set(
         pair.test.labels[test[1]],
         {name: (train[0][name], test[0][name]) for name in train[0] if name != "cls"},
         pair.train.class_names if len(pair.test.class_names) == 0 else pair.test.class_names,
+        ranks,
     )

@@ -3,7 +3,7 @@ bank, which may be larger than memory, or an approximate index where the bank is
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Float32, Int64
 
+from ssl_xcit.utils.ranks import rank, world_size
 from ssl_xcit.utils.terminal import say
 
 log = logging.getLogger(__name__)
@@ -21,6 +23,7 @@ Queries = Float[np.ndarray, "Q C"]
 Similarity = Float[np.ndarray, "Q k"]
 Indices = Int64[np.ndarray, "Q k"]
 BLOCK = 1 << 29  # bytes of the bank at once
+SHARDS, SHARD = 16, 1 << 15  # of a bank, for ranks to share, and rows that one has at least
 SIMILARITIES = 1 << 26  # at once, where all are kept: 256 MB
 
 
@@ -38,29 +41,63 @@ def blocks(bank: Bank) -> Iterator[tuple[int, Float32[np.ndarray, "n C"]]]:
         yield start, unit(bank[start : start + rows])
 
 
+def shards(bank: Bank) -> Iterator[slice]:
+    """Rows of each shard: the same ones whoever searches them, since products of other shapes
+    round otherwise, and of equally similar rows those of an earlier shard are kept.
+    """
+    most = max(1, BLOCK // (4 * bank.shape[1]))
+    rows = min(most, max(SHARD, -(-len(bank) // SHARDS)))
+    for start in range(0, len(bank), rows):
+        yield slice(start, min(start + rows, len(bank)))
+
+
 def nearest(
-    bank: Bank, queries: Queries, k: int, itself: Int64[np.ndarray, " Q"] | None = None
+    bank: Bank,
+    queries: Queries,
+    k: int,
+    itself: Int64[np.ndarray, " Q"] | None = None,
+    ranks: bool = False,
 ) -> tuple[Similarity, Indices]:
     """Cosine similarities and bank indices of the k nearest (at most N), most similar first,
-    compared in float32, block by block, on a GPU where faiss finds one. The bank may be a memory
+    compared in float32, shard by shard, on a GPU where faiss finds one. The bank may be a memory
     map larger than memory; `itself` is the row of it that each query is, and which is left out.
+
+    With `ranks` all ranks have called it with the same: they search shards in turns, and all get
+    what one gets, to the last bit.
     """
     faiss.omp_set_num_threads(torch.get_num_threads())
     count = min(k + (itself is not None), len(bank))
     gpu = faiss.StandardGpuResources() if count <= 2048 and gpus() else None
     wanted = unit(queries)
-    best = faiss.ResultHeap(len(queries), count, keep_max=True)
-    for start, rows in blocks(bank):
+
+    def found(shard: slice) -> tuple[Similarity, Indices]:
+        rows = unit(bank[shard])
         few, product = min(count, len(rows)), faiss.METRIC_INNER_PRODUCT
         if gpu is None:
             similarity, indices = faiss.knn(wanted, rows, few, metric=product)
         else:
             similarity, indices = faiss.knn_gpu(gpu, wanted, rows, few, metric=product)
-        best.add_result(similarity, indices + start)
+        return similarity, indices + shard.start
+
+    best = faiss.ResultHeap(len(queries), count, keep_max=True)
+    for result in in_turns(found, shards(bank)) if ranks else map(found, shards(bank)):
+        best.add_result(*result)
     best.finalize()
     if itself is not None:
         return without_itself(best.D, best.I, itself)
     return best.D, best.I
+
+
+def in_turns(
+    found: Callable[[slice], tuple[Similarity, Indices]], shards: Iterable[slice]
+) -> Iterator[tuple[Similarity, Indices]]:
+    """What is found in each shard, by one of the ranks, on all of them."""
+    shards, ranks = list(shards), world_size()
+    mine = {n: found(shards[n]) for n in range(rank(), len(shards), ranks)}
+    for number in range(len(shards)):
+        result: list[Any] = [mine.pop(number, None)]
+        dist.broadcast_object_list(result, src=number % ranks)
+        yield result[0]
 
 
 def gpus() -> int:

@@ -84,7 +84,7 @@ def main(settings: FinetuneSettings) -> Path:
     if submits(settings):
         submit_run(settings, run_dir)
         return run_dir
-    trainer, stop = make_trainer(settings, run_dir, str(settings.run_id))
+    trainer, stop = make_trainer(settings, run_dir, str(settings.run_id), indices)
     plan = make_transfer_plan(settings, len(chosen.images), trainer.world_size)
     task = make_task(settings, start, chosen, preprocess, recorded)
     task.measure()  # needs libraries of its own, which are missed now or after training

@@ -124,7 +124,7 @@ def main(settings: PretrainSettings) -> Path:
         check_images(source, augment.global_size, preprocess)
         submit_run(settings, run_dir)
         return run_dir
-    trainer, stop = make_trainer(settings, run_dir, str(settings.run_id))
+    trainer, stop = make_trainer(settings, run_dir, str(settings.run_id), indices)
     begun = about_run(run_dir).get("plan") if is_begun(run_dir) else None
     plan = make_plan(settings, len(source), trainer.world_size, begun)
     if math.isnan(plan.lr):

@@ -30,7 +30,7 @@ from ssl_xcit.objectives.objective import (
 from ssl_xcit.objectives.prototype_loss import prototype_loss
 from ssl_xcit.objectives.sinkhorn import check_prototypes, sinkhorn_knopp
 from ssl_xcit.objectives.temperature import LinearByEpoch
-from ssl_xcit.utils.ranks import summed_, world_size
+from ssl_xcit.utils.ranks import LateSum, world_size
 from ssl_xcit.utils.validation import NonNegative, Positive, Share
 
 
@@ -39,7 +39,8 @@ class Center(nn.Module):
     dominates.
 
     center <- momentum * center + (1 - momentum) * mean over views, images and ranks (equation 4);
-    zeros at first. It is a buffer: a checkpoint carries it.
+    zeros at first. It is a buffer: a checkpoint carries it. Ranks exchange their sums while they
+    train; who reads `center` calls `settle_` first, as reading the state does.
 
     Args:
         num_prototypes: K.
@@ -52,20 +53,43 @@ class Center(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(num_prototypes))
+        self.moving: LateSum | None = None  # of a step's logits and their number
+        self.register_state_dict_pre_hook(settle)
+        self.register_load_state_dict_pre_hook(settle)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no exchange of its own."""
+        self.settle_()
+        return self.__dict__
 
     def targets(self, logits: Float[Tensor, "G B K"], temperature: float) -> Float[Tensor, "G B K"]:
         """softmax((logits - center) / temperature), with the center of the steps before."""
+        self.settle_()
         return ((logits.to(self.center.dtype) - self.center) / temperature).softmax(dim=-1)
 
     @torch.no_grad()
-    def update_(self, logits: Float[Tensor, "G B K"]) -> None:
-        """Update the mean with this step's logits of all ranks."""
-        self.move_to_(summed_(logits.to(self.center.dtype).mean(dim=(0, 1))) / world_size())
+    def update_(self, logits: Float[Tensor, "*rows K"]) -> None:
+        """Take a step to the mean of the logits of all ranks, of which one or all may have none."""
+        self.settle_()
+        rows = logits.to(self.center.dtype).flatten(0, -2)
+        total = torch.cat((rows.sum(dim=0), rows.new_full((1,), len(rows))))
+        self.moving = LateSum(total)
+        if world_size() == 1:
+            self.settle_()
 
     @torch.no_grad()
-    def move_to_(self, mean: Float[Tensor, " K"]) -> None:
-        """Take a step to the mean of a batch."""
-        self.center.lerp_(mean, 1.0 - self.momentum)
+    def settle_(self) -> None:
+        """Wait for what ranks exchange, and take the step."""
+        if self.moving is None:
+            return
+        total, self.moving = self.moving.result(), None
+        mean = total[:-1] / total[-1].clamp_min(1.0)
+        self.center.lerp_(torch.where(total[-1] > 0, mean, self.center), 1.0 - self.momentum)
+
+
+def settle(center: Center, *_: object) -> None:
+    """Before its state is read or loaded."""
+    center.settle_()
 
 
 class Targets(NamedTuple):
@@ -245,4 +269,5 @@ class DINO(Objective):
 
     def watched(self) -> Mapping[str, float]:
         """The length of the center."""
+        self.center.settle_()
         return {"center_norm": self.center.center.norm().item()}

@@ -17,7 +17,7 @@ from ssl_xcit.objectives.esvit import tokens
 from ssl_xcit.objectives.ibot_loss import ibot_loss
 from ssl_xcit.objectives.masking import check_ratio, patch_weights, sample_masks
 from ssl_xcit.objectives.objective import Embedded, Inputs, Objective, PatchMask, RunLength
-from ssl_xcit.utils.ranks import BatchPart, summed_
+from ssl_xcit.utils.ranks import BatchPart
 from ssl_xcit.utils.validation import Share
 
 
@@ -123,14 +123,8 @@ class IBOT(Objective):
 
     def update_(self, parts: Sequence[MaskedTargets]) -> None:
         """Move the center by the masked patches of all ranks, of which there may be none."""
-        if self.prototypes.centering != "mean":
-            return
-        logits = torch.cat([part.logits[0] for part in parts]).to(
-            self.prototypes.center.center.dtype
-        )
-        total = summed_(torch.cat((logits.sum(dim=0), logits.new_full((1,), len(logits)))))
-        mean, center = total[:-1] / total[-1].clamp_min(1.0), self.prototypes.center
-        center.move_to_(torch.where(total[-1] > 0, mean, center.center))
+        if self.prototypes.centering == "mean":
+            self.prototypes.center.update_(torch.cat([part.logits[0] for part in parts]))
 
     def frozen(self, head: Any, step: int) -> Iterable[nn.Module]:
         """All before the masks begin; then the prototypes for a while."""

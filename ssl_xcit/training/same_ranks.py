@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 import torch.distributed as dist
 
+from ssl_xcit.data.identity import DataIndex
 from ssl_xcit.errors import UserError
 from ssl_xcit.training.settings import place_keys
 from ssl_xcit.utils.validation import flat
@@ -18,18 +19,23 @@ SHOWN = 5  # of the differences
 
 
 class SameRanks(lightning.Callback):
-    """Before training, compare what ranks were told and what they run on.
+    """Before training, compare what ranks were told, which images they see and what they run on.
 
     Args:
         settings: of the run, as plain data.
+        indices: of its images, by the setting that names them.
     """
 
-    def __init__(self, settings: Mapping[str, Any]):
+    def __init__(self, settings: Mapping[str, Any], indices: Mapping[str, DataIndex]):
         own = (*OWN, *place_keys(settings))
         within = tuple(f"{key}." for key in own)
         told = {k: v for k, v in flat(settings) if k not in own and not k.startswith(within)}
         versions = {name: version(name) for name in PACKAGES}
-        self.facts = {**told, "Python": platform.python_version(), **versions}
+        images = {
+            f"the images of {key}": f"{index.num_images:,} ({index.digest()[:8]})"
+            for key, index in indices.items()
+        }
+        self.facts = {**told, **images, "Python": platform.python_version(), **versions}
 
     def setup(self, trainer: Any, *_: object, **__: object) -> None:
         """On all ranks alike.
@@ -51,5 +57,5 @@ class SameRanks(lightning.Callback):
                 more = f" and {len(keys) - SHOWN} more" * (len(keys) > SHOWN)
                 raise UserError(
                     f"rank {rank} was started with {differences}{more}: all ranks need the same "
-                    "command and the same packages"
+                    "command, the same images and the same packages"
                 )

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
+from ssl_xcit.data.identity import DataIndex
 from ssl_xcit.errors import UserError
 from ssl_xcit.training.checkpoint import CheckpointFiles, SaveCheckpoints
 from ssl_xcit.training.loggers import FailsafeLogger
@@ -36,9 +37,10 @@ def runs_on_cpu(trainer: TrainerSettings) -> bool:
 
 
 def make_trainer(
-    settings: RunSettings, run_dir: Path, run_id: str
+    settings: RunSettings, run_dir: Path, run_id: str, indices: Mapping[str, DataIndex]
 ) -> tuple[lightning.Trainer, StopOnSignal]:
-    """Lightning's Trainer with our callbacks and loggers, and what listens to signals.
+    """Lightning's Trainer with our callbacks and loggers, and what listens to signals; all ranks
+    must have the images of `indices`.
 
     Raises:
         UserError: more devices than there are, or a precision that the step is not written for.
@@ -76,7 +78,7 @@ def make_trainer(
             of_lightning(settings.trainer),
             # what is done at a step is done before the step is saved
             callbacks=[
-                SameRanks(as_plain(settings)),
+                SameRanks(as_plain(settings), indices),
                 *(c for c in callbacks if c is not checkpoints),
                 checkpoints,
                 stop,

@@ -61,6 +61,26 @@ def summed_(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     return x
 
 
+class LateSum:
+    """A sum over ranks that goes on while the host does something else.
+
+    Args:
+        x: this rank's, the same shape on all; it becomes the sum.
+        group: of ranks; None: all.
+    """
+
+    def __init__(self, x: Shaped[Tensor, "*shape"], group: dist.ProcessGroup | None = None):
+        self.x = x
+        self.work = dist.all_reduce(x, group=group, async_op=True) if world_size() > 1 else None
+
+    def result(self) -> Shaped[Tensor, "*shape"]:
+        """The sum; on a GPU what is queued next waits for it, and not the host."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.x
+
+
 def averaged(values: Mapping[str, Float[Tensor, ""]]) -> dict[str, Tensor]:
     """Means over ranks, without gradient: what a batch that is split over them has as a whole."""
     if world_size() == 1:

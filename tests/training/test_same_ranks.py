@@ -1,11 +1,15 @@
 """Two ranks that were started with different settings."""
 
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ssl_xcit.data.identity import index_of
+from ssl_xcit.data.sets import Arrays
 from ssl_xcit.errors import UserError
 from ssl_xcit.training.same_ranks import SameRanks
 
@@ -15,12 +19,19 @@ SETTINGS = [
 ]
 
 
+def images(seed):
+    """Of two sets that differ in a pixel."""
+    pixels = np.zeros((3, 8, 8, 3), np.uint8)
+    pixels[0, 0, 0, 0] = seed
+    return {"data": index_of(Arrays(pixels, "some"))}
+
+
 def work(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     trainer = SimpleNamespace(world_size=2)
-    SameRanks(SETTINGS[0]).setup(trainer)
+    SameRanks(SETTINGS[0], images(0)).setup(trainer)
     try:
-        SameRanks(SETTINGS[rank]).setup(trainer)
+        SameRanks(SETTINGS[rank], images(rank)).setup(trainer)
     except UserError as error:
         torch.save(str(error), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -30,15 +41,13 @@ def test_the_rank_and_the_difference_are_named_on_all_ranks(tmp_path):
     mp.get_context("forkserver").set_forkserver_preload(["torch", "jaxtyping"])
     mp.start_processes(work, (str(tmp_path),), nprocs=2, start_method="forkserver")
     said = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    assert (
-        said[0]
-        == said[1]
-        == (
-            "rank 1 was started with optim.lr 0.002 (rank 0: 0.001), optim.fused True (rank 0: not "
-            "set): all ranks need the same command and the same packages"
-        )
+    assert said[0] == said[1]
+    assert re.sub(r"\b[0-9a-f]{8}\b", "DIGEST", said[0]) == (
+        "rank 1 was started with optim.lr 0.002 (rank 0: 0.001), the images of data 3 (DIGEST) "
+        "(rank 0: 3 (DIGEST)), optim.fused True (rank 0: not set): all ranks need the same "
+        "command, the same images and the same packages"
     )
 
 
 def test_one_rank_compares_nothing():
-    SameRanks(SETTINGS[0]).setup(SimpleNamespace(world_size=1))
+    SameRanks(SETTINGS[0], {}).setup(SimpleNamespace(world_size=1))
