@@ -1,5 +1,7 @@
 """Two processes with half the batch each, against one with all of it."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +10,7 @@ from torch import nn
 
 from ssl_xcit.objectives.coding_rate import simdino_loss
 from ssl_xcit.objectives.contrast import info_nce
+from ssl_xcit.objectives.dino import Center
 from ssl_xcit.objectives.koleo import koleo_loss
 from ssl_xcit.objectives.queue import EmbeddingQueue
 from ssl_xcit.objectives.sinkhorn import sinkhorn_knopp
@@ -51,7 +54,22 @@ def results(images):
         "rows": rows,
         "sums": sums,
         "all": gathered(rows[0]),
+        "centers": centers(teacher, images),
     }
+
+
+def centers(teacher, images):
+    """As a copy, the state and a step's targets see it, while ranks still exchange their sums: of
+    all logits, of the first image's, which the second rank does not have, and of none.
+    """
+    center, seen = Center(D).double(), []
+    center.update_(teacher)
+    seen.append(deepcopy(center).center.clone())
+    center.update_(teacher[:, [i for i in range(B)[images] if i == 0]])
+    seen.append(center.state_dict()["center"].clone())
+    center.update_(teacher[:, :0])
+    rows = center.targets(teacher.new_zeros(1, 1, D), 1.0)
+    return torch.stack([*seen, -rows[0, 0].log()])
 
 
 def work(rank, folder):
@@ -82,3 +100,14 @@ def test_half_the_batch_on_each_of_two_ranks(tmp_path):
         assert each["queue"]["count"] == state["queue"]["count"] == 3 * B
         assert torch.allclose(each["sums"], state["sums"], rtol=1e-12)
         assert torch.equal(each["all"], rows[0])
+        assert torch.allclose(each["centers"], state["centers"], rtol=1e-12)
+
+
+def test_the_running_mean_of_the_logits():
+    _, _, teacher, _ = (x.double() if isinstance(x, torch.Tensor) else x for x in drawn())
+    expected, seen = torch.zeros(D, dtype=torch.float64), []
+    for mean in (teacher.mean(dim=(0, 1)), teacher[:, 0].mean(dim=0)):
+        expected = 0.9 * expected + 0.1 * mean
+        seen.append(expected)
+    targets = -(-expected).log_softmax(dim=0)  # no row moves it
+    assert torch.allclose(centers(teacher, slice(None)), torch.stack([*seen, targets]), rtol=1e-12)
