@@ -145,8 +145,9 @@ def efficiency(exchange: Exchange, ranks: int, machine: Machine, norm: str) -> f
     gradients = 2 * (ranks - 1) / ranks * exchange.gradients / bandwidth
     far = machine.latency_inside + machine.latency_outside * math.log2(nodes)
     calls = sum(exchange.calls.values())
-    few = 6  # losses, center, health
-    waited = (calls - few) * (far if norm == "global" else machine.latency_inside) + few * far
+    few = 1  # losses
+    waited = (calls - few) * (far if norm == "global" else machine.latency_inside)
+    waited += (few + 1) * far  # and health's features, outside the step that is counted
     return compute / (compute + max(0.0, gradients - compute / 2) + waited)
 
 

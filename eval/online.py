@@ -22,7 +22,7 @@ from .features.extractor import FeatureExtractor
 
 
 class OnlineEvaluation(PeriodicEvaluation):
-    """Cheap evaluators on features extracted once; ranks share the extraction and k-NN.
+    """Cheap evaluators on features extracted once; ranks share the extraction.
 
     Args:
         every_steps: see `PeriodicEvaluation`, as of `eval_budget` and `best`.
@@ -64,7 +64,7 @@ class OnlineEvaluation(PeriodicEvaluation):
         return True
 
     def measured(self, trainer: lightning.Trainer, module: Any) -> dict[str, float]:
-        """All networks' numbers; on other ranks those that they have helped with."""
+        """All networks' numbers, on rank 0."""
         values: dict[str, float] = {}
         for network in self.networks:
             values |= self.measured_network(trainer, module, network)
@@ -73,7 +73,7 @@ class OnlineEvaluation(PeriodicEvaluation):
     def measured_network(
         self, trainer: lightning.Trainer, module: Pretraining, network: str
     ) -> dict[str, float]:
-        """A network's numbers, as `measured`."""
+        """A network's numbers, on rank 0."""
         data = data_of(trainer)
         extractor = FeatureExtractor(
             (module.teacher if network == "teacher" else module.student).backbone,
@@ -85,9 +85,11 @@ class OnlineEvaluation(PeriodicEvaluation):
             ranks=trainer.world_size > 1,
         )
         features = extract_pair(extractor, kinds_of(self.evaluators))
+        if not trainer.is_global_zero:
+            return {}
+        features = replace(features, ranks=False)  # too few images for more than one rank
         prefix = "" if network == "teacher" else f"{network}_"
-        running = (e for e in self.evaluators.values() if e.on_ranks or trainer.is_global_zero)
-        values = (pair for evaluator in running for pair in evaluator(features))
+        values = (pair for e in self.evaluators.values() for pair in e(features))
         return {f"{prefix}{name}": float(value) for name, value in values}
 
 

@@ -15,7 +15,8 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -331,9 +332,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise SystemExit(code)
             return
         if any(word.startswith("-") for word in sys.argv[1:]):
-            if sys.version_info >= (3, 14):  # it refuses a help of Hydra 1.3.8, which is no string
-                argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
-            hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name=command)(run)()
+            with unchecked_help():
+                hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name=command)(
+                    run
+                )()
         else:
             compose_and_run(command, sys.argv[1:], run)
     except KeyboardInterrupt:
@@ -556,6 +558,19 @@ def suggestion(word: str, words: Sequence[str]) -> str:
     close = [w for w in words if w.endswith(f".{word}")][:1]
     close = close or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+@contextmanager
+def unchecked_help() -> Iterator[None]:
+    """Let options have any help: Hydra 1.3.8 has one that is no string, which argparse of Python
+    3.14 refuses.
+    """
+    parser: Any = argparse.ArgumentParser
+    parser._check_help = lambda *_: None  # in place of what it inherits
+    try:
+        yield
+    finally:
+        del parser._check_help
 
 
 def fail(message: str, exit_code: int = 2) -> None:

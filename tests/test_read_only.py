@@ -245,6 +245,36 @@ def test_weights_that_may_not_be_read(here, closed):
     assert len(said.splitlines()) == 1
 
 
+def test_a_run_in_a_folder_that_may_be_entered_but_not_listed(here):
+    folder = make_run(here / "demo")
+    folder.chmod(0o711)
+
+    def load():
+        load_backbone(folder)
+
+    code, said = as_anybody(load, here)
+    folder.chmod(0o755)
+    assert (code, said) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["demo", "demo/checkpoints/step-000006.ckpt"])
+def test_below_a_folder_that_may_not_be_entered(here, name):
+    parent = here / "closed"
+    make_run(parent / "demo")
+    parent.chmod(0o600)
+
+    def load():
+        try:
+            load_backbone(parent / name)
+        except UserError as error:
+            print(error)
+
+    code, said = as_anybody(load, here)
+    parent.chmod(0o755)
+    assert code == 0, said
+    assert said.endswith("Permission denied\n")
+
+
 def test_under_torchrun_the_first_rank_alone_chooses(colleague, here, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(evaluation.HydraConfig, "get", lambda: pytest.fail("not asked"))

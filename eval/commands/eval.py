@@ -286,7 +286,7 @@ def join_ranks() -> bool:
     """Under torchrun, join one process group; returns whether there is one."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
         return False
-    # rank 0 alone runs evaluators and tasks, which the others wait for
+    # rank 0 alone runs tasks and most evaluators, which the others wait for
     dist.init_process_group("gloo", timeout=timedelta(days=7))
     return True
 

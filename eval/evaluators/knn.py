@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 
 from ssl_xcit.data.labels import Labels
 from ssl_xcit.data.order import evenly_spaced
+from ssl_xcit.utils.ranks import from_rank, rank
 from ssl_xcit.utils.validation import Count, Positive
 
 from ..features.extract import FeatureSet
@@ -106,6 +107,8 @@ class KNN(Evaluator):
         bank, queries = features.of(kind).train, features.of(kind).test
         itself = np.arange(len(bank)) if features.one_set else None
         if self.index is not None and len(bank) > self.exact_up_to:
+            if features.ranks and rank():
+                return  # an index is not shared
             similarity, indices, recall = self.index.nearest(bank, queries, self.k[-1], itself)
             yield "knn_recall", recall
         else:
@@ -131,6 +134,8 @@ class KNN(Evaluator):
             predicted = elected(classes, near, num_classes, self.temperatures[0])
             accuracy[kind] = float((predicted == classes[rows]).mean())
         best = max(kinds, key=lambda kind: accuracy[kind])
+        if features.ranks:  # processors may round the votes of equals otherwise
+            best = from_rank(0, best)
         self.chosen = {"kind": best}
         return best
 

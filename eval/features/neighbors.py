@@ -1,4 +1,4 @@
-"""Nearest neighbours by cosine similarity, with faiss in float32: exact search over blocks of the
+"""Nearest neighbours by cosine similarity, with faiss in float32: exact search over shards of the
 bank, which may be larger than memory, or an approximate index where the bank is too large.
 """
 
@@ -11,10 +11,9 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Float32, Int64
 
-from ssl_xcit.utils.ranks import rank, world_size
+from ssl_xcit.utils.ranks import from_rank, rank, world_size
 from ssl_xcit.utils.terminal import say
 
 log = logging.getLogger(__name__)
@@ -34,21 +33,19 @@ def unit(rows: Float[np.ndarray, "N C"]) -> Float32[np.ndarray, "N C"]:
     return rows / np.maximum(norms, np.float32(1e-12))[:, None]
 
 
-def blocks(bank: Bank) -> Iterator[tuple[int, Float32[np.ndarray, "n C"]]]:
-    """(first row, unit rows) of each block."""
+def blocks(bank: Bank, most: int | None = None) -> Iterator[slice]:
+    """Rows of each block, at most so many."""
     rows = max(1, BLOCK // (4 * bank.shape[1]))
+    rows = rows if most is None else min(rows, most)
     for start in range(0, len(bank), rows):
-        yield start, unit(bank[start : start + rows])
+        yield slice(start, min(start + rows, len(bank)))
 
 
 def shards(bank: Bank) -> Iterator[slice]:
     """Rows of each shard: the same ones whoever searches them, since products of other shapes
     round otherwise, and of equally similar rows those of an earlier shard are kept.
     """
-    most = max(1, BLOCK // (4 * bank.shape[1]))
-    rows = min(most, max(SHARD, -(-len(bank) // SHARDS)))
-    for start in range(0, len(bank), rows):
-        yield slice(start, min(start + rows, len(bank)))
+    return blocks(bank, max(SHARD, -(-len(bank) // SHARDS)))
 
 
 def nearest(
@@ -92,12 +89,13 @@ def in_turns(
     found: Callable[[slice], tuple[Similarity, Indices]], shards: Iterable[slice]
 ) -> Iterator[tuple[Similarity, Indices]]:
     """What is found in each shard, by one of the ranks, on all of them."""
-    shards, ranks = list(shards), world_size()
-    mine = {n: found(shards[n]) for n in range(rank(), len(shards), ranks)}
-    for number in range(len(shards)):
-        result: list[Any] = [mine.pop(number, None)]
-        dist.broadcast_object_list(result, src=number % ranks)
-        yield result[0]
+    remaining = list(shards)
+    while remaining:
+        round_ = remaining[: world_size()]
+        del remaining[: world_size()]
+        mine: Any = found(round_[rank()]) if rank() < len(round_) else None
+        for source in range(len(round_)):
+            yield from_rank(source, mine)
 
 
 def gpus() -> int:
@@ -166,8 +164,8 @@ class Approximate:
             index = faiss.IndexIVFFlat(faiss.IndexFlatIP(C), C, lists, faiss.METRIC_INNER_PRODUCT)
             some = np.unique(np.linspace(0, N - 1, min(N, 64 * lists)).astype(np.int64))
             index.train(unit(bank[some]))
-        for _, rows in blocks(bank):
-            index.add(rows)
+        for block in blocks(bank):
+            index.add(unit(bank[block]))
         return index, (min(N, 1 << 14) if self.kind == "hnsw" else lists)
 
     def set_effort(self, index: Any, effort: int) -> None:
@@ -194,8 +192,8 @@ def built_index(bank: Bank, kind: str) -> faiss.Index:
     if kind != "flat":
         return Approximate(kind).built(bank)[0]
     index = faiss.IndexFlatIP(bank.shape[1])
-    for _, rows in blocks(bank):
-        index.add(rows)
+    for block in blocks(bank):
+        index.add(unit(bank[block]))
     return index
 
 

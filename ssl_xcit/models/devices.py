@@ -37,6 +37,8 @@ def placed(network: nn.Module, device: str) -> list[torch.device]:
         raise UserError(f"device={device}: {reason}; try device=cpu") from error
     if devices[0].type == "cpu":
         prepare_cpu(network)
+    elif devices[0].type == "cuda":
+        torch.cuda.set_device(devices[0])  # where faiss searches
     return devices
 
 

@@ -209,12 +209,17 @@ def resolve(path: str | Path) -> Path:
     """See `checkpoint_path`."""
     word, path = str(path), Path(path)
     check_unsharded(path)
+    try:
+        os.stat(path / "checkpoints")
+    except PermissionError:  # `is_file` and `is_dir` say no more since Python 3.14
+        raise
+    except OSError:
+        pass
     if path.is_file():
         return path
     if path.is_dir():
-        for folder in (path, path / "checkpoints"):
-            if folder.is_dir():
-                os.listdir(folder)  # raises where it may not be read
+        if (path / "checkpoints").is_dir():
+            os.listdir(path / "checkpoints")  # raises where it may not be read
         if checkpoints := checkpoints_of(path):
             return checkpoints[-1]
         if (path / TIMM_FILE).is_file():

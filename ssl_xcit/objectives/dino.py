@@ -231,8 +231,8 @@ class DINO(Objective):
         spread = torch.stack([koleo_loss(view) for view in views]).sum()
         return loss + self.koleo * spread, {"dino": loss, "koleo": spread}
 
-    def update_(self, parts: Sequence[Targets]) -> None:
-        """Move the center."""
+    def update_(self, parts: Sequence[Any]) -> None:
+        """Move the center by the logits of images, or of more than these."""
         if self.centering == "mean":
             self.center.update_(concatenated([part.logits for part in parts]))
 

@@ -63,11 +63,6 @@ class Region(DINO):
         loss = region_loss(logits, features, targets.rows, targets.features, self.student_temp)
         return loss, {}
 
-    def update_(self, parts: Sequence[Any]) -> None:
-        """Move the center by all patches."""
-        if self.centering == "mean":
-            self.center.update_(concatenated([part.logits.flatten(1, 2) for part in parts]))
-
     def signs(self, parts: Sequence[Any]) -> Signs:
         """The teacher's probabilities, the middle patch standing for each image."""
         return Signs(rows=concatenated([p.rows[:, :, p.rows.shape[2] // 2] for p in parts]))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -123,8 +122,7 @@ class IBOT(Objective):
 
     def update_(self, parts: Sequence[MaskedTargets]) -> None:
         """Move the center by the masked patches of all ranks, of which there may be none."""
-        if self.prototypes.centering == "mean":
-            self.prototypes.center.update_(torch.cat([part.logits[0] for part in parts]))
+        self.prototypes.update_(parts)
 
     def frozen(self, head: Any, step: int) -> Iterable[nn.Module]:
         """All before the masks begin; then the prototypes for a while."""

@@ -27,7 +27,7 @@ from ssl_xcit.training.optim import (
 )
 from ssl_xcit.training.pace import Timeline
 from ssl_xcit.training.step_guard import Diagnosis, StepGuard, seed_step
-from ssl_xcit.utils.ranks import BatchPart, averaged
+from ssl_xcit.utils.ranks import BatchPart
 from ssl_xcit.utils.validation import BatchNormScope
 
 Schedule = Callable[[float], float]
@@ -220,7 +220,7 @@ class Pretraining(lightning.LightningModule):
             first += count
         losses = {k: torch.stack([p.losses[k] for p in made]).sum() for k in made[0].losses}
         self.guard.own_loss = torch.stack([part.loss for part in made]).sum()
-        losses = averaged({"": self.guard.own_loss, **losses})
+        losses = self.guard.mean_losses({"": self.guard.own_loss, **losses})
         loss = losses.pop("")
         targets = [part.targets for part in made]
         features = concatenated([part.features for part in made])

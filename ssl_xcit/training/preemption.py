@@ -13,12 +13,9 @@ from typing import Any
 
 import lightning
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from ssl_xcit.training.checkpoint import SaveCheckpoints
 from ssl_xcit.training.datamodule import data_of
-from ssl_xcit.utils.ranks import LateSum
 
 log = logging.getLogger(__name__)
 # interrupted and saved; preempted and resumable
@@ -58,8 +55,6 @@ class StopOnSignal(lightning.Callback):
         self.stopping = False
         self.training = False
         self.before: dict[int, Any] = {}
-        self.ranks: Any = None  # a process group
-        self.told: LateSum | None = None  # what ranks told each other at the end of the last step
 
     def signals(self) -> list[int]:
         """SIGUSR1 is SLURM's word for a time limit that is near; elsewhere it has other users."""
@@ -82,13 +77,11 @@ class StopOnSignal(lightning.Callback):
     def setup(self, trainer: lightning.Trainer, *_: object, **__: object) -> None:
         """One rank must not leave while others wait for it: it takes a step with them first."""
         self.training = trainer.world_size > 1
-        if trainer.world_size > 1:  # signals are on the host, where no device is waited for
-            timeout = getattr(trainer.strategy, "_timeout", None)
-            self.ranks = dist.new_group(backend="gloo", timeout=timeout)
 
-    def on_train_start(self, trainer: lightning.Trainer, *_: object) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         """From here on there is something to save."""
         self.install()
+        module.guard.asked = lambda: ORDER.index(self.received)
         self.training = True
         if trainer.world_size == 1:
             data_of(trainer).running_loader.while_waiting = partial(self.between_steps, trainer)
@@ -101,8 +94,11 @@ class StopOnSignal(lightning.Callback):
                 raise Stopped(self.received)
             self.leave(trainer, self.received)
 
-    def on_train_end(self, *_: object) -> None:
-        """Everything is saved."""
+    def on_train_end(self, trainer: lightning.Trainer, *_: object) -> None:
+        """Everything is saved. What reached a rank since the last losses went round, all learn."""
+        if trainer.world_size > 1:
+            mine = torch.tensor(ORDER.index(self.received), device=trainer.strategy.root_device)
+            self.received = ORDER[int(trainer.strategy.reduce(mine, reduce_op="max"))]
         self.training = False
 
     def after_training(self) -> None:
@@ -129,35 +125,20 @@ class StopOnSignal(lightning.Callback):
                 self.stopping = True
                 raise Stopped(number, saved=False)
             with suppress(OSError):  # it may have ended what we are piped to
-                os.write(1, b"\nstopping in a moment (Ctrl-C again leaves at once, unsaved)\n")
+                os.write(1, b"\nstopping after this step (Ctrl-C again leaves at once, unsaved)\n")
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
-        """Save and leave when any rank was asked to; of several, when it was a step before, so that
-        they agree on the signal and no step waits for that.
-        """
-        number = self.received
-        if trainer.world_size > 1:
-            told, self.told = self.told, self.tell()
-            number = None if told is None else strongest(told.result())
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: object) -> None:
+        """Save and leave when any rank was asked to, as all know since their losses went round."""
+        one = trainer.world_size == 1
+        number = self.received if one else ORDER[module.guard.agreed]
         if number is not None:
             self.leave(trainer, number)
-
-    def tell(self) -> LateSum:
-        """Begin to count the ranks that each signal has reached."""
-        reached = torch.zeros(len(ORDER), dtype=torch.int64)
-        reached[ORDER.index(self.received)] = 1
-        return LateSum(reached, self.ranks)
 
     def leave(self, trainer: lightning.Trainer, number: int) -> None:
         """Save this step and end the run."""
         saved = self.checkpoints.save(trainer)
         self.stopping = True
         raise Stopped(number, trainer.global_step, saved)
-
-
-def strongest(reached: Tensor) -> int | None:
-    """The last signal of `ORDER` that has reached a rank."""
-    return ORDER[int(reached.nonzero().max())]
 
 
 def requeue() -> None:

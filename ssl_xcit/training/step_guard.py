@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is not finite change nothing; too many in a row end the run."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ssl_xcit.training.datamodule import names_of_batch
 from ssl_xcit.training.health import BufferSnapshot, dump_step
+from ssl_xcit.training.preemption import ORDER
+from ssl_xcit.utils.ranks import averaged, world_size
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,9 @@ class StepGuard:
         self.max_skipped = max_skipped
         self.skipped = self.in_a_row = 0
         self.own_loss = torch.zeros(())  # of this rank's images
+        self.asked: Callable[[], int] = lambda: 0  # which signal has reached this rank, see `ORDER`
+        self.reached: list[Tensor] = []  # the share of ranks that each has reached
+        self.agreed = 0  # the last that had reached any rank as losses went round, for all the same
         self.buffers = BufferSnapshot(*networks)
 
     def begin(self) -> None:
@@ -73,12 +78,24 @@ class StepGuard:
             return nullcontext()
         return trainer.strategy.block_backward_sync()  # type: ignore[attr-defined]
 
+    def mean_losses(self, losses: Mapping[str, Float[Tensor, ""]]) -> dict[str, Tensor]:
+        """Means over ranks; which signals have reached one goes round with them."""
+        if world_size() == 1:
+            return dict(losses)
+        asked, like = self.asked(), next(iter(losses.values()))
+        signals = {f"signal {n}": like.new_full((), float(asked == n)) for n in range(len(ORDER))}
+        means = averaged({**losses, **signals})
+        self.reached = [means.pop(name) for name in signals]
+        return means
+
     def is_finite(self, output: Outcome) -> bool:
-        """Whether a step may be taken. Both numbers are the same on all ranks, and so is this."""
-        good = bool(torch.isfinite(output.loss + output.grad_norm))
+        """Whether a step may be taken. All numbers are the same on all ranks, and so is this."""
+        finite = torch.isfinite(output.loss + output.grad_norm).to(output.loss)
+        good, *reached = torch.stack([finite, *self.reached]).tolist()
+        self.agreed = max((n for n, share in enumerate(reached) if share), default=0)
         if good:
             self.in_a_row = 0
-        return good
+        return bool(good)
 
     def skip(self, step: int, optimizer: Any, output: Outcome, diagnosis: Diagnosis) -> None:
         """Count the step, and change nothing.

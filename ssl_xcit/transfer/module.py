@@ -19,7 +19,6 @@ from ssl_xcit.training.step_guard import Diagnosis, StepGuard, seed_step
 from ssl_xcit.transfer.dataset import TransferBatch
 from ssl_xcit.transfer.task import Task
 from ssl_xcit.transfer.weights_ema import weights_ema
-from ssl_xcit.utils.ranks import averaged
 from ssl_xcit.utils.validation import BatchNormScope
 
 Schedule = Callable[[int], float]
@@ -139,7 +138,7 @@ class Transfer(lightning.LightningModule):
             for name, value in of_part.items():
                 losses[name] = losses.get(name, 0.0) + share * value.detach()
         self.guard.own_loss = torch.stack(list(losses.values())).sum()
-        losses = averaged(losses)
+        losses = self.guard.mean_losses(losses)
         grad_norms = clip_all_(self.task.parameters(), self.clip_norm)
         loss = torch.stack(list(losses.values())).sum()
         output = TransferOutput(loss, grad_norms.norm(), grad_norms, losses)

@@ -7,13 +7,15 @@ averages is the one of a single process with the whole batch.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+T = TypeVar("T")
 
 
 class BatchPart(NamedTuple):
@@ -32,6 +34,14 @@ def world_size() -> int:
 def rank() -> int:
     """Index of this rank; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def from_rank(source: int, value: T) -> T:
+    """What a rank has, on all ranks, which call it together."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=source)
+    return values[0]
 
 
 @torch.no_grad()
@@ -66,12 +76,11 @@ class LateSum:
 
     Args:
         x: this rank's, the same shape on all; it becomes the sum.
-        group: of ranks; None: all.
     """
 
-    def __init__(self, x: Shaped[Tensor, "*shape"], group: dist.ProcessGroup | None = None):
+    def __init__(self, x: Shaped[Tensor, "*shape"]):
         self.x = x
-        self.work = dist.all_reduce(x, group=group, async_op=True) if world_size() > 1 else None
+        self.work = dist.all_reduce(x, async_op=True) if world_size() > 1 else None
 
     def result(self) -> Shaped[Tensor, "*shape"]:
         """The sum; on a GPU what is queued next waits for it, and not the host."""
