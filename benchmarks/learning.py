@@ -1,5 +1,5 @@
-"""What each objective learns in the same time: k-NN and logistic regression on held-out labelled
-images, by class token, mean patch and both.
+"""What each objective learns in the same time: k-NN, also of whitened features, and logistic
+regression on held-out labelled images, by class token, mean patch and both.
 
 python benchmarks/learning.py [--objectives dino,dino@4,infonce,...] [--seconds 150] [--seeds 0]
     [--data photos | DIR] [--size 48] [--model xcit_micro_4_p8] [--batch 32]
@@ -19,6 +19,7 @@ import csv
 import hashlib
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,16 +121,34 @@ def folds(features: FeatureSet, data: str) -> list[FeatureSet]:
 def measured(features: FeatureSet, data: str) -> dict[str, float]:
     """k-NN 20 and logistic regression by kind of features, in percent."""
     numbers = {}
-    for kind in features.usable(KINDS):
-        of = features.of(kind)
+
+    def knn(of: FeatureSet) -> float:
         right = [
             knn_predict(part.train, part.train_labels, part.test, 20) == part.test_labels
             for part in folds(of, data)
         ]
-        numbers[f"knn {kind}"] = 100 * float(np.concatenate(right).mean())
+        return 100 * float(np.concatenate(right).mean())
+
+    for kind in features.usable(KINDS):
+        of = features.of(kind)
+        numbers[f"knn {kind}"] = knn(of)
+        numbers[f"knn {kind} whitened"] = knn(whitened(of))
         logistic = dict(Logistic(kinds=[kind])(features))["logistic"]
         numbers[f"logistic {kind}"] = float(logistic)
     return numbers
+
+
+def whitened(features: FeatureSet) -> FeatureSet:
+    """Centered, and with the same variance in all directions, by the training images."""
+    rows = np.asarray(features.train, np.float64)
+    mean = rows.mean(axis=0)
+    _, lengths, directions = np.linalg.svd(rows - mean, full_matrices=False)
+    scale = (directions.T / (lengths + 1e-3 * lengths[0])) * len(rows) ** 0.5
+
+    def of(part: np.ndarray) -> np.ndarray:
+        return ((part - mean) @ scale).astype(np.float32)
+
+    return replace(features, train=of(features.train), test=of(features.test))
 
 
 def raw_pixels(extractor: FeatureExtractor, pair: LabelledPair) -> FeatureSet:

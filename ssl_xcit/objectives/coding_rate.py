@@ -7,6 +7,8 @@ by the rows of all ranks, but sums Z^T Z over ranks only if asked to, so its los
 batch is split; here Z has the rows of all ranks. The coding rate's eps^2 is `eps`, as in the code.
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -36,6 +38,24 @@ def coding_rate(z: Float[Tensor, "m D"], eps: float = 0.05) -> Float[Tensor, ""]
         shifted = gram * (D / (m * eps)) + torch.eye(len(gram), dtype=z.dtype, device=z.device)
         # half the log of a determinant; what is not finite comes out as nan, and raises nothing
         return torch.linalg.cholesky_ex(shifted).L.diagonal().log().sum()
+
+
+def isotropy(features: Float[Tensor, "G B C"], eps: float = 0.05) -> Float[Tensor, ""]:
+    """How evenly features fill all directions: the coding rate of all their rows, of all ranks,
+    scaled to length 1, as a share of the largest that so many rows may have.
+
+    Args:
+        features: of G views of this rank's B images.
+        eps: see `coding_rate`; directions with less than this share of the mean variance hardly
+            count.
+
+    Returns:
+        A scalar in [0, 1], float32 at least; 1 where all directions have the same second moment.
+    """
+    exact = features.dtype if features.dtype == torch.float64 else torch.float32
+    rows = gathered_with_grad(normalize(features.to(exact), dim=-1).transpose(0, 1).flatten(0, 1))
+    rank, D = min(rows.shape), rows.shape[1]
+    return coding_rate(rows, eps) / (rank / 2 * math.log1p(D / (rank * eps)))
 
 
 def simdino_loss(

@@ -58,12 +58,15 @@ class EmbeddingObjective(Objective):
 
     def project(self, head: nn.Module, embedded: Embedded) -> Float[Tensor, "V B D"]:
         """Embeddings of all views."""
-        seen = embedded.cls
-        if self.takes_patches:
-            means = torch.cat([patches.mean(dim=(-2, -1)) for patches in embedded.patches])
-            seen = torch.cat((seen, means), dim=-1)
-        embeddings: Tensor = head(seen)
+        embeddings: Tensor = head(torch.cat(self.seen(embedded), dim=-1))
         return embeddings
+
+    def seen(self, embedded: Embedded) -> list[Float[Tensor, "V B C"]]:
+        """What the head sees of all views, before it is put in a row."""
+        if not self.takes_patches:
+            return [embedded.cls]
+        means = [patches.mean(dim=(-2, -1)) for patches in embedded.patches]
+        return [embedded.cls, torch.cat(means)]
 
     def targets(
         self, head: nn.Module, teacher: Embedded | None, inputs: Inputs, step: int

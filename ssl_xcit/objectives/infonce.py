@@ -5,11 +5,13 @@ arXiv:1911.05722), for all views of multi-crop.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
+import torch
 from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
+from ssl_xcit.objectives.coding_rate import isotropy
 from ssl_xcit.objectives.contrast import info_nce
 from ssl_xcit.objectives.embeddings import EmbeddingObjective, Projected
 from ssl_xcit.objectives.objective import (
@@ -21,7 +23,7 @@ from ssl_xcit.objectives.objective import (
     Table,
 )
 from ssl_xcit.objectives.queue import EmbeddingQueue, check_queue
-from ssl_xcit.utils.validation import Positive, Share
+from ssl_xcit.utils.validation import NonNegative, Positive, Share
 
 
 class InfoNCE(EmbeddingObjective):
@@ -37,6 +39,9 @@ class InfoNCE(EmbeddingObjective):
         clip_norm: see `Objective`.
         clip: likewise.
         projected: see `EmbeddingObjective`.
+        spread: weight of the `isotropy` of the backbone's own features, which the head sees. A few
+            directions dominate those of random weights, and contrast behind a head leaves it so;
+            k-NN, which compares them by their cosine, then sees little else.
 
     Raises:
         UserError: a batch of one image, or a queue smaller than the batch.
@@ -53,6 +58,7 @@ class InfoNCE(EmbeddingObjective):
         clip_norm: Positive = 3.0,
         clip: Clip = "tensor",
         projected: Projected = "cls",
+        spread: NonNegative = 0.0,
     ):
         super().__init__(length, head, ema, by_steps_and_images, clip_norm, clip, projected)
         if length.compared < 2:
@@ -66,6 +72,7 @@ class InfoNCE(EmbeddingObjective):
         words = f"lower optim.lr first, then raise {length.key}.temperature"
         self.advice = dict.fromkeys((ALIKE, EMBEDDINGS_ALIKE), words)
         self.temperature = temperature
+        self.spread = spread
         self.queue_size = queue
         self.queue: EmbeddingQueue | None = None
 
@@ -79,9 +86,14 @@ class InfoNCE(EmbeddingObjective):
     def loss(
         self, head: nn.Module, student: Embedded, targets: Float[Tensor, "G B D"], step: int
     ) -> tuple[Float[Tensor, ""], Mapping[str, Tensor]]:
-        """Mean over pairs of different views."""
+        """Mean over pairs of different views, minus the weighted isotropy of the global views."""
         earlier = None if self.queue is None else self.queue.filled()
-        return info_nce(self.project(head, student), targets, self.temperature, earlier), {}
+        loss = info_nce(self.project(head, student), targets, self.temperature, earlier)
+        if not self.spread:
+            return loss, {}
+        seen = (features[: len(targets)] for features in self.seen(student))
+        filled = torch.stack([isotropy(features) for features in seen]).mean()
+        return loss - self.spread * filled, {"contrast": loss, "isotropy": filled}
 
     def update_(self, parts: Sequence[Float[Tensor, "G _ D"]]) -> None:
         """Put the batch into the queue."""

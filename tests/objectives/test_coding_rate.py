@@ -7,7 +7,7 @@ import torch
 from loss_checks import assert_same_with_gradients, unit
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.objectives.coding_rate import coding_rate, simdino_loss
+from ssl_xcit.objectives.coding_rate import coding_rate, isotropy, simdino_loss
 
 
 def paper_rate(z, eps):
@@ -48,6 +48,25 @@ def test_bounds():
     assert coding_rate(alike, 0.05).item() == pytest.approx(2 * math.log(21))
     one = torch.eye(4, dtype=torch.float64)[:1].repeat(12, 1)
     assert coding_rate(one, 0.05).item() == pytest.approx(0.5 * math.log(81))
+
+
+@pytest.mark.parametrize(("G", "B", "C"), [(2, 3, 4), (1, 3, 8), (2, 9, 5)])
+def test_isotropy_and_gradient_equal_the_eigenvalues(G, B, C):
+    torch.manual_seed(B)
+    features = torch.randn(G, B, C, dtype=torch.float64).mul(3).requires_grad_()
+    rows = torch.stack([unit(row) for view in features for row in view])
+    least = min(G * B, C)
+    largest = least / 2 * math.log(1 + C / (least * 0.05))
+    assert_same_with_gradients(isotropy(features), paper_rate(rows, 0.05) / largest, features)
+
+
+def test_isotropy_is_1_where_directions_are_alike():
+    """And the same whatever the lengths; near 0 where there is one direction."""
+    alike = torch.eye(4).repeat(3, 1)[None] * torch.arange(1, 13)[:, None]
+    assert isotropy(alike).item() == pytest.approx(1.0)
+    assert isotropy(torch.eye(4)[:, None]).item() == pytest.approx(1.0)
+    assert isotropy(torch.eye(9)[None, :3]).item() == pytest.approx(1.0)  # fewer rows
+    assert isotropy(torch.ones(2, 30, 64)).item() < 0.06
 
 
 @pytest.mark.parametrize("gamma", [None, 0.3])

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from ssl_xcit.objectives.coding_rate import simdino_loss
+from ssl_xcit.objectives.coding_rate import isotropy, simdino_loss
 from ssl_xcit.objectives.contrast import info_nce
 from ssl_xcit.objectives.dino import Center
 from ssl_xcit.objectives.koleo import koleo_loss
@@ -36,6 +36,7 @@ def results(images):
         "koleo": lambda s: koleo_loss(s[0]),
         "info_nce": lambda s: info_nce(s, teacher, 0.2),
         "info_nce_queue": lambda s: info_nce(s, teacher, 0.2, earlier),
+        "isotropy": lambda s: isotropy(s[:G]),
         "simdino": lambda s: simdino_loss(s, teacher)[0],
         "simdino_few_rows": lambda s: simdino_loss(s.repeat(1, 1, 3), teacher.repeat(1, 1, 3))[0],
     }

@@ -18,7 +18,7 @@ WORDS = [
 ]  # fmt: skip
 TERMS = [f"objective.terms.{term}.num_prototypes=16" for term in ("dino", "region")]
 OBJECTIVES = {
-    "infonce": ["objective.queue=40", "objective.projected=cls_patch"],
+    "infonce": ["objective.queue=40", "objective.projected=cls_patch", "objective.spread=1"],
     "simdino": ["augment.stages=[{until:0.5,global_size:24,local_size:12,num_local:1}]"],
     "swav": ["objective.num_prototypes=8", "objective.koleo=0.1", "objective.clip=module"],
     "region": TERMS,

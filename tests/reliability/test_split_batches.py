@@ -25,7 +25,7 @@ TOY = [
 OBJECTIVES = {
     "dino": ["objective.num_prototypes=64", "objective.koleo=0.1"],
     "swav": ["objective.num_prototypes=8"],
-    "infonce": ["objective.queue=16"],
+    "infonce": ["objective.queue=16", "objective.projected=cls_patch", "objective.spread=1"],
     "simdino": [],
     "region": [
         "objective.terms.dino.num_prototypes=64",

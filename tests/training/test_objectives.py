@@ -10,6 +10,7 @@ from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.head import DINOHead, MaskedHead, ProjectionHead
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.objectives.coding_rate import isotropy
 from ssl_xcit.objectives.dino import DINO
 from ssl_xcit.objectives.distillation import Distillation
 from ssl_xcit.objectives.esvit import Region
@@ -272,6 +273,25 @@ def test_teachers_of_timm(name, tmp_path):
     embeddings, patches = teacher((images - 0.5) / 0.25, True)
     assert torch.allclose(embeddings, expected, atol=1e-4)
     assert patches.shape == (2, *((2, 2) if name == "resnet18" else (4, 4)), teacher.width)
+
+
+def test_contrast_minus_the_isotropy_of_what_the_head_sees():
+    """Of the global views; of the class token alone, or of the mean patch too."""
+    for projected in ("cls", "cls_patch"):
+        objective = InfoNCE(LENGTH, projection, ema=0.9, projected=projected, spread=0.5)
+        student_head, student = objective.make_head(5), embedded()
+        seen = Embedded(student.cls[:2].detach(), student.patches[:1])
+        targets = objective.targets(student_head, seen, Inputs([]), 0)
+        loss, parts = objective.loss(student_head, student, targets, 0)
+        features = [student.cls[:2]]
+        if projected == "cls_patch":
+            features.append(student.patches[0].mean(dim=(3, 4)))
+        filled = sum(isotropy(each) for each in features) / len(features)
+        assert parts["isotropy"].item() == pytest.approx(filled.item(), rel=1e-6)
+        plain = InfoNCE(LENGTH, projection, ema=0.9, projected=projected)
+        contrast, without = plain.loss(student_head, student, targets, 0)
+        assert loss.item() == pytest.approx((contrast - 0.5 * filled).item(), rel=1e-6)
+        assert without == {}
 
 
 def test_what_an_objective_refuses(tmp_path):

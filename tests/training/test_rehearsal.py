@@ -231,7 +231,7 @@ def test_a_whole_step_stays_on_the_gpu_and_waits_once(objective, low, parts, mak
 
 
 def test_what_does_not_belong_into_a_step_is_noticed(make):
-    rehearsal = Rehearsal(make("infonce"), False)
+    rehearsal = Rehearsal(make("simdino"), False)
     norm = rehearsal.module.student.backbone.norm
     hook = norm.register_forward_hook(lambda module, given, out: out * float(out.sum() > 0))
     rehearsal.step()
