@@ -37,7 +37,7 @@ def placed(network: nn.Module, device: str) -> list[torch.device]:
         raise UserError(f"device={device}: {reason}; try device=cpu") from error
     if devices[0].type == "cpu":
         prepare_cpu(network)
-    elif devices[0].type == "cuda":
+    elif devices[0].type == "cuda" and devices[0].index is not None:
         torch.cuda.set_device(devices[0])  # where faiss searches
     return devices
 

@@ -40,20 +40,21 @@ def coding_rate(z: Float[Tensor, "m D"], eps: float = 0.05) -> Float[Tensor, ""]
         return torch.linalg.cholesky_ex(shifted).L.diagonal().log().sum()
 
 
-def isotropy(features: Float[Tensor, "G B C"], eps: float = 0.05) -> Float[Tensor, ""]:
+def isotropy(features: Float[Tensor, "B C"], eps: float = 0.05) -> Float[Tensor, ""]:
     """How evenly features fill all directions: the coding rate of all their rows, of all ranks,
     scaled to length 1, as a share of the largest that so many rows may have.
 
     Args:
-        features: of G views of this rank's B images.
+        features: of a view of this rank's B images.
         eps: see `coding_rate`; directions with less than this share of the mean variance hardly
             count.
 
     Returns:
-        A scalar in [0, 1], float32 at least; 1 where all directions have the same second moment.
+        A scalar in [0, 1], float32 at least; 1 where all directions have the same second moment, or
+        with fewer rows than these where rows are orthogonal.
     """
     exact = features.dtype if features.dtype == torch.float64 else torch.float32
-    rows = gathered_with_grad(normalize(features.to(exact), dim=-1).transpose(0, 1).flatten(0, 1))
+    rows = gathered_with_grad(normalize(features.to(exact), dim=-1))
     rank, D = min(rows.shape), rows.shape[1]
     return coding_rate(rows, eps) / (rank / 2 * math.log1p(D / (rank * eps)))
 

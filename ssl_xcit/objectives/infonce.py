@@ -92,7 +92,7 @@ class InfoNCE(EmbeddingObjective):
         if not self.spread:
             return loss, {}
         seen = (features[: len(targets)] for features in self.seen(student))
-        filled = torch.stack([isotropy(features) for features in seen]).mean()
+        filled = torch.stack([isotropy(view) for views in seen for view in views]).mean()
         return loss - self.spread * filled, {"contrast": loss, "isotropy": filled}
 
     def update_(self, parts: Sequence[Float[Tensor, "G _ D"]]) -> None:

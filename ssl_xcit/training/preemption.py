@@ -98,7 +98,8 @@ class StopOnSignal(lightning.Callback):
         """Everything is saved. What reached a rank since the last losses went round, all learn."""
         if trainer.world_size > 1:
             mine = torch.tensor(ORDER.index(self.received), device=trainer.strategy.root_device)
-            self.received = ORDER[int(trainer.strategy.reduce(mine, reduce_op="max"))]
+            agreed = int(trainer.strategy.reduce(mine, reduce_op="max"))
+            self.received = ORDER[max(agreed, ORDER.index(self.received))]  # one may have come
         self.training = False
 
     def after_training(self) -> None:

@@ -101,7 +101,7 @@ def from_weights_of(run_dir: Path) -> str:
 # settings that older runs did not have, with the values that say what they did
 AS_BEFORE = {
     "trainer.batch_norm": "global", "trainer.gradient_exchange": "float32", "max_steps": None,
-    "budget": None,
+    "budget": None, "objective.spread": 0.0,
 }  # fmt: skip
 
 

@@ -50,23 +50,22 @@ def test_bounds():
     assert coding_rate(one, 0.05).item() == pytest.approx(0.5 * math.log(81))
 
 
-@pytest.mark.parametrize(("G", "B", "C"), [(2, 3, 4), (1, 3, 8), (2, 9, 5)])
-def test_isotropy_and_gradient_equal_the_eigenvalues(G, B, C):
+@pytest.mark.parametrize(("B", "C"), [(6, 4), (3, 8), (5, 5)])
+def test_isotropy_and_gradient_equal_the_eigenvalues(B, C):
     torch.manual_seed(B)
-    features = torch.randn(G, B, C, dtype=torch.float64).mul(3).requires_grad_()
-    rows = torch.stack([unit(row) for view in features for row in view])
-    least = min(G * B, C)
+    features = torch.randn(B, C, dtype=torch.float64).mul(3).requires_grad_()
+    rows = torch.stack([unit(row) for row in features])
+    least = min(B, C)
     largest = least / 2 * math.log(1 + C / (least * 0.05))
     assert_same_with_gradients(isotropy(features), paper_rate(rows, 0.05) / largest, features)
 
 
 def test_isotropy_is_1_where_directions_are_alike():
     """And the same whatever the lengths; near 0 where there is one direction."""
-    alike = torch.eye(4).repeat(3, 1)[None] * torch.arange(1, 13)[:, None]
+    alike = torch.eye(4).repeat(3, 1) * torch.arange(1, 13)[:, None]
     assert isotropy(alike).item() == pytest.approx(1.0)
-    assert isotropy(torch.eye(4)[:, None]).item() == pytest.approx(1.0)
-    assert isotropy(torch.eye(9)[None, :3]).item() == pytest.approx(1.0)  # fewer rows
-    assert isotropy(torch.ones(2, 30, 64)).item() < 0.06
+    assert isotropy(torch.eye(9)[:3]).item() == pytest.approx(1.0)  # fewer rows
+    assert isotropy(torch.ones(60, 64)).item() < 0.06
 
 
 @pytest.mark.parametrize("gamma", [None, 0.3])

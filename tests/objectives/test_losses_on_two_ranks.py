@@ -36,7 +36,7 @@ def results(images):
         "koleo": lambda s: koleo_loss(s[0]),
         "info_nce": lambda s: info_nce(s, teacher, 0.2),
         "info_nce_queue": lambda s: info_nce(s, teacher, 0.2, earlier),
-        "isotropy": lambda s: isotropy(s[:G]),
+        "isotropy": lambda s: isotropy(s[0]),
         "simdino": lambda s: simdino_loss(s, teacher)[0],
         "simdino_few_rows": lambda s: simdino_loss(s.repeat(1, 1, 3), teacher.repeat(1, 1, 3))[0],
     }

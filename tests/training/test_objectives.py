@@ -283,10 +283,10 @@ def test_contrast_minus_the_isotropy_of_what_the_head_sees():
         seen = Embedded(student.cls[:2].detach(), student.patches[:1])
         targets = objective.targets(student_head, seen, Inputs([]), 0)
         loss, parts = objective.loss(student_head, student, targets, 0)
-        features = [student.cls[:2]]
+        features = [*student.cls[:2]]
         if projected == "cls_patch":
-            features.append(student.patches[0].mean(dim=(3, 4)))
-        filled = sum(isotropy(each) for each in features) / len(features)
+            features += [*student.patches[0].mean(dim=(3, 4))]
+        filled = sum(isotropy(view) for view in features) / len(features)
         assert parts["isotropy"].item() == pytest.approx(filled.item(), rel=1e-6)
         plain = InfoNCE(LENGTH, projection, ema=0.9, projected=projected)
         contrast, without = plain.loss(student_head, student, targets, 0)
