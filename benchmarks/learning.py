@@ -3,11 +3,11 @@ regression on held-out labelled images, by class token, mean patch and both.
 
 python benchmarks/learning.py [--objectives dino,dino@4,infonce,...] [--seconds 150] [--seeds 0]
     [--data photos | DIR] [--size 48] [--model xcit_micro_4_p8] [--batch 32]
-    [--words "augment.num_local=2 ..."] [--teacher runs/demo] [--out runs/learning]
+    [--steps 200] [--words "augment.num_local=2 ..."] [--teacher runs/demo] [--out runs/learning]
 
 NAME@N is an objective with N local crops an image instead of none. A few steps, in turn, tell how
-many fit into the time; then each is `ssl-xcit pretrain` with the
-recipe of the built-in photographs, of so many steps. DIR has one folder a class (such as what
+many fit into the time (or `--steps` says it); then each is `ssl-xcit pretrain` with the recipe of
+the built-in photographs, of so many steps. DIR has one folder a class (such as what
 debian_pictures.py makes); pretraining sees all of its images without labels, k-NN is measured on
 each fifth with the other four, regression on one. Random weights, a colour histogram and raw pixels
 stand beside them. What is finished is not run again. The time is that of training steps: loading a
@@ -176,6 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--objectives", type=lambda text: text.split(","), default=OBJECTIVES)
     parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--steps", type=int, help="of each, instead of as many as fit")
     parser.add_argument("--seeds", type=lambda t: [int(w) for w in t.split(",")], default=[0])
     parser.add_argument("--data", default="photos")
     parser.add_argument("--size", type=int, default=48)
@@ -186,10 +187,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     args = parser.parse_args()
     pair, rows = labelled(args), dict[str, list[dict[str, float]]]()
-    steps = steps_in_the_time(args)
+    steps = dict.fromkeys(args.objectives, args.steps) if args.steps else steps_in_the_time(args)
+    length = f"{args.steps}" if args.steps else f"{args.seconds:g}s"
     for seed in args.seeds:
         for objective in args.objectives:
-            name = f"{objective}-{settings_of(args)}-{args.seconds:g}s-{seed}"
+            name = f"{objective}-{settings_of(args)}-{length}-{seed}"
             cli.main(words(args, objective, seed, steps[objective], name))
             extractor = extractor_of(args.out / name, pair)
             numbers = measured(extract_pair(extractor, KINDS), args.data)
@@ -199,13 +201,14 @@ def main() -> None:
     rows["colour histogram"] = [measured(colour_histogram(extractor), args.data)]
     rows["raw pixels"] = [measured(raw_pixels(extractor, pair), args.data)]
     print_table(rows, steps)
-    about = {"seconds": args.seconds, "model": args.model, "words": args.words, "seeds": args.seeds}
+    about = {"model": args.model, "words": args.words, "seeds": args.seeds}
+    about |= {} if args.steps else {"seconds": args.seconds}
     about |= {"batch": args.batch, "size": args.size}
     results = {
         name: {**about, "steps": steps.get(name), "numbers": numbers}
         for name, numbers in rows.items()
     }
-    save(f"learning_{Path(args.data).name}_{args.seconds:g}s_{settings_of(args)}", results)
+    save(f"learning_{Path(args.data).name}_{length}_{settings_of(args)}", results)
 
 
 def print_table(rows: dict[str, list[dict[str, float]]], steps: dict[str, int]) -> None:

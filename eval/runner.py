@@ -87,9 +87,10 @@ def evaluate(
         wanted = {}
     kinds = kinds_of(usable)
 
-    def here(features: FeatureSet) -> dict[str, Evaluator]:
-        together = features.ranks
-        return {n: e for n, e in usable.items() if is_first_rank or (e.on_ranks and together)}
+    def of_this_rank(features: FeatureSet) -> dict[str, Evaluator]:
+        if is_first_rank:
+            return usable
+        return {n: e for n, e in usable.items() if e.on_ranks and features.ranks}
 
     if usable:
         extractor = next(iter(extractors.values()))
@@ -100,13 +101,13 @@ def evaluate(
             if baseline is not None:
                 started = time.perf_counter()
                 features = baseline(extractor, kinds)
-                row = name.replace("_", " ")
-                measure_features(evaluation, row, started, here(features), features)
+                row, running = name.replace("_", " "), of_this_rank(features)
+                measure_features(evaluation, row, started, running, features)
     for row, extractor in ({} if baselines_only else extractors).items():
         if usable:
             started = time.perf_counter()
             features = extract_pair(extractor, kinds, row, feature_dtype)
-            measure_features(evaluation, row, started, here(features), features)
+            measure_features(evaluation, row, started, of_this_rank(features), features)
             if is_first_rank:
                 note_near_duplicates(evaluation, row, features, near_duplicates)
         for name, task in wanted.items():

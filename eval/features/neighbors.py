@@ -3,7 +3,7 @@ bank, which may be larger than memory, or an approximate index where the bank is
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def nearest(
         return similarity, indices + shard.start
 
     best = faiss.ResultHeap(len(queries), count, keep_max=True)
-    for result in in_turns(found, shards(bank)) if ranks else map(found, shards(bank)):
+    for result in in_turns(found, list(shards(bank))) if ranks else map(found, shards(bank)):
         best.add_result(*result)
     best.finalize()
     if itself is not None:
@@ -86,15 +86,15 @@ def nearest(
 
 
 def in_turns(
-    found: Callable[[slice], tuple[Similarity, Indices]], shards: Iterable[slice]
+    found: Callable[[slice], tuple[Similarity, Indices]], places: Sequence[slice]
 ) -> Iterator[tuple[Similarity, Indices]]:
-    """What is found in each shard, by one of the ranks, on all of them."""
-    remaining = list(shards)
-    while remaining:
-        round_ = remaining[: world_size()]
-        del remaining[: world_size()]
-        mine: Any = found(round_[rank()]) if rank() < len(round_) else None
-        for source in range(len(round_)):
+    """What is found in each place, by one of the ranks, on all of them; a rank holds one result at
+    a time.
+    """
+    for first in range(0, len(places), world_size()):
+        together = places[first : first + world_size()]
+        mine: Any = found(together[rank()]) if rank() < len(together) else None
+        for source in range(len(together)):
             yield from_rank(source, mine)
 
 
