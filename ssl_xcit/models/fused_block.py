@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from ssl_xcit.models.kernels import NAMES, Kernels
 from ssl_xcit.models.layers import DropPath, autocasting, scaled
 
+BAND = 512  # tokens of a band, as in kernels.cpp
+
 
 class Samples(NamedTuple):
     """Which samples of a batch of B take a branch; `kept=None`: all."""
@@ -247,18 +249,22 @@ def normalisation(
     return mean, rstd, times, bias - mean * times
 
 
-def has_kernels(norms: Sequence[nn.Module], images: int) -> bool:
-    """Whether there are kernels for these BatchNorms, not for those of several ranks, and images
-    for all threads.
-    """
-    return images >= torch.get_num_threads() and all(
+def has_kernels(norms: Sequence[nn.Module]) -> bool:
+    """Whether there are kernels for these BatchNorms; not for those of several ranks."""
+    return all(
         type(bn) is nn.BatchNorm2d and bn.momentum is not None and bn.running_mean is not None
         for bn in norms
     )
 
 
+def bands_of(images: int, grid: tuple[int, int]) -> int:
+    """Parts in which `LocalBranch` computes images, each by one thread."""
+    rows, columns = grid
+    return images * min(rows, -(-rows * columns // BAND))
+
+
 class LocalBranch(torch.autograd.Function):
-    """x + factor * LPI(norm(x)): of one image after another, so that all of its passes but those
+    """x + factor * LPI(norm(x)): in bands of an image's rows, so that all of its passes but those
     for BatchNorm's statistics stay in the cache.
     """
 

@@ -16,6 +16,7 @@ namespace {
 using bf16 = uint16_t;
 constexpr float EPS = 1e-12f;  // the smallest norm divided by
 constexpr int64_t PART = 128;  // rows summed together
+constexpr int64_t BAND = 512;  // tokens convolved together, or a row of them
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
@@ -481,21 +482,50 @@ void mean_and_variance(const std::vector<double>& partial, int64_t n, int64_t co
   }
 }
 
-// Local patch interaction of one image: tokens (rows, columns, C), kernels (9, C), zero padding.
+// Local patch interaction, in bands of an image's rows that stay in the cache: the rows that a band
+// gives, [first, last), and those that a convolution sees for them, [top, bottom). Which rows make a
+// band depends on the image's size alone.
+struct Band {
+  int64_t image, first, last, top, bottom;
+};
+
+int64_t band_count(int64_t rows, int64_t columns) {
+  return std::min(rows, (rows * columns + BAND - 1) / BAND);
+}
+
+int64_t band_height(int64_t rows, int64_t columns) {
+  int64_t count = band_count(rows, columns);
+  return (rows + count - 1) / count;
+}
+
+// Values of a band's rows, those above and below included
+int64_t band_size(int64_t rows, int64_t columns, int64_t C) {
+  return std::min(rows, band_height(rows, columns) + 2) * columns * C;
+}
+
+// The i-th band of all images; the last ones of an image may have no rows
+inline Band band_of(int64_t i, int64_t rows, int64_t columns) {
+  int64_t count = band_count(rows, columns), height = band_height(rows, columns);
+  int64_t first = std::min(rows, i % count * height), last = std::min(rows, first + height);
+  return {i / count, first, last, std::max<int64_t>(0, first - 1), std::min(rows, last + 1)};
+}
+
+// Tokens (rows of the band, columns, C), kernels (9, C), zero padding.
 // out = bias + sum over taps of image[token + tap] * weight[tap]; `flipped` takes tap -tap instead.
-void depthwise(const float* image, const float* weight, const float* bias, int64_t rows,
+void depthwise(const float* image, const float* weight, const float* bias, Band band,
                int64_t columns, int64_t C, bool flipped, float* out) {
-  for (int64_t r = 0; r < rows; r++)
+  for (int64_t r = band.first; r < band.last; r++)
     for (int64_t c = 0; c < columns; c++) {
       const float *from[9], *by[9];
       int taps = 0;
       for (int64_t dr = -1; dr <= 1; dr++)
         for (int64_t dc = -1; dc <= 1; dc++) {
-          if (r + dr < 0 || r + dr >= rows || c + dc < 0 || c + dc >= columns) continue;
-          from[taps] = image + ((r + dr) * columns + c + dc) * C;
+          if (r + dr < band.top || r + dr >= band.bottom || c + dc < 0 || c + dc >= columns)
+            continue;
+          from[taps] = image + ((r + dr - band.top) * columns + c + dc) * C;
           by[taps++] = weight + (flipped ? (1 - dr) * 3 + 1 - dc : (dr + 1) * 3 + dc + 1) * C;
         }
-      float* to = out + (r * columns + c) * C;
+      float* to = out + ((r - band.first) * columns + c) * C;
       for (int64_t j = 0; j < C; j += WIDTH) {
         Lanes sum = bias ? *(const Lanes*)(bias + j) : Lanes{};
         for (int t = 0; t < taps; t++)
@@ -505,20 +535,21 @@ void depthwise(const float* image, const float* weight, const float* bias, int64
     }
 }
 
-// d_weight[tap] += sum over tokens of grad[token] * image[token + tap]; d_bias += sum of grad
-void depthwise_weight(const float* image, const float* grad, int64_t rows, int64_t columns,
-                      int64_t C, float* d_weight, float* d_bias) {
+// d_weight[tap] += sum over the band's tokens of grad[token] * image[token + tap]; d_bias += sum of
+// grad. Both have the rows above and below.
+void depthwise_weight(const float* image, const float* grad, Band band, int64_t columns, int64_t C,
+                      float* d_weight, float* d_bias) {
   for (int64_t j = 0; j < C; j += WIDTH) {
     Lanes sum[9] = {}, total = {};
-    for (int64_t r = 0; r < rows; r++)
+    for (int64_t r = band.first; r < band.last; r++)
       for (int64_t c = 0; c < columns; c++) {
-        Lanes g = *(const Lanes*)(grad + (r * columns + c) * C + j);
+        Lanes g = *(const Lanes*)(grad + ((r - band.top) * columns + c) * C + j);
         total += g;
         for (int64_t dr = -1; dr <= 1; dr++)
           for (int64_t dc = -1; dc <= 1; dc++)
-            if (r + dr >= 0 && r + dr < rows && c + dc >= 0 && c + dc < columns)
+            if (r + dr >= band.top && r + dr < band.bottom && c + dc >= 0 && c + dc < columns)
               sum[(dr + 1) * 3 + dc + 1] +=
-                  g * *(const Lanes*)(image + ((r + dr) * columns + c + dc) * C + j);
+                  g * *(const Lanes*)(image + ((r + dr - band.top) * columns + c + dc) * C + j);
       }
     for (int t = 0; t < 9; t++) *(Lanes*)(d_weight + t * C + j) += sum[t];
     *(Lanes*)(d_bias + j) += total;
@@ -538,22 +569,26 @@ template <typename T>
 void local_first(const float* x, const float* gain, const float* shift, float eps,
                  const float* weight, const float* bias, int64_t B, int64_t rows, int64_t columns,
                  int64_t C, T* convolved, float* mean, float* variance) {
-  int64_t N = rows * columns;
-  std::vector<double> partial(mean ? B * 2 * C : 0, 0.0);
+  int64_t N = rows * columns, bands = B * band_count(rows, columns);
+  std::vector<double> partial(mean ? bands * 2 * C : 0, 0.0);
 #pragma omp parallel
   {
-    std::vector<float> image(N * C), out(N * C);
+    std::vector<float> image(band_size(rows, columns, C)), out(image.size());
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < B; b++) {
-      for (int64_t n = 0; n < N; n++)
-        normed_row(x + (b * N + n) * C, C, gain, shift, eps, &image[n * C]);
-      depthwise(image.data(), weight, bias, rows, columns, C, false, out.data());
-      T* to = convolved + b * N * C;
+    for (int64_t i = 0; i < bands; i++) {
+      Band band = band_of(i, rows, columns);
+      const int64_t seen = band.image * N + band.top * columns;
+      const int64_t given = band.image * N + band.first * columns;
+      const int64_t count = (band.last - band.first) * columns;
+      for (int64_t n = 0; n < (band.bottom - band.top) * columns; n++)
+        normed_row(x + (seen + n) * C, C, gain, shift, eps, &image[n * C]);
+      depthwise(image.data(), weight, bias, band, columns, C, false, out.data());
+      T* to = convolved + given * C;
 #pragma omp simd
-      for (int64_t i = 0; i < N * C; i++) put(out[i], to[i]);
+      for (int64_t j = 0; j < count * C; j++) put(out[j], to[j]);
       if (!mean) continue;
-      double *sum = &partial[b * 2 * C], *squares = sum + C;
-      for (int64_t n = 0; n < N; n++)
+      double *sum = &partial[i * 2 * C], *squares = sum + C;
+      for (int64_t n = 0; n < count; n++)
 #pragma omp simd
         for (int64_t c = 0; c < C; c++) {
           float active = gelu(to_float(to[n * C + c]));
@@ -563,7 +598,7 @@ void local_first(const float* x, const float* gain, const float* shift, float ep
     }
   }
   if (!mean) return;
-  mean_and_variance(partial, B, B * N, C, mean, variance);
+  mean_and_variance(partial, bands, B * N, C, mean, variance);
 }
 
 // out = x + scale_b * conv(times * gelu(convolved) + plus)
@@ -571,25 +606,29 @@ template <typename T>
 void local_second(const float* x, const T* convolved, const float* times, const float* plus,
                   const float* weight, const float* bias, const float* scale, int64_t B,
                   int64_t rows, int64_t columns, int64_t C, float* out) {
-  int64_t N = rows * columns;
+  int64_t N = rows * columns, bands = B * band_count(rows, columns);
 #pragma omp parallel
   {
-    std::vector<float> image(N * C), branch(N * C);
+    std::vector<float> image(band_size(rows, columns, C)), branch(image.size());
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < B; b++) {
-      const float* in = x + b * N * C;
-      float *to = out + b * N * C, factor = scale ? scale[b] : 1.0f;
+    for (int64_t i = 0; i < bands; i++) {
+      Band band = band_of(i, rows, columns);
+      const int64_t seen = band.image * N + band.top * columns;
+      const int64_t given = band.image * N + band.first * columns;
+      const int64_t count = (band.last - band.first) * columns;
+      const float* in = x + given * C;
+      float *to = out + given * C, factor = scale ? scale[band.image] : 1.0f;
       if (factor == 0.0f) {
-        std::memcpy(to, in, N * C * sizeof(float));
+        std::memcpy(to, in, count * C * sizeof(float));
         continue;
       }
-      for (int64_t n = 0; n < N; n++)
+      for (int64_t n = 0; n < (band.bottom - band.top) * columns; n++)
 #pragma omp simd
         for (int64_t c = 0; c < C; c++)
-          image[n * C + c] = gelu(to_float(convolved[(b * N + n) * C + c])) * times[c] + plus[c];
-      depthwise(image.data(), weight, bias, rows, columns, C, false, branch.data());
+          image[n * C + c] = gelu(to_float(convolved[(seen + n) * C + c])) * times[c] + plus[c];
+      depthwise(image.data(), weight, bias, band, columns, C, false, branch.data());
 #pragma omp simd
-      for (int64_t i = 0; i < N * C; i++) to[i] = in[i] + factor * branch[i];
+      for (int64_t j = 0; j < count * C; j++) to[j] = in[j] + factor * branch[j];
     }
   }
 }
@@ -601,40 +640,46 @@ void local_second_backward(const float* grad, const T* convolved, const float* m
                            const float* rstd, const float* times, const float* plus,
                            const float* weight, const float* scale, int64_t B, int64_t rows,
                            int64_t columns, int64_t C, T* d_normed, float* sums) {
-  int64_t N = rows * columns;
-  std::vector<float> partial(B * 12 * C, 0.0f);
+  int64_t N = rows * columns, bands = B * band_count(rows, columns);
+  std::vector<float> partial(bands * 12 * C, 0.0f);
 #pragma omp parallel
   {
-    std::vector<float> image(N * C), active(N * C), g(N * C), back(N * C);
+    std::vector<float> image(band_size(rows, columns, C)), active(image.size()), g(image.size()),
+        back(image.size());
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < B; b++) {
-      T* to = d_normed + b * N * C;
-      float factor = scale ? scale[b] : 1.0f, *sum = &partial[b * 12 * C];
+    for (int64_t i = 0; i < bands; i++) {
+      Band band = band_of(i, rows, columns);
+      const int64_t seen = band.image * N + band.top * columns;
+      const int64_t given = band.image * N + band.first * columns;
+      const int64_t count = (band.last - band.first) * columns;
+      T* to = d_normed + given * C;
+      float factor = scale ? scale[band.image] : 1.0f, *sum = &partial[i * 12 * C];
       if (factor == 0.0f) {
-        std::memset(to, 0, N * C * sizeof(T));
+        std::memset(to, 0, count * C * sizeof(T));
         continue;
       }
-      for (int64_t n = 0; n < N; n++)
+      for (int64_t n = 0; n < (band.bottom - band.top) * columns; n++)
 #pragma omp simd
         for (int64_t c = 0; c < C; c++) {
-          float a = gelu(to_float(convolved[(b * N + n) * C + c]));
+          float a = gelu(to_float(convolved[(seen + n) * C + c]));
           active[n * C + c] = (a - mean[c]) * rstd[c];
           image[n * C + c] = a * times[c] + plus[c];
-          g[n * C + c] = factor * grad[(b * N + n) * C + c];
+          g[n * C + c] = factor * grad[(seen + n) * C + c];
         }
-      depthwise_weight(image.data(), g.data(), rows, columns, C, sum, sum + 9 * C);
-      depthwise(g.data(), weight, nullptr, rows, columns, C, true, back.data());
-      for (int64_t n = 0; n < N; n++)
+      depthwise_weight(image.data(), g.data(), band, columns, C, sum, sum + 9 * C);
+      depthwise(g.data(), weight, nullptr, band, columns, C, true, back.data());
+      const float* own = &active[(given - seen) * C];
+      for (int64_t n = 0; n < count; n++)
 #pragma omp simd
         for (int64_t c = 0; c < C; c++) {
           float d = back[n * C + c];
           sum[10 * C + c] += d;
-          sum[11 * C + c] += d * active[n * C + c];
+          sum[11 * C + c] += d * own[n * C + c];
           put(d, to[n * C + c]);
         }
     }
   }
-  sum_rows(partial, B, 12 * C, sums);
+  sum_rows(partial, bands, 12 * C, sums);
 }
 
 // Through BatchNorm (whose gradient is times * (d - of_mean - hat * of_variance)), GELU, the first
@@ -647,17 +692,20 @@ void local_first_backward(const T* d_normed, const T* convolved, const float* me
                           const float* shift, float eps, const float* weight, const float* grad,
                           int64_t B, int64_t rows, int64_t columns, int64_t C, float* dx,
                           float* sums) {
-  int64_t N = rows * columns;
-  std::vector<float> partial(B * 12 * C, 0.0f);
+  int64_t N = rows * columns, bands = B * band_count(rows, columns);
+  std::vector<float> partial(bands * 12 * C, 0.0f);
 #pragma omp parallel
   {
-    std::vector<float> image(N * C), d(N * C), back(N * C);
+    std::vector<float> image(band_size(rows, columns, C)), d(image.size()), back(image.size());
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < B; b++) {
-      float* sum = &partial[b * 12 * C];
-      for (int64_t n = 0; n < N; n++) {
-        normed_row(x + (b * N + n) * C, C, gain, shift, eps, &image[n * C]);
-        const int64_t at = (b * N + n) * C;
+    for (int64_t i = 0; i < bands; i++) {
+      Band band = band_of(i, rows, columns);
+      const int64_t seen = band.image * N + band.top * columns;
+      const int64_t given = band.image * N + band.first * columns;
+      float* sum = &partial[i * 12 * C];
+      for (int64_t n = 0; n < (band.bottom - band.top) * columns; n++) {
+        const int64_t at = (seen + n) * C;
+        normed_row(x + at, C, gain, shift, eps, &image[n * C]);
 #pragma omp simd
         for (int64_t c = 0; c < C; c++) {
           float in = to_float(convolved[at + c]), cdf, pdf;
@@ -667,16 +715,16 @@ void local_first_backward(const T* d_normed, const T* convolved, const float* me
           d[n * C + c] = times[c] * through * (cdf + in * pdf);
         }
       }
-      depthwise_weight(image.data(), d.data(), rows, columns, C, sum, sum + 9 * C);
-      depthwise(d.data(), weight, nullptr, rows, columns, C, true, back.data());
-      for (int64_t n = 0; n < N; n++) {
-        const int64_t at = (b * N + n) * C;
+      depthwise_weight(image.data(), d.data(), band, columns, C, sum, sum + 9 * C);
+      depthwise(d.data(), weight, nullptr, band, columns, C, true, back.data());
+      for (int64_t n = 0; n < (band.last - band.first) * columns; n++) {
+        const int64_t at = (given + n) * C;
         norm_row_backward(&back[n * C], x + at, grad + at, C, gain, eps, dx + at, sum + 10 * C,
                           sum + 11 * C);
       }
     }
   }
-  sum_rows(partial, B, 12 * C, sums);
+  sum_rows(partial, bands, 12 * C, sums);
 }
 
 // Stem: BatchNorm and GELU between convolutions; rows are pixels.

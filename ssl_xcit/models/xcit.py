@@ -23,6 +23,7 @@ from ssl_xcit.models.class_attention import ClassAttentionBlock
 from ssl_xcit.models.fused_block import (
     applies,
     attention_branch,
+    bands_of,
     has_kernels,
     local_branch,
     mlp_branch,
@@ -119,7 +120,7 @@ class Stem(nn.Module):
         """(B, in_chans, H, W) -> (B, C, ceil(H / p), ceil(W / p)), channels-last."""
         if self.fused and not x.requires_grad and applies(x, self):
             layers: Any = self.proj[::2]
-            run = kernels() if has_kernels([layer[1] for layer in layers], len(x)) else None
+            run = kernels() if has_kernels([layer[1] for layer in layers]) else None
             if run is not None:
                 return fused_stem(run, x, list(layers))
         return self.proj(x.contiguous(memory_format=torch.channels_last))
@@ -241,11 +242,11 @@ class XCABlock(nn.Module):
             x = drop.by_sample(x, lambda kept: self.attn(self.norm1(kept), self.gamma1))
         else:
             x = attention_branch(run, x, self.norm1, self.attn, self.gamma1, samples_of(drop, x))
-        if has_kernels([self.local_mp.bn], len(x)):
+        if has_kernels([self.local_mp.bn]) and bands_of(len(x), grid) >= torch.get_num_threads():
             factor = drop.draw(x)
             factor = None if factor is None else factor.flatten()
             x = local_branch(run, x, self.norm3, self.local_mp, grid, self.gamma3, factor)
-        else:  # BatchNorm of several ranks, or too few images for the threads
+        else:  # BatchNorm of several ranks, or too few tokens for the threads
             x = drop(x, self.local_mp(self.norm3(x), grid, self.gamma3))
         if not torch.is_grad_enabled() and len(x) * N > FEW_TOKENS:  # the hidden layer by parts
             return drop.by_sample(x, lambda kept: self.mlp.of_norm(kept, self.norm2, self.gamma2))

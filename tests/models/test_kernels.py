@@ -11,7 +11,7 @@ from numerics import kept_bytes, relative
 
 from ssl_xcit.models import kernels as room
 from ssl_xcit.models import xcit
-from ssl_xcit.models.fused_block import applies
+from ssl_xcit.models.fused_block import applies, bands_of, local_branch
 from ssl_xcit.models.kernels import kernels
 from ssl_xcit.models.xcit import Stem, XCABlock, XCiT
 from ssl_xcit.utils.hardware import cpp_compiler
@@ -70,6 +70,21 @@ def test_a_block_by_kernels_is_the_block(dim, heads, grid, drop_path, training):
         assert error < (5e-3 if grid == (1, 1) else 3e-5), (name, error)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("grid", "parts"), [((29, 18), 2), ((23, 67), 4), ((5, 400), 4), ((2, 600), 2)]
+)
+def test_an_image_of_several_bands(grid, parts, drop_path, training):
+    assert bands_of(3, grid) == 3 * parts
+    block, fused = made(32, 2, drop_path, training)
+    x = tokens(32, grid, images=3)
+    plain, ours = everything(block, x, grid), everything(fused, x, grid)
+    names = [name for name, value in plain.items() if value.is_floating_point()]
+    far = {name: relative(ours[name], plain[name]) for name in names}
+    assert max(far.values()) < 3e-5, far
+
+
 @pytest.mark.parametrize("grid", [(6, 6), (3, 7)])
 def test_in_bfloat16_it_rounds_less_than_the_plain_form(grid):
     errors = []
@@ -96,6 +111,7 @@ def test_all_samples_may_drop_a_branch():
 def test_what_it_gives_does_not_depend_on_the_number_of_threads():
     x, run = torch.randn(700, 64), kernels()
     grad, weight = torch.randn(700, 64), torch.randn(64)
+    block = made(64, 2)[0]
 
     def passes(threads):
         torch.set_num_threads(threads)
@@ -106,7 +122,13 @@ def test_what_it_gives_does_not_depend_on_the_number_of_threads():
             sums[0],
         )  # fmt: skip
         run("bias_gelu_backward", x.dtype, x, weight, 700, 64, grad.clone(), out[1], sums[1])
-        return [*out, *sums]
+        local = deepcopy(block)
+        of_x = x[None].clone().requires_grad_()
+        mixed = local_branch(run, of_x, local.norm3, local.local_mp, (35, 20), local.gamma3, None)
+        mixed.backward(grad[None])
+        assert of_x.grad is not None
+        gradients = [p.grad for p in local.parameters() if p.grad is not None]
+        return [*out, *sums, mixed.detach(), of_x.grad, *gradients]
 
     before = torch.get_num_threads()
     try:
