@@ -3,10 +3,10 @@
     python benchmarks/loader.py [--rounds 15] [--entries 1000,10000,100000] [--only crops,...]
 
 Parts: `crops` (our fused multi-crop against Pillow and torchvision, the same JPEGs, interleaved in
-one process on one thread), `demo` (the same of `ssl-xcit pretrain`'s own crops), `resize` (one box,
-three ways), `small` (CIFAR-size arrays), `memory` (private memory of one loader process), `reading`
-(files and tar shards), `index` (folders of links, by size). Prints medians and ratios and writes
-benchmarks/results/loader.json.
+one process on one thread), `decoders` (of the same JPEGs), `demo` (the crops of `ssl-xcit pretrain`
+itself), `resize` (one box, three ways), `small` (CIFAR-size arrays), `memory` (private memory of
+one loader process), `reading` (files and tar shards), `index` (folders of links, by size). Prints
+medians and ratios and writes benchmarks/results/loader.json.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from PIL import Image
+from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 
 from ssl_xcit.data import folders, fused
@@ -168,6 +169,30 @@ def demo() -> dict[str, Any]:
 
     found = compare(lambda: run(composed[0]), lambda: run(composed[1]), len(places))
     return said("the demo's crops of its photographs", found)
+
+
+def decoders() -> dict[str, float]:
+    """Milliseconds an image, to an array of pixels, which are the same for all."""
+    images = jpegs(20)
+    rgb = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    ways: dict[str, Callable[[bytes], Any]] = {
+        "ours, Pillow and simplejpeg": decode,
+        "Pillow": lambda content: np.asarray(Image.open(io.BytesIO(content))),
+        "OpenCV": lambda content: cv2.imdecode(np.frombuffer(content, np.uint8), rgb),
+        "torchvision": lambda content: (
+            decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+            .permute(1, 2, 0)
+            .numpy()
+        ),
+    }
+    assert all(np.array_equal(way(images[0]), decode(images[0])) for way in ways.values())
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ARGS.rounds):
+        for name, way in ways.items():
+            spent[name].append(seconds(lambda way=way: [way(content) for content in images]))
+    found = {name: statistics.median(times) / len(images) * 1e3 for name, times in spent.items()}
+    print("decoding: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in found.items()))
+    return found
 
 
 def resize() -> dict[str, float]:
@@ -310,8 +335,8 @@ def index() -> dict[str, Any]:
 
 
 PARTS = {
-    "crops": crops, "demo": demo, "resize": resize, "small": small, "memory": memory,
-    "reading": reading, "index": index,
+    "crops": crops, "decoders": decoders, "demo": demo, "resize": resize, "small": small,
+    "memory": memory, "reading": reading, "index": index,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Decode bytes to pixels safely; a file that cannot be used is a `BadImage`.
 
-Pillow decodes 8 bits (torchvision's PNG decoder ends the process on a corrupt file); more bits come
-from OpenCV and tifffile, for Pillow keeps the upper eight. A reader returns `Samples`: the numbers
-as they are stored and what the file says they mean. `to_pixels` alone decides what becomes of
-colours, palettes, transparency and orientation, for every format and depth.
+Pillow decodes 8 bits (torchvision's PNG decoder ends the process on a corrupt file), simplejpeg the
+pixels of JPEGs; more bits come from OpenCV and tifffile, for Pillow keeps the upper eight. A reader
+returns `Samples`: the numbers as they are stored and what the file says they mean. `to_pixels`
+alone decides what becomes of colours, palettes, transparency and orientation, for every format and
+depth.
 
 The header is checked before any pixel is allocated, only formats of images are tried (no
 PostScript, which runs a program), and truncated files are refused rather than filled with grey.
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -191,7 +193,7 @@ def open_picture(content: bytes | np.ndarray, preprocess: Preprocess = RGB) -> P
             raise BadImage(
                 f"{image.format} of {top.bit_length()} bits: this OpenCV reads 8 of them"
             )
-        return open_pillow(image, top, preprocess)
+        return open_pillow(image, content, top, preprocess)
 
 
 def top_of(image: Image.Image, content: bytes) -> int:
@@ -258,7 +260,7 @@ def check_size(width: int, height: int, preprocess: Preprocess) -> None:
         raise BadImage(f"no pixels: {width} x {height}")
 
 
-def open_pillow(image: Image.Image, top: int, preprocess: Preprocess) -> Picture:
+def open_pillow(image: Image.Image, content: bytes, top: int, preprocess: Preprocess) -> Picture:
     """Return the picture of an open file; all but a JPEG is decoded now."""
     kind = f"{image.format} {image.mode}"
     if image.format in ("JPEG", "MPO"):
@@ -269,8 +271,12 @@ def open_pillow(image: Image.Image, top: int, preprocess: Preprocess) -> Picture
             scale = next(s for s in (8, 4, 2, 1) if s <= max(shrink, 1.0))
             if scale > 1:
                 image.draft(None, (image.width // scale or 1, image.height // scale or 1))
-            image.load()
-            return upright(to_array(image, preprocess), orientation)
+            is_rgb = image.mode == "RGB" and preprocess.channels == 3
+            pixels = jpeg_pixels(content, *image.size) if is_rgb else None
+            if pixels is None:
+                image.load()
+                pixels = to_array(image, preprocess)
+            return upright(pixels, orientation)
 
         return Picture(height, width, decoded_once(decode_jpeg), kind)
     # Pillow turns a TIFF upright as it loads it, and inverts only 8 bits where zero is white
@@ -286,6 +292,17 @@ def open_pillow(image: Image.Image, top: int, preprocess: Preprocess) -> Picture
     if image.mode == "RGBA" and no_alpha and preprocess.channels in (1, 3):
         image = Image.merge("RGB", image.split()[:3])
     return decoded(upright(to_array(image, preprocess), orientation_of(image)), kind)
+
+
+def jpeg_pixels(content: bytes, width: int, height: int) -> Stored | None:
+    """Decode a JPEG at the scale that has this size, to the pixels that Pillow would give, sooner.
+    None: of a damaged file, whose fault Pillow names, or which it takes as it is.
+    """
+    try:
+        pixels = simplejpeg.decode_jpeg(content, "RGB", min_height=height, min_width=width)
+    except ValueError:
+        return None
+    return pixels if pixels.shape == (height, width, 3) else None
 
 
 def orientation_of(image: Image.Image) -> int:

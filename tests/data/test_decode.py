@@ -1,5 +1,6 @@
 """What images become, and what is refused."""
 
+import io
 import os
 import struct
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from samples import HEIC, channels, encoded, peak_memory, png_of_chunks, saved
+from samples import HEIC, channels, encoded, peak_memory, photo, png_of_chunks, saved
 
 from ssl_xcit.data import decode as decoding
 from ssl_xcit.data import formats
@@ -104,6 +105,31 @@ def test_bad_images(name):
     with pytest.raises(BadImage, match=reason) as refusal:
         open_picture(content).pixels()
     assert "0x" not in str(refusal.value)  # reasons are the same in every process
+
+
+@pytest.mark.parametrize("shrink", [1, 2, 4, 8])
+@pytest.mark.parametrize("progressive", [False, True], ids=["in rows", "progressive"])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_a_jpeg_has_the_pixels_that_pillow_gives(subsampling, progressive, shrink):
+    draw = np.random.default_rng(0)
+    for height, width in ((96, 130), (61, 33), (1, 50), (90, 7)):
+        smooth = cv2.resize(draw.integers(0, 256, (4, 4, 3), np.uint8), (width, height))
+        options = {"quality": 80, "subsampling": subsampling, "progressive": progressive}
+        content = encoded(smooth, "JPEG", **options)
+        image = Image.open(io.BytesIO(content))
+        if shrink > 1:
+            image.draft(None, (image.width // shrink or 1, image.height // shrink or 1))
+        assert decoding.jpeg_pixels(content, *image.size) is not None
+        assert np.array_equal(open_picture(content).pixels(shrink), np.asarray(image))
+
+
+def test_a_damaged_jpeg_that_pillow_takes_is_taken(capfd):
+    content = bytearray(photo(0, 64, "JPEG"))
+    content[-200:-100] = bytes(100)
+    assert decoding.jpeg_pixels(bytes(content), 64, 64) is None
+    image = Image.open(io.BytesIO(content))
+    assert np.array_equal(decode(bytes(content)), np.asarray(image))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_largest_image_takes_little_more_than_itself():

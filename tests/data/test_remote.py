@@ -75,12 +75,12 @@ def contents(source):
 
 
 def held(cache):
-    """Bytes of all files in a cache, which come and go."""
-    total = 0
-    for entry in os.scandir(cache):
+    """Bytes of all files in a cache; 0 where files came or went while they were counted."""
+    before, total = sorted(os.listdir(cache)), 0
+    for name in before:
         with contextlib.suppress(FileNotFoundError):
-            total += entry.stat().st_size if entry.is_file() else 0
-    return total
+            total += os.path.getsize(cache / name) if (cache / name).is_file() else 0
+    return total if sorted(os.listdir(cache)) == before else 0
 
 
 class WholeImages:
