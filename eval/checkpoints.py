@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import UserError
-from ssl_xcit.models.weights import checkpoint_path, folder_of, read_weights
+from ssl_xcit.models.checkpoint_files import checkpoint_path, folder_of, read_weights
 from ssl_xcit.training.settings import place_keys
 from ssl_xcit.transfer.record import transfer_record
 from ssl_xcit.transfer.task import TransferData

@@ -13,8 +13,9 @@ from annotated_types import Ge, Le
 
 from ssl_xcit.data.preprocess import of_weights
 from ssl_xcit.errors import UserError
+from ssl_xcit.models.checkpoint_files import checkpoint_path
 from ssl_xcit.models.devices import placed
-from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
+from ssl_xcit.models.weights import load_backbone, model_name
 from ssl_xcit.utils.files import replacing, written_to
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import say

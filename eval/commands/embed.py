@@ -20,8 +20,9 @@ from ssl_xcit.data.settings import DataSettings
 from ssl_xcit.data.shard_writer import names_digest
 from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.models.checkpoint_files import checkpoint_path
 from ssl_xcit.models.devices import placed
-from ssl_xcit.models.weights import checkpoint_path, load_backbone, model_name
+from ssl_xcit.models.weights import load_backbone, model_name
 from ssl_xcit.training.run_dir import versions
 from ssl_xcit.utils.tables import shown_in_terminal
 from ssl_xcit.utils.terminal import say

@@ -22,7 +22,8 @@ from ssl_xcit.data.crop_dataset import check_labelled
 from ssl_xcit.data.preprocess import of_weights
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.errors import UserError
-from ssl_xcit.models.weights import backbone_in, checkpoint_path, model_name, read_weights
+from ssl_xcit.models.checkpoint_files import checkpoint_path, read_weights
+from ssl_xcit.models.weights import backbone_in, model_name
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.training.run_dir import versions
 from ssl_xcit.training.run_name import key_of

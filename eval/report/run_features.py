@@ -17,8 +17,9 @@ from hydra.errors import InstantiationException
 from ssl_xcit.data.preprocess import MAX_PIXELS, Preprocess, of_weights
 from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError
+from ssl_xcit.models.checkpoint_files import checkpoint_path
 from ssl_xcit.models.devices import placed
-from ssl_xcit.models.weights import checkpoint_path, load_backbone
+from ssl_xcit.models.weights import load_backbone
 from ssl_xcit.transfer.load import load_task
 from ssl_xcit.transfer.task import Task, TransferData
 from ssl_xcit.utils.validation import Network

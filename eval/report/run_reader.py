@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from ssl_xcit.data import bad_samples
 from ssl_xcit.data.multicrop import Replaced
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.models.checkpoint_files import checkpoints_of
 from ssl_xcit.models.checkpoint_manifest import read_manifest
-from ssl_xcit.models.weights import checkpoints_of
 from ssl_xcit.utils.locks import lock_holder
 
 Curve = tuple[list[int], list[float]]  # steps and values; a value may be infinite or no number

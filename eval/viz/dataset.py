@@ -23,7 +23,7 @@ from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.preprocess import resize_center_crop
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import MissingPath, UserError
-from ssl_xcit.models.weights import checkpoint_path
+from ssl_xcit.models.checkpoint_files import checkpoint_path
 
 from ..checkpoints import (
     checkpoints_in,

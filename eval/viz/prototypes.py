@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ssl_xcit.errors import UserError
+from ssl_xcit.models.checkpoint_files import read_checkpoint
 from ssl_xcit.models.head import DINOHead
-from ssl_xcit.models.weights import center_of, load_strictly, read_checkpoint
+from ssl_xcit.models.weights import center_of, load_strictly
 from ssl_xcit.objectives.dino import Center
 from ssl_xcit.objectives.temperature import LinearByEpoch
 

@@ -11,8 +11,9 @@ from ssl_xcit.data.folders import folder
 from ssl_xcit.data.preprocess import of_weights, resize_center_crop
 from ssl_xcit.data.sources import Files
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.models.checkpoint_files import checkpoint_path
 from ssl_xcit.models.devices import placed
-from ssl_xcit.models.weights import checkpoint_path, load_backbone
+from ssl_xcit.models.weights import load_backbone
 from ssl_xcit.utils.validation import Text
 
 from ..features.cache import weights_digest

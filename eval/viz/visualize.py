@@ -10,7 +10,8 @@ from ssl_xcit.data.order import evenly_spaced
 from ssl_xcit.data.photos import photographs
 from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.errors import UserError
-from ssl_xcit.models.weights import checkpoint_path, checkpoints_of, load_backbone, model_name
+from ssl_xcit.models.checkpoint_files import checkpoint_path, checkpoints_of
+from ssl_xcit.models.weights import load_backbone, model_name
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.training.run_dir import versions
 from ssl_xcit.utils.files import replacing, sha256_of, write_json

@@ -17,7 +17,8 @@ from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.export.comparison import KNN
 from ssl_xcit.export.description import Weights, describe, export_name
 from ssl_xcit.export.output_files import output_path
-from ssl_xcit.models.weights import backbone_in, checkpoint_path, model_name, read_weights
+from ssl_xcit.models.checkpoint_files import checkpoint_path, read_weights
+from ssl_xcit.models.weights import backbone_in, model_name
 from ssl_xcit.transfer.load import task_in
 from ssl_xcit.transfer.record import transfer_record
 from ssl_xcit.utils.files import written_to

@@ -13,8 +13,9 @@ from torch import nn
 from ssl_xcit.data.folders import named_images
 from ssl_xcit.data.order import evenly_spaced
 from ssl_xcit.errors import MissingPath, UserError
+from ssl_xcit.models.checkpoint_files import checkpoint_path, folder_of
 from ssl_xcit.models.devices import placed
-from ssl_xcit.models.weights import checkpoint_path, folder_of, model_name
+from ssl_xcit.models.weights import model_name
 from ssl_xcit.training.run_dir import versions
 from ssl_xcit.transfer.annotated import lines_of
 from ssl_xcit.transfer.kinds import KINDS

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssl_xcit.data.preprocess import Preprocess, of_weights
+from ssl_xcit.models.checkpoint_files import checkpoints_of
 from ssl_xcit.models.published import TIMM_FILE, results_folder
-from ssl_xcit.models.weights import checkpoints_of, model_name
+from ssl_xcit.models.weights import model_name
 from ssl_xcit.models.xcit import TASK_LAYERS, XCiT
 from ssl_xcit.training.run_dir import versions
 from ssl_xcit.transfer.classification.task import Classification

@@ -18,8 +18,9 @@ from ssl_xcit.export.output_files import (
     with_ending,
     write_description,
 )
+from ssl_xcit.models.checkpoint_files import HEADER
 from ssl_xcit.models.timm_keys import to_timm_names
-from ssl_xcit.models.weights import HEADER, load_backbone
+from ssl_xcit.models.weights import load_backbone
 from ssl_xcit.models.xcit import SIZES
 
 

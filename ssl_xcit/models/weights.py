@@ -1,64 +1,45 @@
 """Load weights from files: ours, the published XCiT and DINO files, timm's, safetensors, those of
-people's own scripts; by path or by name (`published.py`).
-
-A backbone is located by the name of its first block's temperature, in any dictionary of the file
-and behind any prefix. Files are read with `weights_only=True`, so a hostile one runs no code; a
-backbone is loaded strictly: an error lists whatever does not match.
+people's own scripts; by path or by name (`published.py`). A backbone is loaded strictly: an error
+lists whatever does not match.
 """
 
-import json
 import logging
-import os
 import re
-import shlex
-import sys
-import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from ssl_xcit.errors import MissingPath, UserError
-from ssl_xcit.models.checkpoint_manifest import verify
-from ssl_xcit.models.foreign import SAVE_WHOLE, Foreign, read_pickled
-from ssl_xcit.models.published import TIMM, TIMM_FILE, fetch_released, is_address, results_folder
+from ssl_xcit.errors import UserError, first_few
+from ssl_xcit.models.checkpoint_files import checkpoint_path, read_weights
+from ssl_xcit.models.foreign import SAVE_WHOLE
+from ssl_xcit.models.location import (
+    WRAPPED,
+    Location,
+    Which,
+    entries_of,
+    is_ours,
+    locate,
+    log_ignored,
+    unwrapped,
+)
 from ssl_xcit.models.timm_keys import from_timm_names
 from ssl_xcit.models.xcit import SIZES, XCiT
 from ssl_xcit.utils.validation import allows, hints_of
 
 log = logging.getLogger(__name__)
 StateDict = dict[str, Tensor]
-Which = Literal["teacher", "student"]
-HEADER = "ssl_xcit"  # metadata key of a safetensors file: architecture and preprocess, as JSON
 HEAD_KEYS = {f"mlp.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
 HEAD_KEYS |= {"last_layer.weight_v"}
 GAINS = "last_layer.weight_g"  # may be missing, for where they are frozen all are 1
 # the part of an architecture that shapes tell
 MEASURED = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "num_classes")
-# DDP, torch.compile, FSDP, activation checkpointing and Fabric wrap a network or parts of it, so
-# these words stand anywhere in a name
-WRAPPERS = (
-    r"(?:(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|"
-    r"_forward_module)\.)"
-)
-WRAPPED = re.compile(rf"(?<![^.]){WRAPPERS}+")
-TEMPERATURE = "blocks.0.attn.temperature"  # no other network's weights have one
-OF_XCIT = re.compile(rf"((?:.*\.)?)blocks\.{WRAPPERS}*0\.{WRAPPERS}*attn\.{WRAPPERS}*temperature")
-STEM = "patch_embed.proj.0.0.weight"
 CLASS_ATTENTION = ("cls_token", "cls_attn_blocks.", "norm.")
 PYRAMID = "fpn1.0.weight"  # at patches of 8 and 16; the layers of patch 4 have no weights
-ROLES: dict[Which, re.Pattern[str]] = {  # by words in the names that lead to the weights
-    "teacher": re.compile(
-        r"(?<![a-z])(?:teacher|ema|swa|avg|averaged?|shadow|momentum|target|k)(?![a-z])"
-    ),
-    "student": re.compile(r"(?<![a-z])(?:student|online|current|q)(?![a-z])"),
-}
 LARGEST = 65_536  # number in a recorded architecture, which comes from outside
-NO_WEIGHTS = re.compile(r"optim|exp_avg|grad")  # dictionaries in which names of weights may stand
 
 
 def load_backbone(
@@ -174,7 +155,7 @@ def center_of(state: Mapping[str, Any]) -> Any:
     return state.get("objective.center.center", state.get("center.center"))
 
 
-def head_state(location: "Location") -> StateDict | None:
+def head_state(location: Location) -> StateDict | None:
     """The tensors of the projection head beside a backbone, under our names; None without."""
     if (prefix := location.head_prefix) is None:
         return None
@@ -188,146 +169,6 @@ def head_state(location: "Location") -> StateDict | None:
     names = {f"last_layer.parametrizations.weight.original{i}": f"last_layer.weight_{letter}"
              for i, letter in enumerate("gv")}  # fmt: skip
     return plain_tensors({names.get(key, key): v for key, v in tensors.items()}, "its head")
-
-
-def checkpoint_path(path: str | Path) -> Path:
-    """The file that `ckpt=` names: the file itself; a run folder's newest checkpoint (the highest
-    step in its name); an exported folder's `model.safetensors`; or, downloaded once, a released
-    file by name or address (`published.fetch_released`).
-
-    Raises:
-        MissingPath: there is none.
-        UserError: it cannot be downloaded, or may not be read.
-    """
-    try:
-        return resolve(path)
-    except PermissionError as error:
-        raise UserError(f"ckpt={path}: {error.filename}: {error.strerror}") from error
-
-
-def resolve(path: str | Path) -> Path:
-    """See `checkpoint_path`."""
-    word, path = str(path), Path(path)
-    check_unsharded(path)
-    try:
-        os.stat(path / "checkpoints")
-    except PermissionError:  # `is_file` and `is_dir` say no more since Python 3.14
-        raise
-    except OSError:
-        pass
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if (path / "checkpoints").is_dir():
-            os.listdir(path / "checkpoints")  # raises where it may not be read
-        if checkpoints := checkpoints_of(path):
-            return checkpoints[-1]
-        if (path / TIMM_FILE).is_file():
-            return path / TIMM_FILE
-        raise MissingPath(
-            f"ckpt={path}: a folder without checkpoints/step-*.ckpt or {TIMM_FILE}; name a file"
-        )
-    by_network = is_address(word) or word.startswith(TIMM) or "#sha256=" in word
-    if not by_network and (path.suffix or "/" in word):  # a path, and not a name
-        raise MissingPath(f"ckpt={path}: no such file or run folder")
-    return fetch_released(word, sys.stdout.isatty())
-
-
-def folder_of(path: Path) -> Path:
-    """The run folder of weights, or the folder that a lone file lies in; of downloaded weights one
-    here, by their name.
-    """
-    if (downloaded := results_folder(path)) is not None:
-        return downloaded
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
-
-
-def check_unsharded(path: Path) -> None:
-    """Raise UserError, with the command that makes one file, for a sharded checkpoint."""
-    folder = path.parent if path.suffix == ".distcp" or path.name == ".metadata" else path
-    file = shlex.quote(f"{folder.absolute().name}.pth")
-    if (folder / ".metadata").is_file():
-        raise UserError(
-            f"ckpt={path}: a sharded checkpoint of torch.distributed.checkpoint; make one file of "
-            "it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
-            f"{shlex.quote(str(folder))} {file}"
-        )
-    if (folder / "zero_to_fp32.py").is_file():
-        raise UserError(
-            f"ckpt={path}: a sharded checkpoint of DeepSpeed; make whole files of it: "
-            f"python {shlex.quote(str(folder / 'zero_to_fp32.py'))} {shlex.quote(str(folder))} out"
-        )
-
-
-def checkpoints_of(run_dir: Path) -> list[Path]:
-    """`RUN/checkpoints/step-000100.ckpt` and the like, by step, the newest last."""
-    files = (run_dir / "checkpoints").glob("step-*.ckpt")
-    numbered = [(int(m[1]), f) for f in files if (m := re.fullmatch(r"step-(\d+)\.ckpt", f.name))]
-    return [file for _, file in sorted(numbered)]
-
-
-def read_weights(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, with an error of the disk as one for the user."""
-    try:
-        return read_checkpoint(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The file's dictionary, on the CPU; tensors and plain containers only.
-
-    Raises:
-        UserError: it cannot be read, or differs from its entry in the manifest beside it.
-        OSError: the disk cannot be read.
-    """
-    path.open("rb").close()  # an error of the disk is not one of the content
-    verify(path)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    try:
-        content = read_pickled(path)
-    except UserError:
-        raise
-    except Exception as error:  # torch raises half a dozen types for a damaged or foreign file
-        if "torchscript" in str(error).lower():
-            raise UserError(
-                f"{path} is a TorchScript program: torch.save(torch.jit.load({path.name!r})"
-                ".state_dict(), 'weights.pth') takes the weights out of it"
-            ) from error
-        # only the telling line of torch's message
-        line = re.search(r"[^\n:]*(Unsupported global|Can only|Trying to).*", str(error))
-        if line or zipfile.is_zipfile(path):
-            reason = (line[0] if line else str(error)).strip().partition("\n")[0]
-            reason = reason.partition(". ")[0]
-        else:
-            reason = "truncated or not a PyTorch file"
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read: {reason}; copy or "
-            "download it again, or save weights alone, torch.save(model.state_dict(), FILE)"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
-    return content
-
-
-def read_safetensors(path: Path) -> dict[str, Any]:
-    """Tensors under `model`, and the metadata that `ssl-xcit export` writes.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:  # the library is written in Rust and raises its own types
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read: {reason}; copy or "
-            "download it again"
-        ) from error
-    return {**(metadata if isinstance(metadata, dict) else {}), "model": tensors}
 
 
 def recorded_architecture(content: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
@@ -348,209 +189,6 @@ def recorded_architecture(content: Mapping[str, Any], path: Path) -> dict[str, A
         if not allows(hints[name], value) or value > LARGEST:
             raise UserError(f"{path}: its architecture has {name}={value!r:.100}")
     return dict(recorded)
-
-
-class Location(NamedTuple):
-    """Where in a file an XCiT lies."""
-
-    names: tuple[str, ...]  # keys that lead to its dictionary
-    prefix: str  # of its tensors in there, wrappers included
-    tensors: Mapping[Any, Any]  # all entries of the dictionary
-    deeper: tuple[str, ...] = ()  # prefixes of other XCiTs that begin with this one
-
-    def __str__(self) -> str:
-        prefix = self.prefix + "*" * self.prefix.endswith(".")
-        return " in ".join(word for word in (prefix, ".".join(self.names)) if word)
-
-    @property
-    def words(self) -> list[str]:
-        """All names that lead to it, without wrappers of networks."""
-        return [*self.names, *WRAPPED.sub("", self.prefix).split(".")]
-
-    @property
-    def role(self) -> Which | None:
-        """By the innermost name that tells; averaged weights are the teacher's."""
-        for word in reversed(self.words):
-            for role, words in ROLES.items():
-                if words.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", word).lower()):
-                    return role
-        return None
-
-    @property
-    def head_prefix(self) -> str | None:
-        """The prefix of a projection head, which DINO has beside `backbone.`."""
-        prefix = WRAPPED.sub("", self.prefix)
-        beside = re.fullmatch(r"((?:.*\.)?)backbone\.", prefix)
-        return f"{beside[1]}head." if beside else None
-
-    def owns(self, key: Any) -> bool:
-        """Whether a key is the backbone's; one of a head of several layers is not."""
-        if not self.prefix and not isinstance(key, str):
-            return True
-        if not str(key).startswith(self.prefix) or str(key).startswith(self.deeper or ("\0",)):
-            return False
-        inside = WRAPPED.sub("", str(key).removeprefix(self.prefix))
-        return not inside.startswith("head.") or inside in ("head.weight", "head.bias")
-
-
-def unwrapped(tensors: Mapping[Any, Any]) -> dict[str, Any]:
-    """Entries by their names without wrappers of networks and of their parts."""
-    return {WRAPPED.sub("", str(key)): value for key, value in tensors.items()}
-
-
-def dictionaries_in(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping]]:
-    """Yield all dictionaries of a file except those of optimizers, the outermost first, with the
-    keys that lead to them; a network that was pickled as a whole gives its state dict.
-    """
-    queue: list[tuple[tuple[str, ...], Mapping]] = [((), content)]
-    visited = set()  # in a hostile file they hold each other
-    for names, dictionary in queue:
-        if id(dictionary) in visited:
-            continue
-        visited.add(id(dictionary))
-        if "_modules" in dictionary:
-            dictionary = pickled_state(dictionary)
-        yield names, dictionary
-        queue += [
-            ((*names, str(key)), value)
-            for key, value in dictionary.items()
-            if isinstance(value, Mapping) and not NO_WEIGHTS.search(str(key).lower())
-        ]
-
-
-def pickled_state(module: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """The state dict of a network that was pickled as a whole."""
-    not_saved = module.get("_non_persistent_buffers_set") or ()
-    state = {
-        f"{prefix}{name}": value
-        for kind in ("_parameters", "_buffers")
-        for name, value in dict(module.get(kind) or {}).items()
-        if value is not None and name not in not_saved
-    }
-    for name, child in dict(module.get("_modules") or {}).items():
-        if isinstance(child, Mapping) and prefix.count(".") < 20:  # a hostile one holds itself
-            state |= pickled_state(child, f"{prefix}{name}.")
-    return state
-
-
-def locate_all(content: Mapping[str, Any]) -> list[Location]:
-    """The location of every XCiT in a file."""
-    locations = []
-    for names, tensors in dictionaries_in(content):
-        prefixes = [
-            match[1]
-            for key, value in tensors.items()
-            if isinstance(key, str)
-            and (match := OF_XCIT.fullmatch(key))
-            and (not isinstance(value, Mapping) or isinstance(value, Foreign))  # an optimizer's
-        ]
-        for prefix in prefixes:
-            deeper = [p for p in prefixes if p != prefix and p.startswith(prefix)]
-            locations.append(Location(names, prefix, tensors, tuple(deeper)))
-    return locations
-
-
-def locate(content: Mapping[str, Any], which: Which, path: Path) -> Location:
-    """The location of the XCiT to load: by role where a file tells roles apart, else the only one.
-
-    Raises:
-        UserError: there is none, or several that could be meant (lists the prefixes).
-    """
-    locations = locate_all(content)
-    if not locations:
-        for key in ("state_dict", which, "model"):
-            if key in content and not isinstance(content[key], Mapping):
-                kind = type(content[key]).__name__
-                raise UserError(f"{path}: {key} in it is a {kind}, not a dictionary of weights")
-        prefixes = first_few(prefixes_in(content)) or "no tensors by name"
-        raise UserError(
-            f"{path} is not an XCiT checkpoint: no {TEMPERATURE} behind any prefix; it holds "
-            f"{prefixes}"
-        )
-    fitting = [p for p in locations if p.role == which] or [p for p in locations if p.role is None]
-    if not fitting:
-        other = "student" if which == "teacher" else "teacher"
-        raise UserError(
-            f"{path} holds no {which}: {first_few(list(map(str, locations)))}; set which={other}"
-        )
-    if len(fitting) > 1:  # parts of another network may be XCiT's blocks
-        fitting = [p for p in fitting if STEM in entries_of(p)] or fitting
-    first = entries_of(fitting[0])
-    if not all(same_tensors(first, entries_of(location)) for location in fitting[1:]):
-        raise UserError(
-            f"{path} holds {len(fitting)} XCiTs that could be the {which}: "
-            f"{first_few(list(map(str, fitting)))}; save the one you need in a file of its own"
-        )
-    return fitting[0]
-
-
-def prefixes_in(content: Mapping[str, Any]) -> list[str]:
-    """Prefixes of all tensors in a file, as `module.layer1.* in state_dict`."""
-    prefixes: dict[str, None] = {}
-    for names, tensors in dictionaries_in(content):
-        keys = [str(key) for key, value in tensors.items() if isinstance(value, Tensor)]
-        prefixes |= dict.fromkeys(str(Location(names, p, {})) for p in common_prefixes(keys))
-    return list(prefixes)
-
-
-def common_prefixes(keys: Sequence[str], beside: str | None = None) -> list[str]:
-    """Prefixes of keys: one word more than each shares with `beside`, or with the others."""
-    if not keys:
-        return []
-    split = [key.split(".") for key in keys]
-    others = [min(split), max(split)] if beside is None else [beside.split(".")]  # the extremes
-    prefixes = []
-    for words in split:
-        shared = 0
-        while all(
-            shared < min(len(words), len(o)) - 1 and o[shared] == words[shared] for o in others
-        ):
-            shared += 1
-        prefixes.append(".".join(words[: shared + 1]) + "." * (shared + 1 < len(words)))
-    return list(dict.fromkeys(prefixes))
-
-
-def entries_of(location: Location) -> dict[str, Any]:
-    """All entries of a backbone, without its prefix."""
-    entries = {key: value for key, value in location.tensors.items() if location.owns(key)}
-    return unwrapped({str(key).removeprefix(location.prefix): v for key, v in entries.items()})
-
-
-def same_tensors(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two state dicts are of the same network, which a file may hold under two names."""
-    return one.keys() == other.keys() and all(
-        isinstance(v, Tensor) and isinstance(other[k], Tensor) and torch.equal(v, other[k])
-        for k, v in one.items()
-    )
-
-
-def is_ours(location: Location, which: Which) -> bool:
-    """Whether the backbone lies where `ssl-xcit pretrain` or `ssl-xcit finetune` puts it."""
-    prefix = WRAPPED.sub("", location.prefix)
-    return location.names == ("state_dict",) and prefix in (f"{which}.backbone.", "task.backbone.")
-
-
-def log_ignored(location: Location, content: Mapping[str, Any], which: Which, path: Path) -> None:
-    """Warn of everything in a file of others that is not loaded: other XCiTs, other modules."""
-    if is_ours(location, which):
-        return
-    locations = locate_all(content)
-    others = [str(p) for p in locations if p.role != location.role and which not in location.words]
-    heads = tuple(p.head_prefix for p in locations if p.head_prefix)
-    keys = [
-        key
-        for key, value in location.tensors.items()
-        if isinstance(key, str)
-        and isinstance(value, Tensor)
-        and not WRAPPED.sub("", key).startswith(heads)
-        and not any(p.owns(key) for p in locations if p.names == location.names)
-    ]
-    modules = [p + "*" * p.endswith(".") for p in common_prefixes(keys, location.prefix)]
-    if others or modules:
-        log.warning(
-            "%s%s: the backbone is %s; not loaded: %s", path, f", which={which}" if others else "",
-            str(location) or "bare", first_few(others + modules),
-        )  # fmt: skip
 
 
 def backbone_state(location: Location, where: str) -> StateDict:
@@ -674,9 +312,3 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -
             problems.append(f"{key} is {dtype}, not of floating point")
     if problems:
         raise UserError(f"{path} does not fit the network: {first_few(problems)}")
-
-
-def first_few(words: Sequence[str]) -> str:
-    """The first five words, and the number of the others."""
-    more = f" and {len(words) - 5:,} more" if len(words) > 5 else ""
-    return "; ".join(words[:5]) + more

@@ -16,8 +16,8 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from ssl_xcit.errors import RunFailed, UserError
+from ssl_xcit.models.checkpoint_files import checkpoints_of, read_checkpoint
 from ssl_xcit.models.checkpoint_manifest import Entry, add_entry, drop_lost_entries, verify
-from ssl_xcit.models.weights import checkpoints_of, read_checkpoint
 from ssl_xcit.utils.files import HashingWriter, replacing, sha256_of
 from ssl_xcit.utils.validation import Count
 

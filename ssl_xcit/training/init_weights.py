@@ -16,15 +16,9 @@ from torch import nn
 
 from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.errors import UserError
+from ssl_xcit.models.checkpoint_files import checkpoint_path, checkpoints_of
 from ssl_xcit.models.head import DINOHead
-from ssl_xcit.models.weights import (
-    TrainingWeights,
-    checkpoint_path,
-    checkpoints_of,
-    load_strictly,
-    load_training,
-    model_name,
-)
+from ssl_xcit.models.weights import TrainingWeights, load_strictly, load_training, model_name
 from ssl_xcit.models.xcit import TASK_LAYERS, XCiT
 from ssl_xcit.objectives.dino import DINO
 from ssl_xcit.objectives.objective import Objective

@@ -21,7 +21,7 @@ from ssl_xcit import __version__
 from ssl_xcit.data.identity import DataIndex, difference, load_indices, save_indices
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.errors import RunFailed, UserError
-from ssl_xcit.models.weights import checkpoints_of
+from ssl_xcit.models.checkpoint_files import checkpoints_of
 from ssl_xcit.training.settings import FREE_KEYS, NAMES, place_keys
 from ssl_xcit.utils.files import read_json, remove_partial, replacing, write_json
 from ssl_xcit.utils.hardware import machine

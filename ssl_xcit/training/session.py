@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 
 from ssl_xcit.errors import RunFailed
-from ssl_xcit.models.weights import checkpoints_of
+from ssl_xcit.models.checkpoint_files import checkpoints_of
 from ssl_xcit.training.checkpoint import newest_valid
 from ssl_xcit.training.datamodule import TrainingData
 from ssl_xcit.training.loggers import FailsafeLogger

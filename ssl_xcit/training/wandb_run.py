@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 
-from ssl_xcit.models.weights import checkpoints_of
+from ssl_xcit.models.checkpoint_files import checkpoints_of
 
 # by how names begin; all others, such as loss and knn_k20, are in the first panel
 PANELS = {

@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.models.weights import checkpoint_path, checkpoints_of, load_backbone, read_weights
+from ssl_xcit.models.checkpoint_files import checkpoint_path, checkpoints_of, read_weights
+from ssl_xcit.models.weights import load_backbone
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.training.run_dir import is_begun
 from ssl_xcit.training.settings import FinetuneSettings

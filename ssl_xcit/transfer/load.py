@@ -6,15 +6,10 @@ from typing import Any, cast
 
 from torch import nn
 
-from ssl_xcit.errors import UserError
-from ssl_xcit.models.weights import (
-    Which,
-    backbone_in,
-    checkpoint_path,
-    first_few,
-    read_weights,
-    unwrapped,
-)
+from ssl_xcit.errors import UserError, first_few
+from ssl_xcit.models.checkpoint_files import checkpoint_path, read_weights
+from ssl_xcit.models.location import Which, unwrapped
+from ssl_xcit.models.weights import backbone_in
 from ssl_xcit.transfer.classification.task import Classification
 from ssl_xcit.transfer.kinds import KINDS
 from ssl_xcit.transfer.record import transfer_record
@@ -34,7 +29,7 @@ def load_task(
     other weights, such as the published ones; in eval mode, on the CPU.
 
     Args:
-        path: see `ssl_xcit.models.weights.checkpoint_path`.
+        path: see `ssl_xcit.models.checkpoint_files.checkpoint_path`.
         which: `teacher`: the average of the weights where the run kept one, else the weights;
             `student`: the weights as trained.
         class_names: of such other weights; None: numbers from 0.

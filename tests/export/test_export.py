@@ -30,7 +30,7 @@ from ssl_xcit.export.comparison import compare, compare_rounded
 from ssl_xcit.export.description import Weights, describe, export_name, last_parts
 from ssl_xcit.export.output_files import output_path, replacing_path
 from ssl_xcit.export.safetensors_files import timm_arguments
-from ssl_xcit.models.weights import checkpoint_path
+from ssl_xcit.models.checkpoint_files import checkpoint_path
 from ssl_xcit.models.xca import gram_is_faster
 from ssl_xcit.models.xcit import SIZES, XCiT
 

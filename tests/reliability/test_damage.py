@@ -8,7 +8,7 @@ import time
 import pytest
 from runs import NO_RECORD, STEPS, assert_equal_runs, assert_goes_on, trick
 
-from ssl_xcit.models.weights import read_checkpoint
+from ssl_xcit.models.checkpoint_files import read_checkpoint
 
 
 def cut(place, step=17):

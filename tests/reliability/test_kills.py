@@ -17,8 +17,8 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from tricks import bytes_of
 
 from ssl_xcit.data.order import image_at
+from ssl_xcit.models.checkpoint_files import read_checkpoint
 from ssl_xcit.models.checkpoint_manifest import read_manifest
-from ssl_xcit.models.weights import read_checkpoint
 
 
 def last_checkpoint(place, step=STEPS):

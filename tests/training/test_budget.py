@@ -17,7 +17,7 @@ from commands import SMALL, metrics, run
 
 from ssl_xcit.commands.pretrain import BUDGET_INSTEAD
 from ssl_xcit.errors import UserError
-from ssl_xcit.models.weights import checkpoints_of
+from ssl_xcit.models.checkpoint_files import checkpoints_of
 from ssl_xcit.training import budget
 from ssl_xcit.training.budget import (
     LEFT_OUT,

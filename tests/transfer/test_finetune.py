@@ -8,7 +8,7 @@ from commands import metrics, run
 from toys import KINDS, data, words
 
 from ssl_xcit import load_backbone
-from ssl_xcit.models.weights import read_checkpoint
+from ssl_xcit.models.checkpoint_files import read_checkpoint
 from ssl_xcit.transfer.load import load_task
 
 
