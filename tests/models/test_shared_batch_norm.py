@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch import nn
 
 from ssl_xcit.models.layers import DropPath, computing
@@ -57,28 +56,18 @@ def results(dtype, part, shared, *scope):
     return {"out": out.detach(), "dx": x.grad, "state": state, "grads": grads}
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    made = {name: results(dtype, PARTS[rank], True) for name, (dtype, _) in CASES.items()}
-    torch.save(made, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def work(rank):
+    return {name: results(dtype, PARTS[rank], True) for name, (dtype, _) in CASES.items()}
 
 
-def work_of_machines(rank, folder):
+def work_of_machines(rank):
     """Two machines of two ranks, each with all images."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=4)
-    torch.save(results(torch.float64, PARTS[rank % 2], True, "node", 2), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results(torch.float64, PARTS[rank % 2], True, "node", 2)
 
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.get_context("forkserver").set_forkserver_preload(["torch", "jaxtyping"])
-    mp.start_processes(work, (str(folder),), nprocs=2, start_method="forkserver")
-    return [torch.load(folder / f"{i}.pt") for i in (0, 1)]
+    return on_ranks(2, tmp_path_factory.mktemp("ranks"), work)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -103,8 +92,7 @@ def test_parts_are_normalised_as_the_whole_batch(of_ranks, name):
 
 def test_ranks_of_one_machine_have_statistics_of_their_own(tmp_path):
     """Two machines of two ranks, each with all 8 images: as one process with them."""
-    mp.start_processes(work_of_machines, (str(tmp_path),), nprocs=4, start_method="forkserver")
-    made = [torch.load(tmp_path / f"{i}.pt") for i in range(4)]
+    made = on_ranks(4, tmp_path, work_of_machines)
     whole = results(torch.float64, slice(None), False)
     for first in (0, 2):
         out = torch.cat((made[first]["out"], made[first + 1]["out"]))

@@ -4,8 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch import nn
 
 from ssl_xcit.objectives.coding_rate import isotropy, simdino_loss
@@ -73,20 +72,15 @@ def centers(teacher, images):
     return torch.stack([*seen, -rows[0, 0].log()])
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def work(rank):
     assert world_size() == 2
     half = B // 2
-    torch.save(results(slice(rank * half, (rank + 1) * half)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results(slice(rank * half, (rank + 1) * half))
 
 
 def test_half_the_batch_on_each_of_two_ranks(tmp_path):
     """Mean losses, averaged gradients, assignments and queues, to 1e-10."""
-    mp.get_context("forkserver").set_forkserver_preload(["torch", "jaxtyping"])
-    mp.start_processes(work, (str(tmp_path),), nprocs=2, start_method="forkserver")
-    (ours, our_state), (theirs, their_state) = (torch.load(tmp_path / f"{i}.pt") for i in (0, 1))
+    (ours, our_state), (theirs, their_state) = on_ranks(2, tmp_path, work)
     expected, state = results(slice(None))
     for name, value in expected.items():
         if isinstance(value, float):

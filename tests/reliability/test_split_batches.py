@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hydra import compose, initialize_config_module
+from ranks import on_ranks
 
 from ssl_xcit.data.decode import RGB
 from ssl_xcit.models.xcit import XCiT
@@ -88,14 +87,11 @@ def trained(objective, dtype, teacher, rank=0, ranks=1):
     return losses, {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def work(rank, ranks, folder, teacher):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+def work(rank, ranks, teacher):
     names = OBJECTIVES if ranks == 2 else ["dino"]
     made = {name: trained(name, torch.float64, teacher, rank, ranks) for name in names}
     made["float32"] = trained("dino", torch.float32, teacher, rank, ranks)
-    torch.save(made, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +104,7 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory, teacher):
     folders = {ranks: tmp_path_factory.mktemp("ranks") for ranks in (2, 4)}
-    return {ranks: on_ranks(ranks, folder, teacher) for ranks, folder in folders.items()}
-
-
-def on_ranks(ranks, folder, teacher):
-    mp.get_context("forkserver").set_forkserver_preload(["torch", "jaxtyping"])
-    mp.start_processes(work, (ranks, str(folder), teacher), nprocs=ranks, start_method="forkserver")
-    return [torch.load(folder / f"{i}.pt") for i in range(ranks)]
+    return {n: on_ranks(n, folder, work, n, teacher) for n, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")

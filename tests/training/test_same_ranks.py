@@ -4,9 +4,7 @@ import re
 from types import SimpleNamespace
 
 import numpy as np
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 
 from ssl_xcit.data.identity import index_of
 from ssl_xcit.data.sets import Arrays
@@ -26,21 +24,18 @@ def images(seed):
     return {"data": index_of(Arrays(pixels, "some"))}
 
 
-def work(rank, folder):
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def work(rank):
     trainer = SimpleNamespace(world_size=2)
     SameRanks(SETTINGS[0], images(0)).setup(trainer)
     try:
         SameRanks(SETTINGS[rank], images(rank)).setup(trainer)
     except UserError as error:
-        torch.save(str(error), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+        return str(error)
+    return None
 
 
 def test_the_rank_and_the_difference_are_named_on_all_ranks(tmp_path):
-    mp.get_context("forkserver").set_forkserver_preload(["torch", "jaxtyping"])
-    mp.start_processes(work, (str(tmp_path),), nprocs=2, start_method="forkserver")
-    said = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    said = on_ranks(2, tmp_path, work)
     assert said[0] == said[1]
     assert re.sub(r"\b[0-9a-f]{8}\b", "DIGEST", said[0]) == (
         "rank 1 was started with optim.lr 0.002 (rank 0: 0.001), the images of data 3 (DIGEST) "

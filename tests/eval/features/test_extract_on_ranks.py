@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 
 from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.sets import Arrays
@@ -34,9 +33,7 @@ def rows_with_repeats():
     return bank, different[:301] + np.float32(0.01)
 
 
-def work(rank, ranks, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+def work(rank, ranks):
     bank, queries = rows_with_repeats()
     similarity, indices = nearest(bank, queries, 20, ranks=True)
     found = {"similarity": similarity, "indices": indices}
@@ -45,8 +42,7 @@ def work(rank, ranks, folder):
     labels = np.arange(len(bank)) % 7
     together = FeatureSet(bank, labels, queries, labels[: len(queries)], ranks=True)
     found["knn"] = np.array([float(value) for _, value in KNN((3, 20))(together)])
-    np.savez(f"{folder}/{rank}.npz", **extracted(ranks)[0], **found)
-    dist.destroy_process_group()
+    return extracted(ranks)[0] | found
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
@@ -55,8 +51,7 @@ def test_ranks_extract_and_find_what_one_does_to_the_last_bit(ranks, tmp_path):
     torch.set_num_threads(1)
     whole, rows = extracted(1)
     assert rows.tolist() == list(range(NUM_IMAGES))
-    mp.get_context("forkserver").set_forkserver_preload(["torch", "jaxtyping"])
-    mp.start_processes(work, (ranks, str(tmp_path)), nprocs=ranks, start_method="forkserver")
+    of_ranks = on_ranks(ranks, tmp_path, work, ranks)
     bank, queries = rows_with_repeats()
     assert len(list(shards(bank))) == 5
     similarity, indices = nearest(bank, queries, 20)
@@ -65,8 +60,7 @@ def test_ranks_extract_and_find_what_one_does_to_the_last_bit(ranks, tmp_path):
     alone = dict(KNN((3, 20))(FeatureSet(bank, classes, queries, classes[: len(queries)])))
     torch.set_num_threads(before)
     labels = np.arange(NUM_IMAGES) % 5
-    for rank in range(ranks):
-        made = np.load(tmp_path / f"{rank}.npz")
+    for made in of_ranks:
         assert np.array_equal(made["similarity"], similarity)
         assert np.array_equal(made["indices"], indices)
         assert np.array_equal(made["others"], others)
