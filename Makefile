@@ -22,7 +22,7 @@ test: $(STAMP)  ## all tests but the slow ones, a process of one thread for each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile \
 	  -m 'not slow and not reliability and not browser'
 
-test-slow: $(STAMP)  ## the slow ones: the wheel installed elsewhere, the demo's numbers
+test-slow: $(STAMP)  ## the slow ones: the wheel installed elsewhere, the demo's numbers, a compiled run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-reliability: $(STAMP)  ## runs killed, filled and hung in every way (docs/reliability.md)

@@ -296,8 +296,10 @@ def open_pillow(image: Image.Image, content: bytes, top: int, preprocess: Prepro
 
 def jpeg_pixels(content: bytes, width: int, height: int) -> Stored | None:
     """Decode a JPEG at the scale that has this size, to the pixels that Pillow would give, sooner.
-    None: of a damaged file, whose fault Pillow names, or which it takes as it is.
+    None: of a damaged file, whose fault Pillow names, or which it takes as it is; of a few pixels.
     """
+    if max(width, height) <= 8:  # the scale is not told by the size
+        return None
     try:
         pixels = simplejpeg.decode_jpeg(content, "RGB", min_height=height, min_width=width)
     except ValueError:

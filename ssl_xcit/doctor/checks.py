@@ -292,9 +292,9 @@ def check_working_folder(folder: Path) -> Line:
 
 
 def check_decoders(facts: Facts) -> Iterator[Line]:
-    """Pillow, its plugins and OpenCV, each with a small image that was encoded and decoded."""
+    """Pillow, its plugins, simplejpeg and OpenCV, each with a small image of each format."""
     if "error" in facts:
-        fix = "pip install --force-reinstall pillow opencv-python-headless"
+        fix = "pip install --force-reinstall pillow simplejpeg opencv-python-headless"
         yield Line("problem", "images", f"cannot be decoded: {facts['error']}", fix)
         return
     turbo = facts["libjpeg_turbo"]
@@ -302,6 +302,7 @@ def check_decoders(facts: Facts) -> Iterator[Line]:
     heif = f", pillow-heif {facts['pillow_heif']}" if facts["pillow_heif"] else ""
     for what, about, package, results in (
         ("Pillow", f"{facts['pillow']}, {jpeg}{heif}", "pillow", facts["by_pillow"]),
+        ("simplejpeg", facts["simplejpeg"], "simplejpeg", facts["by_simplejpeg"]),
         ("OpenCV", facts["opencv"], "opencv-python-headless", facts["by_opencv"]),
     ):
         reinstall = f"pip install --force-reinstall {package}"
@@ -311,7 +312,9 @@ def check_decoders(facts: Facts) -> Iterator[Line]:
             whys = "; ".join(f"{kind}: {why}" for kind, why in wrong.items())
             yield Line("problem", what, f"{about}: {whys}", reinstall)
         elif what == "Pillow" and not turbo:
-            yield Line("note", what, f"{about}: {right}; JPEG is decoded slowly", reinstall)
+            yield Line(
+                "note", what, f"{about}: {right}; JPEG in grey or CMYK is decoded slowly", reinstall
+            )
         else:
             missing = [k for k in ("WEBP", "AVIF") if what == "Pillow" and k not in results]
             without = f"; without {', '.join(missing)}" if missing else ""

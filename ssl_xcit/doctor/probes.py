@@ -107,9 +107,12 @@ def faiss_facts() -> Facts:
 
 def decoder_facts() -> Facts:
     """Versions of the image libraries, and what becomes of a small image in each format."""
+    from importlib.metadata import version
+
     import cv2
     import numpy as np
     import PIL
+    import simplejpeg
     from PIL import Image, features
 
     x, y = np.meshgrid(np.arange(32), np.arange(32))
@@ -123,6 +126,14 @@ def decoder_facts() -> Facts:
     def by_opencv(ending: str) -> np.ndarray:
         image = cv2.imdecode(cv2.imencode(ending, pixels)[1], cv2.IMREAD_UNCHANGED)
         return np.zeros_like(pixels) if image is None else image
+
+    def by_simplejpeg(kind: str) -> np.ndarray:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, kind)
+        decoded = simplejpeg.decode_jpeg(file.getvalue(), "RGB")
+        if not np.array_equal(decoded, np.asarray(Image.open(file))):
+            raise ValueError("other pixels than Pillow's")
+        return decoded
 
     def result(decode: Callable[[str], np.ndarray], kind: str) -> str:
         try:
@@ -146,9 +157,11 @@ def decoder_facts() -> Facts:
     return {
         "pillow": PIL.__version__,
         "libjpeg_turbo": features.version("libjpeg_turbo"),
+        "simplejpeg": version("simplejpeg"),
         "opencv": cv2.__version__,
         "pillow_heif": heif,
         "by_pillow": {kind: result(by_pillow, kind) for kind in kinds},
+        "by_simplejpeg": {"JPEG": result(by_simplejpeg, "JPEG")},
         "by_opencv": {ending[1:].upper(): result(by_opencv, ending) for ending in (".jpg", ".png")},
     }
 

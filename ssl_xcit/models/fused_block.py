@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from ssl_xcit.models.kernels import NAMES, Kernels
+from ssl_xcit.models.kernels import BAND, NAMES, Kernels
 from ssl_xcit.models.layers import DropPath, autocasting, scaled
-
-BAND = 512  # tokens of a band, as in kernels.cpp
 
 
 class Samples(NamedTuple):

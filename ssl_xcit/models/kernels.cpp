@@ -3,7 +3,8 @@
 // Plain loops over channels, which the compiler vectorises for the processor at hand. Values are
 // float32 or bfloat16 (as 16-bit integers), sums float32. Sums over tokens are taken in parts of
 // fixed size and in order, so what a kernel gives does not depend on the number of threads.
-// Channels C are a multiple of 16 where heads and depthwise convolutions have them.
+// Channels C are a multiple of 16 where heads and depthwise convolutions have them. Whoever builds it
+// defines BAND, the number of tokens that are convolved together.
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +17,6 @@ namespace {
 using bf16 = uint16_t;
 constexpr float EPS = 1e-12f;  // the smallest norm divided by
 constexpr int64_t PART = 128;  // rows summed together
-constexpr int64_t BAND = 512;  // tokens convolved together, or a row of them
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
@@ -493,20 +493,16 @@ int64_t band_count(int64_t rows, int64_t columns) {
   return std::min(rows, (rows * columns + BAND - 1) / BAND);
 }
 
-int64_t band_height(int64_t rows, int64_t columns) {
-  int64_t count = band_count(rows, columns);
-  return (rows + count - 1) / count;
-}
-
-// Values of a band's rows, those above and below included
+// Values of the largest band's rows, those above and below included
 int64_t band_size(int64_t rows, int64_t columns, int64_t C) {
-  return std::min(rows, band_height(rows, columns) + 2) * columns * C;
+  int64_t count = band_count(rows, columns), height = (rows + count - 1) / count;
+  return std::min(rows, height + 2) * columns * C;
 }
 
-// The i-th band of all images; the last ones of an image may have no rows
+// The i-th band of all images; those of an image differ by a row at most
 inline Band band_of(int64_t i, int64_t rows, int64_t columns) {
-  int64_t count = band_count(rows, columns), height = band_height(rows, columns);
-  int64_t first = std::min(rows, i % count * height), last = std::min(rows, first + height);
+  int64_t count = band_count(rows, columns), place = i % count;
+  int64_t first = place * rows / count, last = (place + 1) * rows / count;
   return {i / count, first, last, std::max<int64_t>(0, first - 1), std::min(rows, last + 1)};
 }
 

@@ -28,10 +28,11 @@ from ssl_xcit.utils.terminal import say
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
+BAND = 512  # tokens of an image that are convolved together, about
 # no -ffast-math: what is not finite has to stay so
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
-    "-fPIC",
+    "-fPIC", f"-DBAND={BAND}",
 )  # fmt: skip
 WIDTHS = (16, 32, 48, 64)  # channels of a head that there are kernels for
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}

@@ -1,6 +1,5 @@
 """Load weights from files: ours, the published XCiT and DINO files, timm's, safetensors, those of
-people's own scripts; by path or by name (`published.py`). A backbone is loaded strictly: an error
-lists whatever does not match.
+people's own scripts. A backbone is loaded strictly: an error lists whatever does not match.
 """
 
 import logging
@@ -13,10 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssl_xcit.errors import UserError, first_few
-from ssl_xcit.models.checkpoint_files import checkpoint_path, read_weights
-from ssl_xcit.models.foreign import SAVE_WHOLE
-from ssl_xcit.models.location import (
+from ssl_xcit.errors import UserError
+from ssl_xcit.models.backbone_location import (
     WRAPPED,
     Location,
     Which,
@@ -26,9 +23,12 @@ from ssl_xcit.models.location import (
     log_ignored,
     unwrapped,
 )
+from ssl_xcit.models.checkpoint_files import checkpoint_path, read_weights
+from ssl_xcit.models.foreign import SAVE_WHOLE
 from ssl_xcit.models.timm_keys import from_timm_names
 from ssl_xcit.models.xcit import SIZES, XCiT
 from ssl_xcit.utils.validation import allows, hints_of
+from ssl_xcit.utils.words import first_few
 
 log = logging.getLogger(__name__)
 StateDict = dict[str, Tensor]

@@ -118,7 +118,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C h w"]:
         """(B, in_chans, H, W) -> (B, C, ceil(H / p), ceil(W / p)), channels-last."""
-        if self.fused and not x.requires_grad and applies(x, self):
+        if self.fused and len(x) and not x.requires_grad and applies(x, self):
             layers: Any = self.proj[::2]
             run = kernels() if has_kernels([layer[1] for layer in layers]) else None
             if run is not None:

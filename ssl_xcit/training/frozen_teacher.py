@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ssl_xcit.data.preprocess import Preprocess, of_weights
-from ssl_xcit.errors import UserError, first_few
+from ssl_xcit.errors import UserError
 from ssl_xcit.models.checkpoint_files import checkpoint_path, read_weights
 from ssl_xcit.models.published import TIMM, fetch_released
 from ssl_xcit.models.weights import load_backbone
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.utils.validation import Count
+from ssl_xcit.utils.words import first_few
 
 PIP = "pip install 'ssl-xcit[timm]'"
 

@@ -6,15 +6,16 @@ from typing import Any, cast
 
 from torch import nn
 
-from ssl_xcit.errors import UserError, first_few
+from ssl_xcit.errors import UserError
+from ssl_xcit.models.backbone_location import Which, unwrapped
 from ssl_xcit.models.checkpoint_files import checkpoint_path, read_weights
-from ssl_xcit.models.location import Which, unwrapped
 from ssl_xcit.models.weights import backbone_in
 from ssl_xcit.transfer.classification.task import Classification
 from ssl_xcit.transfer.kinds import KINDS
 from ssl_xcit.transfer.record import transfer_record
 from ssl_xcit.transfer.task import Task
 from ssl_xcit.utils.validation import Checker
+from ssl_xcit.utils.words import first_few
 
 SIZE = 224  # of images for weights of others, as published
 

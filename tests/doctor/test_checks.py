@@ -25,6 +25,7 @@ ON_GPU = TORCH | {"gpus": ["H200"] * 2, "gpu_gflops": {"float32": 5e4, "bfloat16
 FAISS = {"faiss": "1.15.1", "gpu_build": True, "gpus": 0, "right": True}
 DECODERS = {
     "pillow": "13.0.0", "libjpeg_turbo": "3.2.0", "opencv": "5.0.0", "pillow_heif": None,
+    "simplejpeg": "1.9.0", "by_simplejpeg": {"JPEG": ""},
     "by_pillow": {"JPEG": "", "WEBP": "", "AVIF": ""}, "by_opencv": {"PNG": ""},
 }  # fmt: skip
 NEW, OLD = Driver(["H200"], "580.65", "13.0"), Driver(["V100"], "535.104", "12.2")
@@ -210,14 +211,14 @@ def test_small_shared_memory_and_a_full_disk_as_the_kernel_has_them(tmp_path):
 
 
 def test_decoders():
-    assert [line.state for line in checks.check_decoders(DECODERS)] == ["ok", "ok"]
+    assert [line.state for line in checks.check_decoders(DECODERS)] == ["ok"] * 3
     broken = DECODERS | {"by_opencv": {"PNG": "decoded to other pixels"}}
-    pillow, opencv = checks.check_decoders(broken)
+    pillow, _, opencv = checks.check_decoders(broken)
     assert (pillow.state, opencv.state) == ("ok", "problem")
     assert "PNG: decoded to other pixels -> pip install" in words(opencv)
-    slow, _ = checks.check_decoders(DECODERS | {"libjpeg_turbo": None})
+    slow, *_ = checks.check_decoders(DECODERS | {"libjpeg_turbo": None})
     assert slow.state == "note"
-    old, _ = checks.check_decoders(DECODERS | {"by_pillow": {"JPEG": ""}})
+    old, *_ = checks.check_decoders(DECODERS | {"by_pillow": {"JPEG": ""}})
     assert "without WEBP, AVIF -> pip install --upgrade pillow" in words(old)
 
 

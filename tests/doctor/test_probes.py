@@ -15,6 +15,7 @@ def test_images_here_are_decoded():
     facts = probes.ask("decoders")
     assert set(facts["by_pillow"].values()) == {""}, facts
     assert set(facts["by_opencv"].values()) == {""}, facts
+    assert facts["by_simplejpeg"] == {"JPEG": ""}, facts
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
+from tricks import bytes_of
+
+from ssl_xcit.models.checkpoint_files import read_checkpoint
+
 HERE = Path(__file__).resolve().parent
 STEPS = 40
 TOY = [
@@ -32,6 +38,19 @@ def trick(name, **options):
     """The words that add one of the callbacks of tricks.py."""
     words = [f"+callbacks.{name.lower()}.{key}={value}" for key, value in options.items()]
     return [f"+callbacks.{name.lower()}._target_=tricks.{name}", *words]
+
+
+def content_of(checkpoint):
+    """Every number and tensor of a file by its path, bit by bit, and the structure that they stand
+    in.
+    """
+    content = read_checkpoint(checkpoint)
+    content.pop("loops")  # Lightning counts batches of this process there
+    leaves, structure = tree_flatten_with_path(content)
+    return structure, {
+        keystr(path): bytes_of(leaf) if isinstance(leaf, torch.Tensor) else leaf
+        for path, leaf in leaves
+    }
 
 
 class Zygote:

@@ -10,26 +10,16 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
-import torch
 from commands import EVALUATION, images
-from runs import STEPS, TOY, Place, assert_equal_runs, assert_goes_on, trick
-from torch.utils._pytree import keystr, tree_flatten_with_path
-from tricks import bytes_of
+from runs import STEPS, TOY, Place, assert_equal_runs, assert_goes_on, content_of, trick
 
 from ssl_xcit.data.order import image_at
-from ssl_xcit.models.checkpoint_files import read_checkpoint
 from ssl_xcit.models.checkpoint_manifest import read_manifest
 
 
 def last_checkpoint(place, step=STEPS):
-    """Every number and tensor by its path, bit by bit, and the structure that they stand in."""
-    content = read_checkpoint(place.run_dir / f"checkpoints/step-{step:06d}.ckpt")
-    content.pop("loops")  # Lightning counts batches of this process there
-    leaves, structure = tree_flatten_with_path(content)
-    return structure, {
-        keystr(path): bytes_of(leaf) if isinstance(leaf, torch.Tensor) else leaf
-        for path, leaf in leaves
-    }
+    """All that it holds."""
+    return content_of(place.run_dir / f"checkpoints/step-{step:06d}.ckpt")
 
 
 def test_row_01_sigkill_at_any_step(place, whole):

@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_xcit.errors import UserError, first_few
+from ssl_xcit.errors import UserError
 from ssl_xcit.models.foreign import Foreign
+from ssl_xcit.utils.words import first_few
 
 log = logging.getLogger(__name__)
 Which = Literal["teacher", "student"]
