@@ -5,9 +5,9 @@
 `mixing`: attention across channels head by head on strided views against batched products on
 copies. `class attention`: without keys and values against with them. `mlp`: the branch by parts
 against its four layers, with the memory kept for the backward pass. `drop path`: a block whose
-dropped samples are not computed against one that multiplies them by 0, at rate 0.1. `block` and
-`stem`: with the kernels against the plain forms, in float32 and bfloat16. Forward and backward,
-float32 but for these, at the sizes of a DINO step. Writes benchmarks/results/layers.json.
+dropped samples are not computed against one that multiplies them by 0, at rate 0.1. `block`,
+`stem` and `local patch interaction`: with the kernels against the plain forms, the first two in float32 and
+bfloat16. Forward and backward, float32 but for these, at the sizes of a DINO step. Writes benchmarks/results/layers.json.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from torch.nn.functional import linear
 
 from ssl_xcit import create_model
 from ssl_xcit.models.class_attention import ClassAttention
+from ssl_xcit.models.fused_block import local_branch
+from ssl_xcit.models.kernels import kernels
 from ssl_xcit.models.layers import DropPath
 from ssl_xcit.models.xca import ChannelMixing, channel_attention
 
@@ -111,6 +113,14 @@ def main() -> None:
         known = {t.untyped_storage().data_ptr() for t in (x, *block.parameters())}
         results[title]["kept_mb"] = [round(kept_bytes(f, known) / 2**20, 1) for f in parts]
         print(f"  kept for the backward pass: {results[title]['kept_mb']} MB")
+        if (run := kernels()) is not None:
+            pair(
+                f"local patch interaction by kernels, {where}",
+                lambda k=run, b=block, x=x, s=side: local_branch(
+                    k, x, b.norm3, b.local_mp, (s, s), b.gamma3, None
+                ),
+                lambda b=block, x=x, s=side: x + b.local_mp(b.norm3(x), (s, s), b.gamma3),
+            )
         dropping = create_model(f"xcit_{name}", drop_path=0.1).blocks[0]
 
         def masked(b: nn.Module = dropping, x: Tensor = x, side: int = side) -> Tensor:
