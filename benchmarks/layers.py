@@ -6,8 +6,9 @@
 copies. `class attention`: without keys and values against with them. `mlp`: the branch by parts
 against its four layers, with the memory kept for the backward pass. `drop path`: a block whose
 dropped samples are not computed against one that multiplies them by 0, at rate 0.1. `block`,
-`stem` and `local patch interaction`: with the kernels against the plain forms, the first two in float32 and
-bfloat16. Forward and backward, float32 but for these, at the sizes of a DINO step. Writes benchmarks/results/layers.json.
+`stem` and `local patch interaction`: with the kernels against the plain forms, the first two in
+float32 and bfloat16. Forward and backward, float32 but for these, at the sizes of a DINO step.
+Writes benchmarks/results/layers.json.
 """
 
 import argparse
