@@ -250,14 +250,19 @@ void residual_backward(const float* grad, const int32_t* kept, float scale, int6
   });
 }
 
-// Sixteen channels; of two or four registers where the processor's are shorter
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-constexpr int WIDTH = 16;
+// A register of the processor: 32 of 16 values with AVX-512, else as with AVX2, 16 of 8. A kernel that
+// keeps more sums at once than there are registers spends its time on moving them.
+#ifdef __AVX512F__
+constexpr int WIDTH = 16, MOST_COLUMNS = 64;
+#else
+constexpr int WIDTH = 8, MOST_COLUMNS = 16;
+#endif
+typedef float Lanes __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
-// Rows of four tokens or channels as registers: sum[r] += left_r * row
-template <int D>
+// Four rows of some columns as registers: sum[r] += left_r * row
+template <int COLUMNS>
 struct Tile {
-  Lanes sum[4][D / WIDTH];
+  Lanes sum[4][COLUMNS / WIDTH];
 
   Tile() {
     for (auto& row : sum)
@@ -265,33 +270,45 @@ struct Tile {
   }
 
   inline void add(const float* left, int64_t stride, const float* row) {
-#pragma GCC unroll 4
-    for (int j = 0; j < D / WIDTH; j++) {
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS / WIDTH; j++) {
       Lanes right = *(const Lanes*)(row + j * WIDTH);
 #pragma GCC unroll 4
       for (int r = 0; r < 4; r++) sum[r][j] += left[r * stride] * right;
     }
   }
 
-  inline void store(float* out) const { std::memcpy(out, sum, sizeof(sum)); }
+  // into rows that are `stride` values apart
+  inline void store(float* out, int64_t stride) const {
+    for (int r = 0; r < 4; r++) std::memcpy(out + r * stride, sum[r], sizeof(sum[r]));
+  }
 };
+
+// Columns of a tile, of D (a multiple of 16)
+template <int D>
+constexpr int columns_of() { return D <= MOST_COLUMNS ? D : MOST_COLUMNS; }
 
 // out (D, D) = a^T b, of (N, D) each
 template <int D>
 inline void gram(const float* a, const float* b, int64_t N, float* out) {
-  for (int i = 0; i < D; i += 4) {
-    Tile<D> tile;
-    for (int64_t n = 0; n < N; n++) tile.add(a + n * D + i, 1, b + n * D);
-    tile.store(out + i * D);
-  }
+  constexpr int COLUMNS = columns_of<D>();
+  for (int i = 0; i < D; i += 4)
+    for (int j = 0; j < D; j += COLUMNS) {
+      Tile<COLUMNS> tile;
+      for (int64_t n = 0; n < N; n++) tile.add(a + n * D + i, 1, b + n * D + j);
+      tile.store(out + i * D + j, D);
+    }
 }
 
 // out (4, D) = x (4, D) times m (D, D)
 template <int D>
 inline void times(const float* x, const float* m, float* out) {
-  Tile<D> tile;
-  for (int k = 0; k < D; k++) tile.add(x + k, D, m + k * D);
-  tile.store(out);
+  constexpr int COLUMNS = columns_of<D>();
+  for (int j = 0; j < D; j += COLUMNS) {
+    Tile<COLUMNS> tile;
+    for (int k = 0; k < D; k++) tile.add(x + k, D, m + k * D + j);
+    tile.store(out + j, D);
+  }
 }
 
 // What both passes have of one image and head
