@@ -3,15 +3,16 @@ regression on held-out labelled images, by class token, mean patch and both.
 
 python benchmarks/learning.py [--objectives dino,dino@4,infonce,...] [--seconds 150] [--seeds 0]
     [--data photos | DIR] [--size 48] [--model xcit_micro_4_p8] [--batch 32]
-    [--steps 200] [--words "augment.num_local=2 ..."] [--teacher runs/demo] [--out runs/learning]
+    [--steps 200 | 649,467,...] [--words "augment.num_local=2 ..."] [--teacher runs/demo]
+    [--out runs/learning]
 
 NAME@N is an objective with N local crops an image instead of none. A few steps, in turn, tell how
-many fit into the time (or `--steps` says it); then each is `ssl-xcit pretrain` with the recipe of
-the built-in photographs, of so many steps. DIR has one folder a class (such as what
-debian_pictures.py makes); pretraining sees all of its images without labels, k-NN is measured on
-each fifth with the other four, regression on one. Random weights, a colour histogram and raw pixels
-stand beside them. What is finished is not run again. The time is that of training steps: loading a
-batch that is waited for counts, starting and evaluating do not.
+many fit into the time (or `--steps` says it, one number for all or one for each); then each is
+`ssl-xcit pretrain` with the recipe of the built-in photographs, of so many steps. DIR has one
+folder a class (such as what debian_pictures.py makes); pretraining sees all of its images without
+labels, k-NN is measured on each fifth with the other four, regression on one. Random weights, a
+colour histogram and raw pixels stand beside them. What is finished is not run again. The time is
+that of training steps: loading a batch that is waited for counts, starting and evaluating do not.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import hashlib
 import json
 import statistics
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,10 @@ KINDS = ["cls", "patch", "cls_patch"]
 PROBE_STEPS, TURNS = 20, 2  # to measure how many fit into the time
 FOLDS = 5  # of the images of a folder
 PIXELS = 16  # side of the image of raw pixels
+
+
+def integers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def words(args: argparse.Namespace, objective: str, seed: int, steps: int, name: str) -> list[str]:
@@ -176,8 +182,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--objectives", type=lambda text: text.split(","), default=OBJECTIVES)
     parser.add_argument("--seconds", type=float, default=150)
-    parser.add_argument("--steps", type=int, help="of each, instead of as many as fit")
-    parser.add_argument("--seeds", type=lambda t: [int(w) for w in t.split(",")], default=[0])
+    parser.add_argument("--steps", type=integers, help="of each, instead of as many as fit")
+    parser.add_argument("--seeds", type=integers, default=[0])
     parser.add_argument("--data", default="photos")
     parser.add_argument("--size", type=int, default=48)
     parser.add_argument("--model", default="xcit_micro_4_p8")
@@ -187,11 +193,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     args = parser.parse_args()
     pair, rows = labelled(args), dict[str, list[dict[str, float]]]()
-    steps = dict.fromkeys(args.objectives, args.steps) if args.steps else steps_in_the_time(args)
-    length = f"{args.steps}" if args.steps else f"{args.seconds:g}s"
+    if not args.steps:
+        steps, length = steps_in_the_time(args), f"{args.seconds:g}s"
+    elif len(args.steps) in (1, len(args.objectives)):
+        steps = dict(zip(args.objectives, cycle(args.steps)))
+        length = f"{max(args.steps)}"
+    else:
+        parser.error(f"--steps: {len(args.steps)} numbers for {len(args.objectives)} objectives")
     for seed in args.seeds:
         for objective in args.objectives:
-            name = f"{objective}-{settings_of(args)}-{length}-{seed}"
+            name = f"{objective}-{settings_of(args)}-{steps[objective]}-{seed}"
             cli.main(words(args, objective, seed, steps[objective], name))
             extractor = extractor_of(args.out / name, pair)
             numbers = measured(extract_pair(extractor, KINDS), args.data)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from ssl_xcit.data.photos import labelled_photos
-from ssl_xcit.models.kernels import kernels
+from ssl_xcit.models.kernel_trial import kernel_speed
+from ssl_xcit.models.kernels import cache_folder
 
-kernels()  # built before a test says what a command prints, or how long it takes
+kernel_speed()  # built and tried before a test says what a command prints, or how long it takes
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
@@ -62,10 +63,12 @@ def no_wandb_service():
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory) -> Path:
-    """A cache folder of this session, as XDG_CACHE_HOME has it."""
-    home = tmp_path_factory.mktemp("cache")
-    os.environ["XDG_CACHE_HOME"] = str(home)
-    return home / "ssl_xcit"
+    """A cache folder of this session, as XDG_CACHE_HOME has it; commands find kernels there."""
+    folder = tmp_path_factory.mktemp("cache") / "ssl_xcit"
+    folder.mkdir()
+    (folder / "kernels").symlink_to(cache_folder())
+    os.environ["XDG_CACHE_HOME"] = str(folder.parent)
+    return folder
 
 
 @pytest.fixture(scope="session")

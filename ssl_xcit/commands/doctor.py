@@ -64,6 +64,8 @@ def examine(settings: DoctorSettings) -> Iterator[checks.Line]:
     yield from checks.check_requirements(distribution("ssl-xcit"))
     torch = ask("torch")  # by itself, for it measures the processor's speed
     yield from checks.check_torch(torch, driver, os.environ)
+    if is_there:
+        yield checks.check_kernels(ask("kernels"))
     out = Path(str(settings.out)).expanduser()
     yield checks.check_disk("runs", out, "out=DIR for another place")
     cache = default_cache()

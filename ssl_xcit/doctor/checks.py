@@ -174,6 +174,18 @@ def check_cpp_compiler(compiler: str, version: str | None) -> Line:
     return Line("ok", "compiler", f"{version}, for kernels of this processor")
 
 
+def check_kernels(facts: Facts) -> Line:
+    """What the kernels gain, as tried once on this machine; see `models/kernel_trial.py`."""
+    if "error" in facts:
+        fix = "compile=false trains without them; name another compiler in CXX"
+        return Line("note", "kernels", facts["error"], fix)
+    if (speed := facts["speed"]) is None:
+        return Line("note", "kernels", "the compiler did not build them", "another one in CXX")
+    about = f"a block is {speed:.2f} times as fast by them as by torch alone"
+    taken = "takes them" if facts["taken"] else "leaves them"
+    return Line("ok", "kernels", f"{about}; compile=auto {taken}")
+
+
 def check_memory(total: int, available: int, limit: int | None) -> Line:
     """Main memory, and the limit that a container or a job has."""
     most = total if limit is None else min(total, limit)

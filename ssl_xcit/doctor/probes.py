@@ -166,8 +166,16 @@ def decoder_facts() -> Facts:
     }
 
 
+def kernel_facts() -> Facts:
+    """How many times as fast kernels are here, and whether that is enough to take them."""
+    from ssl_xcit.models.kernel_trial import kernel_speed, kernels_are_faster
+
+    return {"speed": kernel_speed(), "taken": kernels_are_faster()}
+
+
 PROBES: dict[str, Callable[[], Facts]] = {
     "torch": torch_facts,
+    "kernels": kernel_facts,
     "faiss": faiss_facts,
     "decoders": decoder_facts,
 }

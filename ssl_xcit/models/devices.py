@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ssl_xcit.errors import UserError
+from ssl_xcit.models.kernel_trial import kernels_are_faster
 from ssl_xcit.models.xcit import XCiT
 
 # M_MMAP_THRESHOLD (its largest value), M_TRIM_THRESHOLD, M_TOP_PAD, in bytes
@@ -43,12 +44,12 @@ def placed(network: nn.Module, device: str) -> list[torch.device]:
 
 
 def prepare_cpu(network: nn.Module) -> None:
-    """Let every XCiT inside take this machine's kernels, which are built where they are missing,
-    and let the process keep freed memory.
+    """Let every XCiT inside take this machine's kernels, which are built and tried where that has
+    not been done, unless it is faster without them; and let the process keep freed memory.
     """
     keep_memory()
     for module in network.modules():
-        if isinstance(module, XCiT):
+        if isinstance(module, XCiT) and kernels_are_faster():
             module.fuse()
 
 

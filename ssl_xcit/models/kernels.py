@@ -42,6 +42,7 @@ class Kernels:
     """The functions of a built file; tensors are given as they are, `None` as a null pointer."""
 
     def __init__(self, path: Path):
+        self.path = path
         self.library = ctypes.CDLL(str(path))
         self.functions: dict[tuple[str, torch.dtype], Any] = {}
 
@@ -130,6 +131,7 @@ def built(compiler: list[str], flags: list[str], path: Path) -> Kernels:
             subprocess.run(words, check=True, capture_output=True, text=True)
         loaded = Kernels(linked)
         linked.replace(path)  # at once: other processes may be building it, too
+        loaded.path = path
     seconds = time.perf_counter() - started
     say(f"kernels built for this processor in {seconds:.0f} s, once on this machine: {path}")
     return loaded

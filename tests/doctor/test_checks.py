@@ -122,6 +122,18 @@ def test_the_compiler_of_kernels():
     assert "-> apt install g++" in words(line)
 
 
+def test_what_kernels_gain():
+    line = checks.check_kernels({"speed": 1.5, "taken": True})
+    assert line.facts == (
+        "a block is 1.50 times as fast by them as by torch alone; compile=auto takes them"
+    )
+    assert "compile=auto leaves them" in checks.check_kernels({"speed": 0.7, "taken": False}).facts
+    for facts in ({"speed": None, "taken": False}, {"error": "ended the interpreter with SIGILL"}):
+        line = checks.check_kernels(facts)
+        assert line.state == "note"
+        assert "CXX" in line.fix
+
+
 def test_dockers_64_mb_of_shared_memory():
     line = checks.check_shared_memory(64 << 20, 64 << 20, num_workers=1, batch_size=64)
     assert line.state == "problem"
