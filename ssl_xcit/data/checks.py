@@ -11,7 +11,7 @@ import numpy as np
 
 from ssl_xcit.data.bad_samples import kind_of
 from ssl_xcit.data.decode import BadImage, DeepRange, dark_images, open_picture
-from ssl_xcit.data.loader import NoWorkers, parallel_map
+from ssl_xcit.data.loader import NoWorkers, one_opencv_thread, parallel_map
 from ssl_xcit.data.multicrop import Replaced
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Source, digest_of
@@ -57,7 +57,8 @@ def inspect_in_process(source: Source, preprocess: Preprocess, index: int) -> In
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(inspect(source, preprocess, index)))
-    process.start()
+    with one_opencv_thread():
+        process.start()
     sender.close()
     process.join(60.0)
     if process.is_alive():

@@ -85,12 +85,30 @@ def start_worker(worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@contextlib.contextmanager
+def one_opencv_thread() -> Iterator[None]:
+    """End OpenCV's threads for the time of a fork. Of a pool that has begun, the copy has the book
+    but not the threads, and waits for them without end.
+    """
+    count = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(count)
+
+
 class Worker(ForkProcess):
     """A loader process; an error that ends it becomes a line for the process that started it."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.message = mmap.mmap(-1, MAX_MESSAGE)  # shared
+
+    def start(self) -> None:
+        """Fork, without OpenCV's threads."""
+        with one_opencv_thread():
+            super().start()
 
     def run(self) -> None:
         """Load until the loader is closed."""

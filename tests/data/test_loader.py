@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from ssl_xcit.data import loader as loading
 from ssl_xcit.data.bad_samples import BadSamples
+from ssl_xcit.data.checks import inspect_in_process
 from ssl_xcit.data.crop_dataset import CropDataset, check_images, plain_loader, stack
 from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.fused import FusedMultiCrop
@@ -505,3 +507,25 @@ def test_restarting_without_workers_is_the_loader():
 
     assert [b.tolist() for b in ResilientLoader(make, 5, start=3)] == [[6, 7], [8, 9]]
     assert len(ResilientLoader(make, 5, start=3)) == 5
+
+
+def mean_of_a_large_image(index: int) -> float:
+    """By OpenCV's threads, where there are several."""
+    large = np.full((2000, 2000, 3), index, np.uint8)
+    return float(cv2.resize(large, (500, 500), interpolation=cv2.INTER_AREA).mean())
+
+
+def test_opencv_was_used_before_the_workers_begin(tmp_path):
+    """Its threads are not in a copy of the process, which would wait for them."""
+    put(tmp_path / "good.png", encoded(gradient_image()))
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(4)
+    try:
+        mean_of_a_large_image(0)
+        chunks = parallel_map(mean_of_a_large_image, 4, 1, timeout=10, chunk=2)
+        assert list(chunks) == [[0, 1], [2, 3]]
+        assert cv2.getNumThreads() == 4
+        mean_of_a_large_image(0)
+        assert not inspect_in_process(Files(["good.png"], str(tmp_path)), RGB, 0).reason
+    finally:
+        cv2.setNumThreads(before)
