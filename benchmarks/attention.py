@@ -17,8 +17,9 @@ import torch
 from measure import extra_memory, save, status
 
 from ssl_xcit import create_model
-from ssl_xcit.data.decode import RGB, read_image
+from ssl_xcit.data.decode import read_image
 from ssl_xcit.data.photos import photographs
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import Pixels, normalise
 from ssl_xcit.eval.tasks.masks import resize_image
 from ssl_xcit.eval.viz import attention, channels, pictures

@@ -15,8 +15,9 @@ import torch
 from measure import save
 
 from ssl_xcit import load_backbone
-from ssl_xcit.data.decode import RGB, read_image
+from ssl_xcit.data.decode import read_image
 from ssl_xcit.data.photos import photographs
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.eval.viz import attention
 from ssl_xcit.eval.viz.film import component_colours

@@ -35,7 +35,7 @@ from hydra.utils import instantiate
 from measure import interleaved
 from real_step import composed, expected, step_of
 
-from ssl_xcit.data.decode import RGB
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.training.datamodule import multi_crop_data
 from ssl_xcit.utils.hardware import machine, memory_of
 

@@ -33,10 +33,11 @@ from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 
 from ssl_xcit.data import folders, fused
-from ssl_xcit.data.decode import RGB, decode, open_picture
+from ssl_xcit.data.decode import decode, open_picture
 from ssl_xcit.data.fused import FusedMultiCrop
 from ssl_xcit.data.multicrop import MultiCrop, TorchvisionMultiCrop
 from ssl_xcit.data.photos import photographs, photos
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.sets import Arrays
 from ssl_xcit.data.shards import tar_shards
 from ssl_xcit.data.sources import Files, Source

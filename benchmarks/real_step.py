@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from torch import Tensor
 
-from ssl_xcit.data.decode import RGB
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.training.build import accelerate_, make_module
 from ssl_xcit.training.module import Pretraining
 from ssl_xcit.training.plan import make_plan

@@ -29,7 +29,7 @@ from measure import save
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_xcit.data.decode import RGB
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.training.build import make_module
 from ssl_xcit.training.plan import make_plan
 from ssl_xcit.training.settings import PretrainSettings

@@ -21,7 +21,8 @@ from ssl_xcit.commands.check import main as check
 from ssl_xcit.commands.shard import ShardSettings
 from ssl_xcit.commands.shard import main as shard
 from ssl_xcit.data import checks, crop_dataset, shard_writer
-from ssl_xcit.data.decode import RGB, BadImage, decode
+from ssl_xcit.data.decode import decode
+from ssl_xcit.data.picture import RGB, BadImage
 from ssl_xcit.data.settings import DataSettings
 from ssl_xcit.data.shards import tar_shards
 from ssl_xcit.data.sources import Files

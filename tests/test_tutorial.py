@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ssl_xcit import load_backbone
-from ssl_xcit.data.decode import RGB
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise
 
 DOC = Path(__file__).resolve().parent.parent / "docs/tutorial.md"

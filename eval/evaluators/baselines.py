@@ -9,7 +9,8 @@ import torch
 from annotated_types import Ge, Le
 from jaxtyping import Float32, UInt8
 
-from ssl_xcit.data.decode import BadImage, decode
+from ssl_xcit.data.decode import decode
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import resize_center_crop
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.models.xcit import XCiT

@@ -23,7 +23,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from ssl_xcit.data.cache import load_arrays, save_arrays
-from ssl_xcit.data.decode import BadImage
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.sources import Files, LabelledPair, Source, Subset, digest_of
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.xcit import XCiT

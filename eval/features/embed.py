@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ssl_xcit.data.bad_samples import FILE as BAD
-from ssl_xcit.data.decode import BadImage, decode
+from ssl_xcit.data.decode import decode
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ssl_xcit.data.decode import RGB
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import Preprocess, normalise
 from ssl_xcit.data.sources import LabelledPair
 from ssl_xcit.models.xcit import XCiT

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from ssl_xcit.data.decode import BadImage
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Pixels
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.models.xcit import XCiT

@@ -22,11 +22,12 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_xcit.data.decode import BadImage, decode
+from ssl_xcit.data.decode import decode
 from ssl_xcit.data.fused import ATTEMPTS, cut, draw_boxes
 from ssl_xcit.data.labels import Labels, label_kind
 from ssl_xcit.data.loader import ResilientLoader, loader_options
 from ssl_xcit.data.order import crop_seed, image_at
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Preprocess, normalise
 from ssl_xcit.data.sources import LabelledPair, Source, Subset
 from ssl_xcit.errors import UserError

@@ -18,8 +18,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from ssl_xcit.data.decode import BadImage, as_bad_image, check_size, read_file, read_image
+from ssl_xcit.data.decode import read_file, read_image
 from ssl_xcit.data.folders import image_files
+from ssl_xcit.data.picture import BadImage, as_bad_image, check_size
 from ssl_xcit.data.preprocess import Pixels, Preprocess
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.utils.hardware import usable_cores

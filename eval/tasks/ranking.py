@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from ssl_xcit.data.decode import BadImage, read_image
+from ssl_xcit.data.decode import read_image
 from ssl_xcit.data.loader import parallel_map
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Pixels, Preprocess
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.xcit import XCiT

@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from ssl_xcit.data.decode import BadImage, open_picture
+from ssl_xcit.data.decode import open_picture
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.sources import Source
 from ssl_xcit.utils.terminal import track
 

@@ -17,9 +17,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from jaxtyping import Float, Int64
 
-from ssl_xcit.data.decode import BadImage, decode
+from ssl_xcit.data.decode import decode
 from ssl_xcit.data.folders import folder
 from ssl_xcit.data.labels import label_kind
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import resize_center_crop
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import MissingPath, UserError

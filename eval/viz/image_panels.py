@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_xcit.data.decode import BadImage
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Pixels
 from ssl_xcit.errors import UserError
 from ssl_xcit.models.xcit import XCiT

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ssl_xcit.data.decode import BadImage, decode
+from ssl_xcit.data.decode import decode
 from ssl_xcit.data.folders import folder
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import of_weights, resize_center_crop
 from ssl_xcit.data.sources import Files
 from ssl_xcit.errors import MissingPath, UserError

@@ -25,8 +25,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from ssl_xcit.data.decode import BadImage, open_picture, read_image
+from ssl_xcit.data.decode import open_picture, read_image
 from ssl_xcit.data.order import evenly_spaced
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Pixels, Preprocess
 from ssl_xcit.data.sources import Source
 from ssl_xcit.training.datamodule import data_of

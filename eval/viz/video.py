@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ssl_xcit.data.decode import BadImage
 from ssl_xcit.data.folders import image_files
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Pixels, Preprocess
 from ssl_xcit.errors import MissingPath, UserError
 

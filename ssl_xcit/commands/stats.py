@@ -8,7 +8,7 @@ from typing import Any
 from hydra.utils import instantiate
 
 from ssl_xcit.data.channel_statistics import count_all, measure
-from ssl_xcit.data.decode import dark_images
+from ssl_xcit.data.picture import dark_images
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.settings import SourceSettings
 from ssl_xcit.data.sources import Source

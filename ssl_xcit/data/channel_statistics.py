@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from ssl_xcit.data.decode import BadImage, DeepRange, open_picture
+from ssl_xcit.data.decode import open_picture
 from ssl_xcit.data.loader import ResilientLoader, parallel_map
+from ssl_xcit.data.picture import BadImage, DeepRange
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssl_xcit.data.bad_samples import kind_of
-from ssl_xcit.data.decode import BadImage, DeepRange, dark_images, open_picture
+from ssl_xcit.data.decode import open_picture
 from ssl_xcit.data.loader import NoWorkers, one_opencv_thread, parallel_map
 from ssl_xcit.data.multicrop import Replaced
+from ssl_xcit.data.picture import BadImage, DeepRange, dark_images
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Source, digest_of
 from ssl_xcit.errors import RunFailed

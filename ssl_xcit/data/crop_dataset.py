@@ -10,11 +10,12 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ssl_xcit.data.decode import BadImage, DeepRange, dark_images, decode, open_picture
+from ssl_xcit.data.decode import decode, open_picture
 from ssl_xcit.data.labels import label_kind
 from ssl_xcit.data.loader import ResilientLoader, loader_options
 from ssl_xcit.data.multicrop import Crops, MultiCrop, Replaced, crops_at
 from ssl_xcit.data.order import crop_seed, fallback_index, image_at
+from ssl_xcit.data.picture import BadImage, DeepRange, dark_images
 from ssl_xcit.data.preprocess import Preprocess, resize_center_crop
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.errors import UserError

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64, UInt8
 
-from ssl_xcit.data.decode import Picture
 from ssl_xcit.data.multicrop import Large, Recipe, Small
+from ssl_xcit.data.picture import Picture
 from ssl_xcit.data.preprocess import Pixels
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow and torchvision weigh grey

@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
-from ssl_xcit.data.decode import Picture
+from ssl_xcit.data.picture import Picture
 from ssl_xcit.errors import UserError
 from ssl_xcit.utils.validation import Count, Positive, Share, Words
 

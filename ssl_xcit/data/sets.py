@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from ssl_xcit.data.decode import BadImage, npy_header
+from ssl_xcit.data.array_files import npy_header
 from ssl_xcit.data.labels import AnyLabels, labels_from, load_npy, normalised
 from ssl_xcit.data.order import Shards
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import MAX_CHANNELS
 from ssl_xcit.data.sources import (
     Files,

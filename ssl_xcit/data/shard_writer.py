@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from ssl_xcit.data.bad_samples import FILE
-from ssl_xcit.data.decode import MAX_BYTES, BadImage, open_picture
+from ssl_xcit.data.decode import MAX_BYTES, open_picture
 from ssl_xcit.data.loader import parallel_map
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.remote import INDEX, LISTING
 from ssl_xcit.data.shards import full_listing, list_tar, write_listings

@@ -28,7 +28,7 @@ from typing import Annotated, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ssl_xcit.data.cache import load_arrays, save_arrays
-from ssl_xcit.data.decode import MAX_BYTES, BadImage
+from ssl_xcit.data.decode import MAX_BYTES
 from ssl_xcit.data.folders import warn_once
 from ssl_xcit.data.formats import (
     EXTENSIONS,
@@ -40,6 +40,7 @@ from ssl_xcit.data.formats import (
 )
 from ssl_xcit.data.labels import AnyLabels, Labels, named_classes, numbered
 from ssl_xcit.data.order import Shards
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.remote import (
     INDEX,
     RemoteFile,

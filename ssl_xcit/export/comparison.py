@@ -15,8 +15,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from ssl_xcit.data.decode import RGB, decode
+from ssl_xcit.data.decode import decode
 from ssl_xcit.data.photos import photos
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.export.description import Weights

@@ -14,10 +14,11 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from ssl_xcit.data.decode import BadImage, as_bad_image, orientation_of
+from ssl_xcit.data.decode import orientation_of
 from ssl_xcit.data.folders import TEST_NAMES, TRAIN_NAMES
 from ssl_xcit.data.formats import readable_formats
 from ssl_xcit.data.labels import normalised
+from ssl_xcit.data.picture import BadImage, as_bad_image
 from ssl_xcit.data.sources import Files, some_rows
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.utils.terminal import printable

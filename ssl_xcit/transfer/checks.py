@@ -3,7 +3,8 @@
 import logging
 
 from ssl_xcit.data.crop_dataset import probes
-from ssl_xcit.data.decode import BadImage, decode
+from ssl_xcit.data.decode import decode
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.errors import UserError
 from ssl_xcit.transfer.annotated import EXAMPLES, Misfit

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ssl_xcit.data.crop_dataset import MAX_REPLACEMENTS
-from ssl_xcit.data.decode import BadImage, decode
+from ssl_xcit.data.decode import decode
 from ssl_xcit.data.identity import DataIndex, index_of
 from ssl_xcit.data.multicrop import Replaced
 from ssl_xcit.data.order import crop_seed, fallback_index, image_at
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Source, Subset, some_rows, stratified
 from ssl_xcit.transfer.task import AnnotatedSource, Augment, Target, TransferData

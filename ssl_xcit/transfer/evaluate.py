@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_xcit.data.decode import BadImage, decode
+from ssl_xcit.data.decode import decode
 from ssl_xcit.data.loader import parallel_map
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Preprocess, of_weights
 from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError

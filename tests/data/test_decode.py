@@ -13,7 +13,8 @@ from samples import HEIC, channels, encoded, peak_memory, photo, png_of_chunks, 
 
 from ssl_xcit.data import decode as decoding
 from ssl_xcit.data import formats
-from ssl_xcit.data.decode import RGB, BadImage, DeepRange, dark_images, decode, open_picture
+from ssl_xcit.data.decode import decode, open_picture
+from ssl_xcit.data.picture import RGB, BadImage, DeepRange, dark_images
 from ssl_xcit.data.preprocess import Preprocess, of_weights
 
 

@@ -11,7 +11,8 @@ import tifffile
 from PIL import Image
 from samples import channels, encoded, png_of_chunks, saved
 
-from ssl_xcit.data.decode import BadImage, decode, open_picture
+from ssl_xcit.data.decode import decode, open_picture
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Preprocess
 
 H, W = 6, 10

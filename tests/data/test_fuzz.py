@@ -11,8 +11,9 @@ import tifffile
 from PIL import Image
 from samples import channels, encoded, saved
 
-from ssl_xcit.data.decode import BadImage, open_picture
+from ssl_xcit.data.decode import open_picture
 from ssl_xcit.data.fused import FusedMultiCrop
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Preprocess
 
 

@@ -28,11 +28,11 @@ from ssl_xcit.data import loader as loading
 from ssl_xcit.data.bad_samples import BadSamples
 from ssl_xcit.data.checks import inspect_in_process
 from ssl_xcit.data.crop_dataset import CropDataset, check_images, plain_loader, stack
-from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.fused import FusedMultiCrop
 from ssl_xcit.data.loader import NoWorkers, ResilientLoader, cause_of, parallel_map
 from ssl_xcit.data.multicrop import Replaced, TorchvisionMultiCrop
 from ssl_xcit.data.order import Positions, image_at
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.sources import Files, Subset
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.training.datamodule import multi_crop_data

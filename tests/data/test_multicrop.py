@@ -8,9 +8,10 @@ from PIL import Image
 from samples import PLAIN, SMALL, encoded, gradient_image, peak_memory
 from torchvision.transforms import v2
 
-from ssl_xcit.data.decode import RGB, open_picture
+from ssl_xcit.data.decode import open_picture
 from ssl_xcit.data.fused import FusedMultiCrop
 from ssl_xcit.data.multicrop import SEQUENCES, Recipe, TorchvisionMultiCrop
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise, resize_center_crop, to_views
 
 

@@ -21,9 +21,9 @@ from samples import logged, photo, tar
 
 from ssl_xcit.data import remote, shards
 from ssl_xcit.data.crop_dataset import check_images
-from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.identity import index_of
 from ssl_xcit.data.order import Shards, image_at
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.remote import LISTING, FileCache, RemoteFile, expanded, find_tars
 from ssl_xcit.data.sets import arrays
 from ssl_xcit.data.shard_writer import INDEX, ShardJob, write_index, write_shards

@@ -9,8 +9,9 @@ import pytest
 from samples import HEIC, encoded, logged, photo, tar
 
 from ssl_xcit.data import formats
-from ssl_xcit.data.decode import BadImage, decode
+from ssl_xcit.data.decode import decode
 from ssl_xcit.data.order import Shards, image_at
+from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.shards import MAX_HEADER, labelled_shards, list_tar, tar_shards
 
 

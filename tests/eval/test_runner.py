@@ -8,7 +8,8 @@ import torch
 from commands import images
 
 from ssl_xcit.data.crop_dataset import check_labelled
-from ssl_xcit.data.decode import RGB, decode
+from ssl_xcit.data.decode import decode
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise, resize_center_crop
 from ssl_xcit.data.sources import Files, LabelledPair, Subset
 from ssl_xcit.eval.evaluators.baselines import colour_histogram, histogram, random_weights

@@ -63,7 +63,8 @@ def test_row_21_one_percent_of_bad_images(place):
 
 BOMB = """
 import resource, sys
-from ssl_xcit.data.decode import RGB, BadImage, open_picture
+from ssl_xcit.data.decode import open_picture
+from ssl_xcit.data.picture import RGB, BadImage
 content = open(sys.argv[1], "rb").read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -100,7 +101,8 @@ def test_row_22_an_image_bomb(place):
 
 def test_row_23_documented_pixels(tmp_path):
     """16-bit grey, RGBA, palette, GIF, turned by EXIF, CMYK: golden values, from files."""
-    from ssl_xcit.data.decode import RGB, open_picture
+    from ssl_xcit.data.decode import open_picture
+    from ssl_xcit.data.picture import RGB
 
     red_green = Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0]]], np.uint8))
     exif = Image.Exif()

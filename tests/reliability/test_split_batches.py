@@ -7,7 +7,7 @@ import torch
 from hydra import compose, initialize_config_module
 from ranks import on_ranks
 
-from ssl_xcit.data.decode import RGB
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.training.build import make_module
 from ssl_xcit.training.plan import make_plan

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.multicrop import TorchvisionMultiCrop
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Subset
 from ssl_xcit.models.head import DINOHead, ProjectionHead

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ssl_xcit
-from ssl_xcit.data.decode import RGB
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import to_views
 from ssl_xcit.eval.features.extractor import FeatureExtractor
 from ssl_xcit.models.xcit import XCiT

@@ -9,7 +9,7 @@ from commands import SMALL, run
 from test_conf import load
 from torch.profiler import ProfilerActivity, profile
 
-from ssl_xcit.data.decode import RGB
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.training.build import make_module
 from ssl_xcit.training.plan import make_plan
 from ssl_xcit.training.settings import PretrainSettings

@@ -6,7 +6,8 @@ import pytest
 from pycocotools import mask as coco_masks
 from test_conf import load
 
-from ssl_xcit.data.decode import BadImage, read_image, upright
+from ssl_xcit.data.decode import read_image
+from ssl_xcit.data.picture import BadImage, upright
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.transfer.checks import check_transfer

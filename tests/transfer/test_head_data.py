@@ -23,7 +23,7 @@ from layouts import (
     yolo,
 )
 
-from ssl_xcit.data.decode import RGB
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.errors import UserError
 from ssl_xcit.eval.heads import named_test_data
 from ssl_xcit.models.xcit import XCiT

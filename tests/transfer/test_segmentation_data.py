@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_xcit.data.decode import BadImage, read_image, upright
+from ssl_xcit.data.decode import read_image
+from ssl_xcit.data.picture import BadImage, upright
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.transfer.checks import check_transfer

@@ -10,8 +10,8 @@ import torch
 from layouts import picture
 from toys import data
 
-from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.order import crop_seed, image_at
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.training.datamodule import TrainingData

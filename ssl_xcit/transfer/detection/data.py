@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from jaxtyping import Float32
 
-from ssl_xcit.data.decode import as_bad_image, upright
 from ssl_xcit.data.labels import named_classes, normalised
 from ssl_xcit.data.photos import CacheFolder
+from ssl_xcit.data.picture import as_bad_image, upright
 from ssl_xcit.data.sources import Files, Place, Seed, TestFraction
 from ssl_xcit.data.string_array import StringArray
 from ssl_xcit.errors import UserError

@@ -16,11 +16,12 @@ from annotated_types import Ge, Le
 from jaxtyping import Shaped, UInt8
 from PIL import Image
 
-from ssl_xcit.data.decode import BadImage, as_bad_image, check_size, read_file, upright
+from ssl_xcit.data.decode import read_file
 from ssl_xcit.data.folders import image_files
 from ssl_xcit.data.identity import index_of
 from ssl_xcit.data.labels import normalised
 from ssl_xcit.data.photos import CacheFolder
+from ssl_xcit.data.picture import BadImage, as_bad_image, check_size, upright
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Files, Place, Seed, TestFraction
 from ssl_xcit.errors import MissingPath, UserError

@@ -22,7 +22,8 @@ from PIL import Image
 from tiny_run import make_run, published
 
 from ssl_xcit import load_backbone
-from ssl_xcit.data.decode import RGB, decode
+from ssl_xcit.data.decode import decode
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise, resize_center_crop
 from ssl_xcit.eval.features import cache as feature_cache
 from ssl_xcit.eval.features import store

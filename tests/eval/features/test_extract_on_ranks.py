@@ -5,7 +5,7 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from ssl_xcit.data.decode import RGB
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.sets import Arrays
 from ssl_xcit.eval.evaluators.knn import KNN, knn_predict
 from ssl_xcit.eval.features.extract import FeatureSet, extract

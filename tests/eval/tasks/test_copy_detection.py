@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageEnhance
 from sklearn.decomposition import PCA
 
-from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.photos import photographs
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.eval.tasks.copy_detection import (
     CopyDetection,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.photos import photographs
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.errors import MissingPath, RunFailed, UserError
 from ssl_xcit.eval.features.extractor import FeatureExtractor
 from ssl_xcit.eval.tasks.landmark_retrieval import (

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_xcit.data.decode import RGB, decode
+from ssl_xcit.data.decode import decode
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise, resize_center_crop
 from ssl_xcit.data.sources import LabelledPair, Subset, stratified
 from ssl_xcit.eval.features.extractor import FeatureExtractor

@@ -12,8 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, jaccard_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from ssl_xcit.data.decode import RGB, read_image
+from ssl_xcit.data.decode import read_image
 from ssl_xcit.data.photos import photographs
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.errors import MissingPath, RunFailed, UserError
 from ssl_xcit.eval.features.extractor import FeatureExtractor

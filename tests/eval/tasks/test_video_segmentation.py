@@ -9,8 +9,9 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 from sklearn.metrics import jaccard_score
 
-from ssl_xcit.data.decode import RGB, read_image
+from ssl_xcit.data.decode import read_image
 from ssl_xcit.data.photos import photographs
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.errors import MissingPath, UserError
 from ssl_xcit.eval.tasks.video_segmentation import (

@@ -21,8 +21,8 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from tiny_run import sharp_backbone
 
-from ssl_xcit.data.decode import RGB
 from ssl_xcit.data.photos import photographs
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.eval.viz import attention
 from ssl_xcit.eval.viz.video import Selection, Video, natural_key

@@ -12,7 +12,8 @@ from commands import run
 from PIL import Image
 from tiny_run import make_run
 
-from ssl_xcit.data.decode import RGB, read_image
+from ssl_xcit.data.decode import read_image
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.errors import UserError
 from ssl_xcit.eval.viz.grids import FRAME, MARGIN, SIDE, SPLIT, WRONG

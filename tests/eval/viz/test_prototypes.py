@@ -13,7 +13,8 @@ from scipy.special import erf, log_softmax
 from scipy.stats import entropy
 from tiny_run import PLAN, K
 
-from ssl_xcit.data.decode import RGB, read_image
+from ssl_xcit.data.decode import read_image
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.errors import UserError
 from ssl_xcit.eval.viz import prototypes

@@ -20,7 +20,7 @@ from scipy.stats import entropy
 from test_channels import textbook
 from tiny_run import LABELS, NO_LABELS, PICTURES, PLAIN, sharp_backbone
 
-from ssl_xcit.data.decode import RGB
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.eval.viz import attention, snapshots
 from ssl_xcit.eval.viz.snapshots import FixedImage, Snapshots, aligned, moments_of

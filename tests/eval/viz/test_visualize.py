@@ -16,7 +16,7 @@ from html_page import Page
 from PIL import Image
 from tiny_run import sharp_backbone
 
-from ssl_xcit.data.decode import RGB
+from ssl_xcit.data.picture import RGB
 from ssl_xcit.data.preprocess import normalise
 from ssl_xcit.errors import MissingPath, RunFailed, UserError
 from ssl_xcit.eval.features.extractor import FeatureExtractor
