@@ -10,8 +10,9 @@ takes over those that both take. Writes benchmarks/results/features.json.
 """
 
 import argparse
-import os
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,12 +27,14 @@ from ssl_xcit.eval.features.extract import batches, forward_parts
 from ssl_xcit.eval.features.extractor import FeatureExtractor
 from ssl_xcit.models.devices import keep_memory, prepare_cpu
 
-RESIZE, SIZE, BATCH = 256, 224, 64
+RESIZE, SIZE, BATCH = 256, 224, 32
 
 
-def cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
-    return sum(os.times()[:4])
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Of this process."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
 
 
 def measured(name: str, source: Files, rounds: int) -> dict[str, object]:
@@ -41,13 +44,12 @@ def measured(name: str, source: Files, rounds: int) -> dict[str, object]:
     extractor = FeatureExtractor(backbone, batch_size=BATCH)
     preprocess = extractor.preprocess
 
-    def loader() -> list[torch.Tensor]:
-        parts = plain_loader(source, RESIZE, SIZE, BATCH, extractor.workers, preprocess)
+    def loader(workers: int = extractor.workers) -> list[torch.Tensor]:
+        parts = plain_loader(source, RESIZE, SIZE, BATCH, workers, preprocess)
         return [pixels for pixels, _ in parts]
 
-    started = cpu_seconds()
     resident = loader()
-    reading = cpu_seconds() - started
+    reading = cpu_seconds(lambda: loader(0))
 
     def alone() -> None:
         for pixels in resident:
@@ -62,7 +64,7 @@ def measured(name: str, source: Files, rounds: int) -> dict[str, object]:
     # a share: what the forward pass alone takes over what the folder takes
     found = compared({side: seconds[side] for side in ("folder", "alone")}, "folder", "alone")
     found["seconds"]["loader"] = sorted(seconds["loader"])[rounds // 2]
-    forward = found["seconds"]["alone"] * torch.get_num_threads()
+    forward = cpu_seconds(alone)
     found["at_most"] = round(forward / (forward + reading), 3)
     found["images"] = len(source)
     return found

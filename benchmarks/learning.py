@@ -73,7 +73,7 @@ def words(args: argparse.Namespace, objective: str, seed: int, steps: int, name:
 
 
 def settings_of(args: argparse.Namespace) -> str:
-    """A short name of what a run is made with, besides objective, seconds and seed."""
+    """A short name of what a run is made with, besides objective, steps and seed."""
     what = (args.data, args.size, args.model, args.batch, args.words, args.teacher)
     return hashlib.sha256(repr(what).encode()).hexdigest()[:6]
 
@@ -192,12 +192,14 @@ def main() -> None:
     parser.add_argument("--teacher", default="runs/demo", help="of --objectives distillation")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     args = parser.parse_args()
+    if len(set(args.objectives)) < len(args.objectives):
+        parser.error("--objectives: each once")
     pair, rows = labelled(args), dict[str, list[dict[str, float]]]()
     if not args.steps:
         steps, length = steps_in_the_time(args), f"{args.seconds:g}s"
     elif len(args.steps) in (1, len(args.objectives)):
         steps = dict(zip(args.objectives, cycle(args.steps)))
-        length = f"{max(args.steps)}"
+        length = "_".join(map(str, args.steps))
     else:
         parser.error(f"--steps: {len(args.steps)} numbers for {len(args.objectives)} objectives")
     for seed in args.seeds:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from commands import NO_ONLINE, images, run
 
-from ssl_xcit.training.run_dir import from_weights_of
+from ssl_xcit.models.kernel_trial import kernels_are_faster
+from ssl_xcit.training.run_dir import from_weights_of, kernels_of
 
 SETTINGS = [
     *(o for o in NO_ONLINE if not o.startswith("epochs")),
@@ -51,6 +52,21 @@ def test_a_copy_on_another_mount_goes_on(home, capfd):
     assert "going on from runs/x/checkpoints" in said
     assert about(home)["data_sha256"] == before["data_sha256"]
     assert about(home)["data_changes"] == []
+
+
+def test_a_run_goes_on_with_or_without_kernels_as_it_began(home, capfd):
+    folder = home / "runs/x"
+    assert kernels_of(folder) is kernels_are_faster()
+    assert kernels_of(home / "photos") is None
+    for noted, goes_on in ((False, False), (None, None), ("absent", True)):
+        record = {key: value for key, value in about(home).items() if key != "kernels"}
+        record |= {} if noted == "absent" else {"kernels": noted}
+        (folder / "run.json").write_text(json.dumps(record))
+        assert kernels_of(folder) is goes_on
+    write = {**about(home), "kernels": False}
+    (folder / "run.json").write_text(json.dumps(write))
+    assert resume() == 0
+    assert about(home)["kernels"] is False
 
 
 def test_a_moved_run_that_has_no_name_is_found(home, capfd):

@@ -18,6 +18,7 @@ from ssl_xcit.training.run_dir import (
     check_same_run,
     disk_trouble,
     is_begun,
+    kernels_of,
     last_row,
     locked,
     moved_run,
@@ -90,7 +91,7 @@ def main(settings: FinetuneSettings) -> Path:
     task.measure()  # needs libraries of its own, which are missed now or after training
     module = make_transfer(settings, plan, task)
     if runs_on_cpu(settings.trainer):
-        prepare_cpu(module)
+        prepare_cpu(module, kernels_of(run_dir))
     workers = settings.num_workers
     with locked(run_dir, wanted=trainer.is_global_zero):
         if trainer.is_global_zero and is_finished(run_dir, finish):  # meanwhile

@@ -41,6 +41,7 @@ from ssl_xcit.training.run_dir import (
     check_same_run,
     disk_trouble,
     is_begun,
+    kernels_of,
     last_row,
     locked,
     moved_paths,
@@ -140,7 +141,7 @@ def main(settings: PretrainSettings) -> Path:
 
     def networks(plan: Plan) -> Pretraining:
         made = make_module(settings, plan, preprocess, start)
-        accelerate_(made, settings.compile, trainer.world_size)
+        accelerate_(made, settings.compile, trainer.world_size, kernels_of(run_dir))
         return made
 
     if settings.plan:

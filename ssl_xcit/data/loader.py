@@ -85,17 +85,21 @@ def start_worker(worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+FORKING = threading.Lock()  # held by the thread that forks
+
+
 @contextlib.contextmanager
 def one_opencv_thread() -> Iterator[None]:
     """End OpenCV's threads for the time of a fork. Of a pool that has begun, the copy has the book
-    but not the threads, and waits for them without end.
+    but not the threads, and waits for them without end. No other thread may be inside OpenCV then.
     """
-    count = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(count)
+    with FORKING:
+        count = cv2.getNumThreads()
+        cv2.setNumThreads(1)
+        try:
+            yield
+        finally:
+            cv2.setNumThreads(count)
 
 
 class Worker(ForkProcess):

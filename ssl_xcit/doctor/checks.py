@@ -168,7 +168,7 @@ def check_cpp_compiler(compiler: str, version: str | None) -> Line:
     if version is None:
         fix = "apt install g++, or name another in CXX"
         return Line(
-            "note", "compiler", f"no {compiler}: training on a CPU takes about half as long again",
+            "note", "compiler", f"no {compiler}: training on a CPU is slower",
             fix,
         )  # fmt: skip
     return Line("ok", "compiler", f"{version}, for kernels of this processor")
@@ -176,11 +176,12 @@ def check_cpp_compiler(compiler: str, version: str | None) -> Line:
 
 def check_kernels(facts: Facts) -> Line:
     """What the kernels gain, as tried once on this machine; see `models/kernel_trial.py`."""
-    if "error" in facts:
-        fix = "compile=false trains without them; name another compiler in CXX"
-        return Line("note", "kernels", facts["error"], fix)
-    if (speed := facts["speed"]) is None:
-        return Line("note", "kernels", "the compiler did not build them", "another one in CXX")
+    reason = facts.get("error")
+    if not reason and not facts["speed"]:
+        reason = " ".join(facts["why"]) or "they failed in a trial, so networks run without them"
+    if reason:
+        return Line("note", "kernels", reason, "name another compiler in CXX")
+    speed = facts["speed"]
     about = f"a block is {speed:.2f} times as fast by them as by torch alone"
     taken = "takes them" if facts["taken"] else "leaves them"
     return Line("ok", "kernels", f"{about}; compile=auto {taken}")

@@ -4,6 +4,7 @@ interpreter instead of raising.
 
 import io
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -170,7 +171,14 @@ def kernel_facts() -> Facts:
     """How many times as fast kernels are here, and whether that is enough to take them."""
     from ssl_xcit.models.kernel_trial import kernel_speed, kernels_are_faster
 
-    return {"speed": kernel_speed(), "taken": kernels_are_faster()}
+    why: list[str] = []
+
+    class Reasons(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            why.append(record.getMessage())
+
+    logging.getLogger("ssl_xcit").addHandler(Reasons())
+    return {"speed": kernel_speed(), "taken": kernels_are_faster(), "why": why}
 
 
 PROBES: dict[str, Callable[[], Facts]] = {

@@ -43,13 +43,16 @@ def placed(network: nn.Module, device: str) -> list[torch.device]:
     return devices
 
 
-def prepare_cpu(network: nn.Module) -> None:
-    """Let every XCiT inside take this machine's kernels, which are built and tried where that has
-    not been done, unless it is faster without them; and let the process keep freed memory.
+def prepare_cpu(network: nn.Module, kernels: bool | None = None) -> None:
+    """Let every XCiT inside take this machine's kernels, and the process keep freed memory.
+
+    Args:
+        network: the XCiT, or what has some inside.
+        kernels: whether to take them; None: where a trial, once a machine, finds them faster.
     """
     keep_memory()
     for module in network.modules():
-        if isinstance(module, XCiT) and kernels_are_faster():
+        if isinstance(module, XCiT) and (kernels_are_faster() if kernels is None else kernels):
             module.fuse()
 
 

@@ -2,23 +2,33 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ssl_xcit.errors import UserError
 from ssl_xcit.models.kernels import kernels
 from ssl_xcit.models.xcit import XCABlock
-from ssl_xcit.utils.files import write_json
+from ssl_xcit.utils.files import read_json, write_json
 from ssl_xcit.utils.hardware import has_bfloat16
+from ssl_xcit.utils.locks import exclusive
 from ssl_xcit.utils.terminal import say
 
 DIM, HEADS, SIDE, IMAGES = 128, 4, 14, 8  # xcit_nano_12_p16 at 224 pixels
 ROUNDS = 7  # the fastest of each counts, for other work makes some slower
 TOO_SLOW = 0.9  # speed below which the plain forms are taken; closer to 1 it would be chance
+TIMEOUT = 300  # seconds for a trial
+CODE = """
+from ssl_xcit.models.kernel_trial import measured_speed
+print(measured_speed())
+"""
 
 
 def kernels_are_faster() -> bool:
@@ -29,59 +39,71 @@ def kernels_are_faster() -> bool:
 
 @functools.cache
 def kernel_speed() -> float | None:
-    """How many times as fast a block is by the kernels as by torch alone; None where they cannot be
-    built. Measured at the first call on a machine (a second) and kept beside the built file.
+    """How many times as fast a block is by the kernels as by torch alone (0: they end the process);
+    None where they cannot be built. Measured at the first call on a machine (seconds), and again
+    for another torch; kept beside the built file.
     """
     run = kernels()
     if run is None:
         return None
-    record = record_of(run.path)
-    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or cut short
-        return float(json.loads(record.read_text())["speed"])
-    speed = round(measured_speed(), 3)
-    if speed < TOO_SLOW:
-        say(f"they have {speed:.2f} of torch's speed here, so networks run without them: {record}")
-    with suppress(OSError):
-        write_json({"speed": speed}, record)
-    return speed
+    record = run.path.with_suffix(".json")
+    speed = recorded(record)
+    return tried_once(record) if speed is None else speed
 
 
-def record_of(built: Path) -> Path:
-    """Where the trial of built kernels is kept."""
-    return built.with_suffix(".json")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute by one thread for the time being."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def tried_once(record: Path) -> float:
+    """The speed by a trial, of several processes that want it at once by that of the first."""
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        with exclusive(record.with_suffix(".lock"), "the trial of kernels", wait=True):
+            speed = recorded(record)
+            if speed is None:
+                speed = tried_speed()
+                with suppress(OSError):  # a full disk
+                    write_json({"speed": speed, "torch": torch.__version__}, record)
+            return speed
+    except UserError:  # a folder that cannot be written
+        return tried_speed()
+
+
+def recorded(record: Path) -> float | None:
+    """The speed that an earlier trial found with this torch."""
+    about: dict[str, Any] = read_json(record)
+    speed = about.get("speed")
+    is_ours = isinstance(speed, float) and about.get("torch") == torch.__version__
+    return speed if is_ours else None
+
+
+def tried_speed() -> float:
+    """The speed found by a process of its own: nothing of this one changes, and kernels that end a
+    process end that one. By one thread: several wait for each other where other programs run, more
+    than they compute.
+    """
+    code = f"import sys; sys.path[:] = {sys.path!r}\n{CODE}"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT,
+            check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        speed = float(json.loads(done.stdout.splitlines()[-1]))
+    except (subprocess.SubprocessError, ValueError, IndexError) as error:
+        say(f"kernels for this processor failed in a trial, so networks run without them: {error}")
+        return 0.0
+    if speed < TOO_SLOW:
+        say(f"kernels for this processor have {speed:.2f} of torch's speed: networks run without")
+    return round(speed, 3)
 
 
 def measured_speed() -> float:
-    """That of a block, forward and backward, in the precision of `trainer.precision=auto`. By one
-    thread: several wait for each other where other programs run, more than they compute. No random
-    number is drawn from the global generator.
-    """
-    with (
-        one_thread(),
-        torch.random.fork_rng(devices=[]),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        plain = XCABlock(DIM, HEADS, layer_scale=1.0, drop_path=0.0)
-        fused = deepcopy(plain)
-        fused.fused = True
-        x = torch.randn(IMAGES, SIDE * SIDE, DIM).requires_grad_()
-        seconds: dict[XCABlock, list[float]] = {plain: [], fused: []}
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16(on_cpu=True)):
-            for _ in range(ROUNDS + 1):  # the first is not counted
-                for block, times in seconds.items():
-                    started = time.perf_counter()
-                    block(x, (SIDE, SIDE)).sum().backward()
-                    times.append(time.perf_counter() - started)
+    """That of a block, forward and backward, in the precision of `trainer.precision=auto`."""
+    plain = XCABlock(DIM, HEADS, layer_scale=1.0, drop_path=0.0)
+    fused = deepcopy(plain)
+    fused.fused = True
+    x = torch.randn(IMAGES, SIDE * SIDE, DIM).requires_grad_()
+    seconds: dict[XCABlock, list[float]] = {plain: [], fused: []}
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16(on_cpu=True)):
+        for _ in range(ROUNDS + 1):  # the first is not counted
+            for block, times in seconds.items():
+                started = time.perf_counter()
+                block(x, (SIDE, SIDE)).sum().backward()
+                times.append(time.perf_counter() - started)
     return min(seconds[plain][1:]) / min(seconds[fused][1:])

@@ -61,14 +61,19 @@ def make_module(
     return module
 
 
-def accelerate_(module: Pretraining, compiled: bool | Literal["auto"], num_ranks: int = 1) -> None:
-    """Let networks run by the kernels of this machine's CPU (`auto`), as programs of
-    `torch.compile` (True), or as they are. SharedBatchNorm, which several ranks have, breaks a
-    program in two.
+def accelerate_(
+    module: Pretraining,
+    compiled: bool | Literal["auto"],
+    num_ranks: int = 1,
+    kernels: bool | None = None,
+) -> None:
+    """Let networks run by the kernels of this machine's CPU (`auto`; `kernels`: see `prepare_cpu`),
+    as programs of `torch.compile` (True), or as they are. SharedBatchNorm, which several ranks
+    have, breaks a program in two.
     """
     if compiled == "auto":
         for network in networks_of(module):
-            prepare_cpu(network)
+            prepare_cpu(network, kernels)
     elif compiled:
         for network in (module.student, module.teacher):
             network.compile_backbone(module.objective.takes_patches, num_ranks == 1)

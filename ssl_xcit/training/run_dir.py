@@ -236,9 +236,11 @@ def write_settings(
     run_dir: Path,
     resumed_at: int | None,
     data: DataRecord,
+    kernels: bool | None,
 ) -> None:
     """Write `config.yaml` (resolved), `run.json` (overrides, choices, derived numbers, the machine,
-    the steps at which the run went on) and `images.npz` (which images).
+    whether networks take its kernels, the steps at which the run went on) and `images.npz` (which
+    images).
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     hydra = HydraConfig.get()
@@ -260,6 +262,7 @@ def write_settings(
         "plan": dict(plan),
         "versions": versions(),
         "machine": machine(),
+        "kernels": kernels,
         "resumed": resumed,
         "folder": os.getcwd(),  # that relative paths start from
         "data_sha256": {key: index.digest() for key, index in data.indices.items()},
@@ -298,6 +301,16 @@ def note_steps(run_dir: Path, **steps: int) -> None:
     """Note other numbers of the plan in `run.json`."""
     if about := about_run(run_dir):
         write_json({**about, "plan": {**about["plan"], **steps}}, run_dir / "run.json")
+
+
+def kernels_of(run_dir: Path) -> bool | None:
+    """Whether a run that has begun takes the kernels of a CPU, so that it goes on with the same
+    bits wherever the trial of them is not at hand; None: nothing decides it.
+    """
+    if not is_begun(run_dir):
+        return None
+    kernels = about_run(run_dir).get("kernels", True)  # older runs took them
+    return kernels if isinstance(kernels, bool) else None
 
 
 def run_id_of(run_dir: Path) -> str:

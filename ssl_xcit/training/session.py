@@ -14,6 +14,7 @@ import lightning
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from torch import nn
 
 from ssl_xcit.errors import RunFailed
 from ssl_xcit.models.checkpoint_files import checkpoints_of
@@ -25,7 +26,7 @@ from ssl_xcit.training.preemption import StopOnSignal, Stopped, requeue
 from ssl_xcit.training.run_dir import DataRecord, disk_trouble, write_settings
 from ssl_xcit.training.settings import RunSettings
 from ssl_xcit.training.slurm import in_job
-from ssl_xcit.training.trainer import kill_children, watched_child
+from ssl_xcit.training.trainer import kill_children, runs_on_cpu, watched_child
 from ssl_xcit.utils.terminal import say
 from ssl_xcit.utils.validation import as_plain
 
@@ -82,6 +83,13 @@ def run_to_the_end(
             stop.restore()
 
 
+def kernels_taken(settings: RunSettings, network: nn.Module) -> bool | None:
+    """Whether a network takes this CPU's kernels; None: no choice of ours, or on a GPU."""
+    if not runs_on_cpu(settings.trainer) or getattr(settings, "compile", "auto") != "auto":
+        return None
+    return any(getattr(part, "fused", False) for part in network.modules())
+
+
 def train(
     settings: RunSettings,
     trainer: lightning.Trainer,
@@ -105,7 +113,8 @@ def train(
         with disk_trouble(run_dir):
             resumed_at = None if resume is None else int(resume.stem.removeprefix("step-"))
             about_plan = plan.record() | steps
-            write_settings(as_plain(settings), about_plan, run_dir, resumed_at, record)
+            kernels = kernels_taken(settings, module)
+            write_settings(as_plain(settings), about_plan, run_dir, resumed_at, record, kernels)
         announce()
         if resume is not None:
             taken = int(resume.stem.removeprefix("step-"))

@@ -128,9 +128,14 @@ def test_what_kernels_gain():
         "a block is 1.50 times as fast by them as by torch alone; compile=auto takes them"
     )
     assert "compile=auto leaves them" in checks.check_kernels({"speed": 0.7, "taken": False}).facts
-    for facts in ({"speed": None, "taken": False}, {"error": "ended the interpreter with SIGILL"}):
+    for facts, said in (
+        ({"error": "did not answer"}, "did not answer"),
+        ({"speed": None, "taken": False, "why": ["g++ did not build"]}, "g++ did not build"),
+        ({"speed": 0.0, "taken": False, "why": []}, "they failed in a trial"),
+    ):
         line = checks.check_kernels(facts)
         assert line.state == "note"
+        assert said in line.facts
         assert "CXX" in line.fix
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from ssl_xcit import cli
 from ssl_xcit.doctor import probes
+from ssl_xcit.models.kernels import cache_folder
 
 
 def test_faiss_here_searches_rightly():
@@ -48,6 +49,8 @@ def test_the_command_says_what_is_broken_and_exits_1(tmp_path, monkeypatch, caps
     (tmp_path / "faiss.py").write_text("import os; os.abort()")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "ssl_xcit").mkdir()
+    (tmp_path / "ssl_xcit" / "kernels").symlink_to(cache_folder())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(SystemExit) as ending:
         cli.main(["doctor", "num_workers=0"])
@@ -57,5 +60,15 @@ def test_the_command_says_what_is_broken_and_exits_1(tmp_path, monkeypatch, caps
     assert faiss.startswith("problem")
     assert "SIGABRT -> pip install" in faiss
     assert "faiss" in error
-    for what in ("ssl_xcit", "cores", "memory", "torch", "GPU", "runs", "Pillow", "OpenCV"):
+    for what in (
+        "ssl_xcit",
+        "cores",
+        "memory",
+        "torch",
+        "GPU",
+        "kernels",
+        "runs",
+        "Pillow",
+        "OpenCV",
+    ):
         assert f" {what}  " in page
