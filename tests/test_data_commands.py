@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import tifffile
@@ -22,9 +23,10 @@ from ssl_xcit.commands.shard import ShardSettings
 from ssl_xcit.commands.shard import main as shard
 from ssl_xcit.data import checks, crop_dataset, shard_writer
 from ssl_xcit.data.decode import decode
+from ssl_xcit.data.folders import folder
 from ssl_xcit.data.picture import RGB, BadImage
 from ssl_xcit.data.settings import DataSettings
-from ssl_xcit.data.shards import tar_shards
+from ssl_xcit.data.shards import labelled_shards, tar_shards
 from ssl_xcit.data.sources import Files
 from ssl_xcit.errors import RunFailed, UserError
 
@@ -186,6 +188,24 @@ def test_check_names_the_file_that_ends_its_process(capsys, monkeypatch):
     assert "good        39" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("error", [RunFailed, UserError])
+def test_check_ends_where_no_image_is_to_blame(error, monkeypatch):
+    """Such as a server that is down, or a cache on a full disk."""
+    images(Path("data"), 40, (20, 20))
+
+    def failing(source, preprocess, index):
+        raise error("the server does not answer")
+
+    source, whole = folder("data"), checks.inspect
+    monkeypatch.setattr(checks, "inspect", failing)
+    with pytest.raises(error, match="the server does not answer"):
+        list(checks.inspect_all(source, RGB, 1, 10))
+    with pytest.raises(error, match="the server does not answer"):
+        checks.inspect_in_process(source, RGB, 0)
+    monkeypatch.setattr(checks, "inspect", whole)
+    assert not checks.inspect_in_process(source, RGB, 0).reason
+
+
 def test_stats_are_exact(capsys):
     images(Path("data"), 5, (30, 20))
     Path("data/bad.png").write_bytes(b"")
@@ -273,6 +293,115 @@ def test_shards_hold_what_the_folder_holds(capsys):
     training += ["model=xcit_micro_4_p8", "eval_data.resize=32", "eval_data.size=32", "epochs=1"]
     assert run(*training) == 0
     assert json.loads(Path("runs/t/summary.json").read_text())["results"]["pretrained"]
+
+
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+@pytest.mark.parametrize("names", ["abc", "379", ["x", "y" * 250, "z"], ["é", "1", "b"]])
+def test_shards_of_train_and_test_have_the_classes_of_the_folders(names, where):
+    """Names that `.cls` cannot hold are found in the index, as those of older versions are."""
+    for part, chosen in (("train", names), ("test", [names[0], names[2]])):
+        for number, name in enumerate(chosen):
+            images(Path(part, name), 2, (8 + number, 8))
+        words = ["shard", f"data.root={part}", "data.labels=true", f"out=s/{part}"]
+        assert run(*words, "num_workers=0") == 0
+    places = ["s/train", "s/test"]
+    if where == "bucket":
+        places = [f"memory://{place}" for place in places]
+        for file in Path("s").glob("*/*"):
+            fsspec.filesystem("memory").pipe_file(f"memory://{file}", file.read_bytes())
+    pair = labelled_shards(*places)
+    assert sorted(pair.train.class_names) == sorted(names)
+    for source, part in ((pair.train, "train"), (pair.test, "test")):
+        keys = Path("s", part, "keys.tsv").read_text().splitlines()
+        folders = [Path(line.split("\t")[1]).parent.name for line in keys]
+        assert [source.class_names[label] for label in source.labels] == folders
+    assert pair.test.class_names == pair.train.class_names
+
+
+def run_until(count, patch, words):
+    """Interrupt `shard` behind so many tars."""
+    write = shard_writer.write_shard
+    calls = iter(range(count))
+
+    def interrupted(job, number):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return write(job, number)
+
+    with patch.context() as during:
+        during.setattr(shard_writer, "write_shard", interrupted)
+        run(*words)
+
+
+@pytest.mark.parametrize("count", [9, 2], ids=["finished", "interrupted"])
+@pytest.mark.parametrize("kind", ["labels", "pixels"])
+def test_shards_of_what_has_changed_since_are_refused(kind, count, monkeypatch, capsys):
+    images(Path("data"), 4, (10, 10))
+    rows = [f"data/{i}.png,{name}\n" for i, name in enumerate("abab")]
+    Path("list.csv").write_text("path,label\n" + "".join(rows))
+    pixels = np.zeros((4, 8, 8, 3), np.uint8)
+    np.save("images.npy", pixels)
+    source, file = ("list", "list.csv") if kind == "labels" else ("arrays", "images.npy")
+    words = ["shard", f"data={source}", f"data.file={file}", "out=tars", "num_workers=0"]
+    words.append("images_per_shard=1")
+    run_until(count, monkeypatch, words)
+    before = {p: p.read_bytes() for p in Path("tars").glob("shard*")}
+    assert len(before) == (5 if count == 9 else 2)
+    rows[3] = rows[3].replace("b\n", "a\n")
+    Path("list.csv").write_text("path,label\n" + "".join(rows))
+    np.save("images.npy", pixels + 9)
+    capsys.readouterr()
+    assert run(*words) == 2
+    assert "out=tars was begun with another content: name another" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in Path("tars").glob("shard*")} == before
+
+
+@pytest.mark.parametrize("count", [9, 1], ids=["finished", "interrupted"])
+def test_shards_that_an_older_version_began(count, monkeypatch):
+    """They go on with class ids, and what it did not note stays unknown."""
+    for name in "ab":
+        images(Path("data", name), 3, (10, 10))
+    words = ["shard", "data.root=data", "data.labels=true", "out=tars", "num_workers=0"]
+    words.append("images_per_shard=2")
+    with monkeypatch.context() as before:
+        before.setattr(shard_writer, "class_texts", lambda source: ())
+        run_until(count, before, words)
+    index = Path("tars/shards.json" if count == 9 else "tars/.progress.jsonl")
+    text = re.sub(r'"content": "[0-9a-f]+", *', "", index.read_text())
+    assert "content" not in text
+    index.write_text(text)
+    assert run(*words) == 0
+    assert "content" not in json.loads(Path("tars/shards.json").read_text())["made_with"]
+    assert all(b"\0000000" not in p.read_bytes() for p in Path("tars").glob("*.part"))
+    source = tar_shards("tars")
+    keys = dict(line.split("\t") for line in Path("tars/keys.tsv").read_text().splitlines())
+    assert len(source) == 6
+    for key, label in zip(source.keys, source.labels, strict=True):
+        assert Path(keys[key]).parent.name == source.class_names[label]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array([23.7, 1.2, 0.5]), "one class an image, not numbers to predict"),
+        (np.array([[0, 1], [1, 1], [0, 0]]), "one class an image, not several labels an image"),
+    ],
+)
+def test_labels_that_are_no_classes_are_not_written(labels, message, capsys):
+    np.save("images.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    np.save("labels.npy", labels)
+    words = ["shard", "data=arrays", "data.file=images.npy", "num_workers=0", "out=tars"]
+    assert run(*words, "data.labels=labels.npy") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "data.labels=null" in error
+    assert not Path("tars").exists()
+    assert run(*words, "data.labels=null") == 0
+    images(Path("data"), 2, (8, 8))
+    Path("list.csv").write_text("path,target\ndata/0.png,1.5\ndata/1.png,2.25\n")
+    assert run("shard", "data=list", "data.file=list.csv", "out=more") == 2
+    assert "data.file=FILE" in capsys.readouterr().err
+    assert not Path("more").exists()
 
 
 def test_shards_go_on_where_they_were_stopped(monkeypatch):

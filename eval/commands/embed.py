@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 
 from ssl_xcit.data.bad_samples import FILE as BAD
+from ssl_xcit.data.identity import index_of
 from ssl_xcit.data.preprocess import of_weights
 from ssl_xcit.data.settings import DataSettings
 from ssl_xcit.data.shard_writer import names_digest
@@ -82,7 +83,8 @@ def main(settings: EmbedSettings) -> None:
         "model": model_name(backbone.architecture),
         "images": len(source),
         "names": names_digest(source),
-        "stamp": stamp_of(source),
+        "stamp": (stamp := stamp_of(source)),
+        "content": index_of(source).digest() if stamp is None else None,
         "resize": resize,
         "size": size,
         "features": settings.features,

@@ -314,7 +314,7 @@ def cached(
             for _ in range(2):  # an image could be read the one time and not the other
                 if mine and (missing := folder.missing(parts)):
                     folder.fill(extractor, source, resize, size, missing, title)
-                    forget_oldest(extractor.cache)
+                    forget_oldest(extractor.cache, folder.path)
             if not folder.missing(parts):
                 return folder.load(parts)
     except OSError as error:
@@ -331,17 +331,29 @@ def make_room(file: Path, size: int) -> None:
             os.posix_fallocate(made.fileno(), 0, size)
 
 
-def forget_oldest(cache: Path) -> None:
-    """Remove the folders not used for longest while all of them together are above `LIMIT`."""
-    ours = (f for f in cache.iterdir() if re.fullmatch("[0-9a-f]{24}", f.name))
-    folders = sorted((f for f in ours if (f / ".lock").exists()), key=lambda f: f.stat().st_mtime)
-    sizes = [sum(file.stat().st_size for file in f.iterdir()) for f in folders]
-    for place, folder in enumerate(folders[:-1]):
-        if sum(sizes[place:]) <= LIMIT:
+def forget_oldest(cache: Path, in_use: Path) -> None:
+    """Remove the folders not used for longest while all of them together are above `LIMIT`, but for
+    the one in use, and those that others keep from us or are changing now.
+    """
+    total, others = size_of_files(in_use), []
+    for folder in cache.iterdir():
+        if folder != in_use and re.fullmatch("[0-9a-f]{24}", folder.name):
+            with suppress(OSError):
+                if (folder / ".lock").exists():
+                    others.append((folder.stat().st_mtime, size_of_files(folder), folder))
+    total += sum(size for _, size, _ in others)
+    for _, size, folder in sorted(others):
+        if total <= LIMIT:
             break
-        with try_lock(folder / ".lock") as mine:
+        with suppress(OSError), try_lock(folder / ".lock") as mine:
             if mine:
                 shutil.rmtree(folder, ignore_errors=True)
+                total -= size
+
+
+def size_of_files(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def cache_folder(cache: bool | Text | None) -> Path | None:

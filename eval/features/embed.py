@@ -30,6 +30,7 @@ DIFFERENCES = {  # what files are compared by, and what is said where they diffe
     "images": "of {before} images, where there are {now} now",
     "names": "of images with other names",
     "stamp": "of images whose files have changed since",
+    "content": "of other images of the same number and names",
     "preprocess": "with other preprocess.* settings",
     "resize": "with resize={before}, not {now}",
     "size": "with size={before}, not {now}",
@@ -55,9 +56,12 @@ def labels_digest(source: Source) -> str | None:
 def describe_differences(before: dict[str, Any], about: dict[str, Any]) -> str:
     """What is not the same, in words; empty where all is."""
     keys = [key for key in DIFFERENCES if key in about and before.get(key) != about[key]]
-    if None in (before.get("stamp"), about["stamp"]) and "stamp" in keys:
-        keys.remove("stamp")  # times of files that were just written prove nothing
-    implied = {"images": ("names", "stamp", "labels"), "names": ("stamp", "labels")}
+    for key in ("stamp", "content"):  # of files that were just written times prove nothing
+        if None in (before.get(key), about.get(key)) and key in keys:
+            keys.remove(key)
+    implied = {
+        "images": ("names", "stamp", "content", "labels"), "names": ("stamp", "content", "labels"),
+    }  # fmt: skip
     for key in [key for key in implied if key in keys]:
         keys = [other for other in keys if other not in implied[key]]
     return ", ".join(DIFFERENCES[k].format(before=before.get(k), now=about[k]) for k in keys)

@@ -19,7 +19,7 @@ from ssl_xcit.sweeps.folder import check_same_sweep, sweep_name, write_sweep_fil
 from ssl_xcit.sweeps.launchers import Launcher
 from ssl_xcit.sweeps.progress import ProgressLines
 from ssl_xcit.sweeps.search import Search
-from ssl_xcit.sweeps.space import Space, read_space
+from ssl_xcit.sweeps.space import read_space
 from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, STATES, Trial
 from ssl_xcit.training.run_name import key_of
 from ssl_xcit.training.settings import FinetuneSettings, PretrainSettings, RunSettings, place_keys
@@ -70,16 +70,18 @@ def main(config: str, command: str, words: Sequence[str], flags: Sequence[str]) 
     folder = Path(str(settings.out)) / str(name)
     writable_folder(folder)
     check_same_sweep(folder, space.fixed, place_keys(OmegaConf.to_container(cfg, resolve=True)))
-    forced = forced_settings(cfg, space, folder)
 
     def command_line(trial: Trial) -> list[str]:
         place = [f"out='{folder}'", f"name='{trial.folder.name}'"]
-        shared = [*space.fixed, *trial.overrides, *forced, *launcher.overrides]
+        shared = [*space.fixed, *trial.overrides, *forced]
         kept = [w for w in last_given(shared) if key_of(w) not in ("out", "name")]
         return [*PROGRAM, command, *flags, *kept, *place]
 
     search = Search(settings.sweep, space, folder)
     launcher: Launcher = instantiate(settings.launcher, folder=folder)
+    forced = [*forced_settings(cfg, folder), *launcher.overrides]
+    given = {key_of(word) for word in (*space.fixed, *space.swept)}
+    forced = [word for word in forced if key_of(word) not in given]
     write_sweep_file(folder, command, [*flags, *words], space, settings.sweep)
     try:
         total = f"{search.total} trial{'s' * (search.total != 1)}"
@@ -108,8 +110,10 @@ def composing(config: str, flags: Sequence[str]) -> Iterator[list[str]]:
     GlobalHydra.instance().clear()
 
 
-def forced_settings(cfg: DictConfig, space: Space, folder: Path) -> list[str]:
-    """Settings that every trial gets for the sweep, which change no results."""
+def forced_settings(cfg: DictConfig, folder: Path) -> list[str]:
+    """Settings that every trial gets for the sweep where nobody types them, which change no
+    results.
+    """
     forced = []
     online = OmegaConf.select(cfg, "callbacks.online")
     if cfg.sweep.pruner is not None and online is not None:
@@ -119,8 +123,7 @@ def forced_settings(cfg: DictConfig, space: Space, folder: Path) -> list[str]:
         forced.append(f"++logger.wandb.group='{folder.name}'")
     if OmegaConf.select(cfg, "report") is not None:
         forced.append("report=null")  # one for the sweep instead; ssl-xcit report makes each
-    given = {key_of(word) for word in space.fixed}
-    return [word for word in forced if key_of(word) not in given]
+    return forced
 
 
 def last_given(words: Sequence[str]) -> list[str]:

@@ -11,12 +11,12 @@ import numpy as np
 
 from ssl_xcit.data.bad_samples import kind_of
 from ssl_xcit.data.decode import open_picture
-from ssl_xcit.data.loader import NoWorkers, one_opencv_thread, parallel_map
+from ssl_xcit.data.loader import TooManyAccidents, one_opencv_thread, parallel_map
 from ssl_xcit.data.multicrop import Replaced
 from ssl_xcit.data.picture import BadImage, DeepRange, dark_images
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.sources import Source, digest_of
-from ssl_xcit.errors import RunFailed
+from ssl_xcit.errors import RunFailed, UserError
 
 CHUNK = 16
 
@@ -54,10 +54,19 @@ def inspect(source: Source, preprocess: Preprocess, index: int) -> InspectedImag
 
 
 def inspect_in_process(source: Source, preprocess: Preprocess, index: int) -> InspectedImage:
-    """Read and decode an image in a process of its own, which a crashing decoder may end."""
+    """Read and decode an image in a process of its own, which a crashing decoder may end. Raises
+    what is no fault of the image: RunFailed, UserError.
+    """
+
+    def work() -> None:
+        try:
+            sender.send(inspect(source, preprocess, index))
+        except (RunFailed, UserError) as error:
+            sender.send(error)
+
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(inspect(source, preprocess, index)))
+    process = context.Process(target=work)
     with one_opencv_thread():
         process.start()
     sender.close()
@@ -69,8 +78,10 @@ def inspect_in_process(source: Source, preprocess: Preprocess, index: int) -> In
         code = process.exitcode
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return InspectedImage("", 0, 0, b"", f"decoding it ends the process ({name})")
-    image: InspectedImage = receiver.recv()
-    return image
+    found: InspectedImage | RunFailed | UserError = receiver.recv()
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def inspect_all(
@@ -86,9 +97,7 @@ def inspect_all(
             for chunk in chunks:
                 yield from chunk
             return
-        except NoWorkers:  # no image is to blame
-            raise
-        except RunFailed:
+        except TooManyAccidents:  # other errors are no fault of an image
             first = chunks.done * CHUNK
             for index in range(first, min(first + CHUNK, len(source))):
                 yield inspect_in_process(source, preprocess, index)

@@ -174,6 +174,10 @@ class Accident(Exception):
         self.passes = passes  # whether restarting the loader may help
 
 
+class TooManyAccidents(RunFailed):
+    """Loader processes end or hang at the same place again and again."""
+
+
 class NoWorkers(RunFailed):
     """No loader process can work on this machine or within its limits: no image is to blame."""
 
@@ -238,7 +242,7 @@ class ResilientLoader(Generic[Batch]):
             raise NoWorkers(str(accident)) from accident
         self.restarts.append(self.done)
         if len(self.restarts) == MAX_RESTARTS and self.done - self.restarts[0] < AMONG:
-            raise RunFailed(
+            raise TooManyAccidents(
                 f"{accident}; that was the {MAX_RESTARTS}rd time within {AMONG} batches, at batch "
                 f"{self.done}"
             )

@@ -16,11 +16,12 @@ from PIL import Image
 
 from ssl_xcit.data.bad_samples import FILE
 from ssl_xcit.data.decode import MAX_BYTES, open_picture
+from ssl_xcit.data.labels import normalised
 from ssl_xcit.data.loader import parallel_map
 from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.remote import INDEX, LISTING
-from ssl_xcit.data.shards import full_listing, list_tar, write_listings
+from ssl_xcit.data.shards import MAX_LABEL, full_listing, list_tar, write_listings
 from ssl_xcit.data.sources import Source, Stored
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.utils.files import replacing, sha256_of, writable_folder, write_json
@@ -45,6 +46,22 @@ class ShardJob(NamedTuple):
     order: np.ndarray  # of the images
     images_per_shard: int
     out: Path
+    class_texts: Sequence[str] = ()  # of `.cls`, by class id; empty: the ids themselves
+
+
+def class_texts(source: Source) -> Sequence[str]:
+    """Return the class names for `.cls`; none where a reader could not tell one from an id, or from
+    another name.
+    """
+    names = source.class_names
+    clear = len(set(names)) == len(names) and all(
+        name == normalised(name)
+        and not name.isdecimal()
+        and name == (encoded := name.encode("utf-8", "ignore")).decode()
+        and 0 < len(encoded) < MAX_LABEL
+        for name in names
+    )
+    return names if clear else ()
 
 
 def names_digest(source: Source) -> str:
@@ -69,6 +86,9 @@ def write_shards(
     if others and not any((out / name).exists() for name in (PROGRESS, INDEX)):
         raise UserError(f"out={out} holds other tars, such as {others[0].name}: name another")
     with exclusive(out / ".lock", f"out={out}"), (out / PROGRESS).open("a+") as progress:
+        begun = begun_with(out)
+        if not begun or "content" in begun[0]:  # an older version wrote ids into the others
+            job = job._replace(class_texts=class_texts(job.source))
         done = complete_shards(out, made_with)
         for part in out.glob(".shard-*.part"):
             part.unlink()
@@ -86,23 +106,32 @@ def write_shards(
     return [done[number] for number in range(num_shards)]
 
 
+def begun_with(out: Path) -> list[dict[str, Any]]:
+    """Return the settings that the command was first started with, then records of shards and
+    settings of later starts; empty before the first.
+    """
+    if (out / INDEX).is_file():
+        content = json.loads((out / INDEX).read_text())
+        return [content["made_with"], *content["shards"]]
+    lines: list[dict[str, Any]] = []
+    if (out / PROGRESS).is_file():
+        for text in (out / PROGRESS).read_text().splitlines():
+            with contextlib.suppress(ValueError):  # cut short
+                lines.append(json.loads(text))
+    return lines
+
+
 def complete_shards(out: Path, made_with: dict[str, Any]) -> dict[int, Record]:
     """Return the records of complete shards, by number, from an earlier start of the command.
 
     Raises:
         UserError: they were made with other settings.
     """
-    lines: list[dict[str, Any]] = []
-    if (out / INDEX).is_file():
-        content = json.loads((out / INDEX).read_text())
-        lines = [content["made_with"], *content["shards"]]
-    elif (out / PROGRESS).is_file():
-        for text in (out / PROGRESS).read_text().splitlines():
-            with contextlib.suppress(ValueError):  # cut short
-                lines.append(json.loads(text))
+    lines = begun_with(out)
     if not lines:
         return {}
-    differs = [key for key in made_with if lines[0].get(key) != made_with[key]]
+    before = {"content": made_with.get("content"), **lines[0]}  # older versions did not note it
+    differs = [key for key in made_with if before.get(key) != made_with[key]]
     if differs:
         raise UserError(
             f"out={out} was begun with another {', '.join(differs)}: name another folder, or "
@@ -157,7 +186,9 @@ def write_shard(job: ShardJob, number: int) -> Record:
                 key = f"{place:09d}"
                 add(tar, f"{key}.{suffix}", content)
                 if job.source.labels is not None:
-                    add(tar, f"{key}.cls", str(int(job.source.labels[index])).encode())
+                    label = int(job.source.labels[index])
+                    text = job.class_texts[label] if job.class_texts else str(label)
+                    add(tar, f"{key}.cls", text.encode())
                 digests.append(hashlib.sha256(content).hexdigest())
         file.flush()
         os.fsync(file.fileno())
@@ -219,7 +250,7 @@ def write_index(
         "images": sum(record["images"] for record in records),
         "labels": source.labels is not None,
         "class_names": list(source.class_names),
-        "made_with": made_with,
+        "made_with": next(iter(begun_with(out)), made_with),
         "listing": listing,
         "shards": list(records),
     }

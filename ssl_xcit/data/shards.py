@@ -38,17 +38,20 @@ from ssl_xcit.data.formats import (
     readable_formats,
     remedy_by_ending,
 )
-from ssl_xcit.data.labels import AnyLabels, Labels, named_classes, numbered
+from ssl_xcit.data.labels import AnyLabels, Labels, named_classes, normalised, numbered
 from ssl_xcit.data.order import Shards
 from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.remote import (
     INDEX,
+    QUESTIONS,
     RemoteFile,
     ShardFetcher,
     check_limit,
+    file_system,
     find_tars,
     is_url,
     open_cache,
+    retried,
     shown,
 )
 from ssl_xcit.data.sources import LabelledPair, Places, Seed, TestFraction, held_out
@@ -348,7 +351,8 @@ def tar_shards(
     cache: CacheFolder = None,
     cache_gb: CacheSize = 100.0,
 ) -> TarShards | None:
-    """Return images in tar shards; with labels if each has a `.cls`: a class id, or a class name.
+    """Return images in tar shards; with labels if each has a `.cls`: a class name, or a class id,
+    whose name is looked up in the `shards.json` of `ssl-xcit shard` beside the tar.
 
     Args:
         root: a folder of tars, a pattern, a URL of either, or several of these; None: no images.
@@ -360,7 +364,7 @@ def tar_shards(
 
     Raises:
         MissingPath: no tars, or no images in them.
-        UserError: not tars, or compressed ones; a server that refuses.
+        UserError: not tars, or compressed ones; no class that `known` has; a server that refuses.
         RunFailed: a server that fails, or a full disk.
     """
     if root is None:
@@ -375,9 +379,10 @@ def tar_shards(
         found = [find_tars(str(place)) for place in places]
         fetcher = ShardFetcher([t for f in found for t in f.tars], open_cache(folder, cache_gb))
         files = [shown(file.url) for file in fetcher.files]
+        indexed = [file.url if file.sha256 else "" for file in fetcher.files]
         listed = remote_listing(fetcher, [file for f in found for file in f.listings], words)
     else:
-        files = tar_files(root)
+        files = indexed = tar_files(root)
         listed = local_listing(files)
     left_out = listed["left_out"].tobytes().decode("utf-8", "surrogateescape")
     count = len(listed["offsets"])
@@ -386,7 +391,8 @@ def tar_shards(
         raise MissingPath(f"data.root={words}: no images in {len(files)} tars{others}")
     if left_out:
         warn_once(f"data.root={words}: left out: {left_out}")
-    labels, names = shard_labels(StringArray(listed["labels"], listed["label_ends"]), words, known)
+    texts = list(StringArray(listed["labels"], listed["label_ends"]))
+    labels, names = shard_labels(texts, indexed, listed["counts"], words, known)
     keys, shards = StringArray(listed["keys"], listed["key_ends"]), Shards(listed["counts"], window)
     samples: list[str] = []
     if fetcher is not None:
@@ -398,19 +404,80 @@ def tar_shards(
 
 
 def shard_labels(
-    texts: Sequence[str], root: str, known: Sequence[str]
+    texts: list[str], tars: Sequence[str], counts: np.ndarray, root: str, known: Sequence[str]
 ) -> tuple[Labels | None, list[str]]:
-    """Return (class ids, class names) by the text of `.cls` members; None unless all have one."""
-    words = list(texts)
-    missing = words.count("")
+    """Return (class ids, class names) by the text of `.cls` members; None unless all have one.
+
+    Args:
+        texts: of all images.
+        tars: places of the tars; empty behind URLs that no index has.
+        counts: images of each.
+        root: what messages call them.
+        known: class names whose ids another set has fixed.
+
+    Raises:
+        UserError: none of the classes is a known one.
+    """
+    missing = texts.count("")
     if missing:
-        if missing < len(words):
+        if missing < len(texts):
             warn_once(f"data.root={root}: {missing:,} images have no .cls, so none has a label")
         return None, []
-    if all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
-        ids = np.array([int(word) for word in words], np.int64)
-        return ids, numbered(ids)
-    return named_classes(words, known)
+    words, names = texts, list(known)
+    if all(word.isascii() and word.isdecimal() and len(word) < 10 for word in texts):
+        words, of_ids = names_of_ids(texts, tars, counts)
+        if words == texts and names == [str(i) for i in range(len(names))]:
+            ids = np.array([int(word) for word in texts], np.int64)
+            return ids, numbered(ids)
+        names = names or of_ids
+    labels, classes = named_classes(words, names)
+    if known and labels.min() >= len(known):
+        raise UserError(
+            f"eval_data.test_root={root}: none of its classes ({examples(words)}) is one of the "
+            f"training images' ({examples(known)}): where .cls holds class ids, put the {INDEX} "
+            "that ssl-xcit shard wrote beside the tars of both"
+        )
+    return labels, classes
+
+
+def examples(names: Sequence[str]) -> str:
+    """Return a few different names, for a message."""
+    different = list(dict.fromkeys(names))
+    return ", ".join(different[:3]) + ", ..." * (len(different) > 3)
+
+
+def names_of_ids(
+    ids: list[str], tars: Sequence[str], counts: np.ndarray
+) -> tuple[list[str], list[str]]:
+    """Return the class name of each image and all names by class id, from the indices beside the
+    tars; the ids and no names unless every image has one.
+    """
+    names: dict[str, list[str]] = {}
+    for folder in {os.path.dirname(tar) for tar in tars if tar}:
+        names |= indexed_names(folder)
+    of_tar = [names.get(tar, []) for tar in tars]
+    owners = np.repeat(np.arange(len(tars)), counts).tolist()
+    with suppress(IndexError):
+        return [of_tar[n][int(i)] for n, i in zip(owners, ids, strict=True)], of_tar[owners[0]]
+    return ids, []
+
+
+def indexed_names(folder: str) -> dict[str, list[str]]:
+    """Return the class names that the index in a folder has, by the path of each of its tars; none
+    if it is not there, of another program, or calls two classes alike.
+    """
+    place = os.path.join(folder, INDEX)
+    try:
+        if is_url(place):
+            content = retried(lambda: file_system(place).cat_file(place), place, QUESTIONS)
+        else:
+            content = Path(place).read_bytes()
+        index = json.loads(content)
+        names = [normalised(name) for name in index["class_names"]]
+        tars = [os.path.join(folder, row["file"]) for row in index["shards"]]
+    except (OSError, *NO_LISTING):
+        return {}
+    return dict.fromkeys(tars, names) if len(set(names)) == len(names) else {}
 
 
 def local_listing(files: Sequence[str]) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ drawn before and of their results, so a sweep that was stopped draws nothing twi
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -20,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.sweeps.space import Space, overrides_of
+from ssl_xcit.sweeps.space import Space, overrides_of, rounded
 from ssl_xcit.sweeps.trial import FAILED, FINISHED, PRUNED, Trial, state_of
 from ssl_xcit.training.run_name import folder_name
 from ssl_xcit.training.settings import SearchSettings
@@ -75,14 +75,25 @@ class Search:
                 load_if_exists=True,
                 pruner=pruner,
             )
-            for values in grid:
-                self.study.enqueue_trial(values, {QUEUED: True}, skip_if_exists=True)
+            known = self.by_overrides()
+            for values in grid:  # Optuna's skip_if_exists takes 0.99999 for 0.999995
+                if self.overrides(values) not in known:
+                    self.study.enqueue_trial(values, {QUEUED: True})
             self.ended_before = list(self.queue_again())
 
     def sampler(self, number: int) -> Any:
-        """Optuna's sampler of the draw with this number; a grid draws nothing."""
-        sampler = self.settings.sampler or {"_target_": "optuna.samplers.RandomSampler"}
-        return instantiate(sampler, seed=self.settings.seed * 1_000_003 + number)
+        """Optuna's sampler of the draw with this number, which rounds; a grid draws nothing."""
+        settings = self.settings.sampler or {"_target_": "optuna.samplers.RandomSampler"}
+        seed = (self.settings.seed * 1_000_003 + number) % 2**32  # NumPy takes no higher one
+        sampler = instantiate(settings, seed=seed)
+        jointly, singly = sampler.sample_relative, sampler.sample_independent
+        sampler.sample_relative = lambda study, trial, space: {
+            key: rounded(value, space[key]) for key, value in jointly(study, trial, space).items()
+        }
+        sampler.sample_independent = lambda study, trial, key, values: rounded(
+            singly(study, trial, key, values), values
+        )
+        return sampler
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -112,11 +123,7 @@ class Search:
         """Yield trials that ended, with their states; queue those again that failed, or whose
         folder is gone.
         """
-        last = {}
-        for trial in self.study.get_trials(deepcopy=False):
-            values = trial.system_attrs.get("fixed_params", trial.params)
-            last[str(sorted(values.items()))] = trial
-        for trial in last.values():
+        for trial in self.by_overrides().values():
             if trial.state.is_finished():
                 ours = self.described(trial)
                 if state := self.outcome(ours):
@@ -124,10 +131,24 @@ class Search:
                 else:
                     self.study.enqueue_trial(trial.params, {QUEUED: True})
 
+    def by_overrides(self) -> dict[tuple[str, ...], Any]:
+        """Return the last of Optuna's trials of each combination of values."""
+        last = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            values = trial.system_attrs.get("fixed_params", trial.params)
+            if values.keys() == self.space.swept.keys():
+                last[self.overrides(values)] = trial
+        return last
+
+    def overrides(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return values as they are typed; older studies have numbers that were not rounded."""
+        swept = self.space.swept.items()
+        return tuple(overrides_of({key: rounded(values[key], kind) for key, kind in swept}))
+
     def described(self, trial: Any) -> Trial:
         """A trial of Optuna's as one of ours."""
-        overrides = overrides_of({key: trial.params[key] for key in self.space.swept})
-        return Trial(trial.number, tuple(overrides), self.folder / (folder_name(overrides) or "0"))
+        overrides = self.overrides(trial.params)
+        return Trial(trial.number, overrides, self.folder / (folder_name(overrides) or "0"))
 
     def outcome(self, trial: Trial) -> str:
         """How a trial has ended, by its folder; empty where it is to be run."""

@@ -5,6 +5,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import floor, log10
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -68,12 +69,30 @@ def values_in(distribution: Any) -> Sequence[Any]:
             f"interval({low:g},{high:g}) has infinitely many values: name some, or "
             "sample it with sweep=random or sweep=optuna"
         )
-    return [low + i * step for i in range(round((high - low) / step) + 1)]
+    count = round((high - low) / step) + 1
+    return [rounded(low + i * step, distribution) for i in range(count)]
+
+
+def rounded(value: Any, distribution: Any) -> Any:
+    """Round a number of an interval to four significant digits of x, of 1 - x (a momentum of
+    0.99997 is not 1) and of the interval's width; one of a range loses what binary adds.
+    """
+    if not isinstance(value, float):
+        return value
+    low, high = distribution.low, distribution.high
+    if distribution.step is None:
+        finest = min(size for size in (abs(value), abs(1 - value), high - low) if size)
+        value = round(value, 3 - floor(log10(finest)))
+    else:
+        value = float(f"{value:.15g}")  # 0.30000000000000004
+    return float(min(max(value, low), high))
 
 
 def overrides_of(values: Mapping[str, Any]) -> list[str]:
-    """Values as they are typed; numbers with four significant digits."""
-    return [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()]
+    """Values as they are typed; the text of a number is exact."""
+    return [
+        f"{k}={str(v).removesuffix('.0') if isinstance(v, float) else v}" for k, v in values.items()
+    ]
 
 
 def read_space(words: Sequence[str], loader: ConfigLoader) -> Space:
@@ -123,10 +142,10 @@ def distribution_of(override: Override) -> BaseDistribution:
     if isinstance(value, RangeSweep) and not value.shuffle:
         first, *others = value.range()
         if others and first < others[0]:
-            step = others[0] - first
-            if all(isinstance(number, int) for number in (first, step)):
-                return IntDistribution(int(first), int(others[-1]), step=int(step))
-            return FloatDistribution(first, others[-1], step=step)
+            last, step = others[-1], value.step
+            if isinstance(first, int) and isinstance(step, int):
+                return IntDistribution(first, int(last), step=step)
+            return FloatDistribution(first, float(f"{last:.15g}"), step=step)
     values = tuple(dict.fromkeys(override.sweep_string_iterator()))
     if not values:
         raise UserError(f"{override.input_line}: there is no such value")

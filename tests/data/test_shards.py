@@ -1,5 +1,6 @@
 """Tar shards: the layout, the order, hostile and damaged tars."""
 
+import json
 import os
 import pickle
 import tarfile
@@ -13,6 +14,7 @@ from ssl_xcit.data.decode import decode
 from ssl_xcit.data.order import Shards, image_at
 from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.shards import MAX_HEADER, labelled_shards, list_tar, tar_shards
+from ssl_xcit.errors import UserError
 
 
 def png(value):
@@ -269,6 +271,46 @@ def test_class_names_of_shards_are_shared_with_the_test_set(tmp_path):
     pair = labelled_shards(str(tmp_path / "train"), str(tmp_path / "test"))
     assert pair.test.class_names == ("a", "b", "c")
     assert pair.test.labels.tolist() == [2, 2, 1]
+
+
+def by_id(folder, ids, names=None):
+    """A tar of class ids, and the index with their names as versions before wrote both."""
+    tar(folder / "0.tar", [m for i in ids for m in members(str(i), jpg=photo(i), cls=b"%d" % i)])
+    if names is not None:
+        index = {"class_names": names, "shards": [{"file": "0.tar"}]}
+        (folder / "shards.json").write_text(json.dumps(index))
+    return str(folder)
+
+
+def test_class_ids_mean_the_names_in_the_index_beside_them(tmp_path):
+    train = by_id(tmp_path / "train", [0, 1, 2], ["a", "b", "c"])
+    pair = labelled_shards(train, by_id(tmp_path / "test", [0, 1], ["a", "c"]))
+    assert pair.train.labels.tolist() == [0, 1, 2]
+    assert pair.test.labels.tolist() == [0, 2]
+    assert pair.test.class_names == ("a", "b", "c")
+    both = tar_shards([str(tmp_path / "test"), train])
+    assert both.labels.tolist() == [0, 1, 0, 2, 1]
+    assert both.class_names == ("a", "c", "b")
+    numbers = by_id(tmp_path / "numbers", [0, 1, 2], ["3", "7", "9"])
+    fewer = by_id(tmp_path / "fewer", [0, 1], ["3", "9"])
+    assert labelled_shards(numbers, fewer).test.labels.tolist() == [0, 2]
+    same = by_id(tmp_path / "same", [1, 0, 2], ["crane", "owl", "crane"])  # as ImageNet has it
+    assert labelled_shards(same, same).test.labels.tolist() == [1, 0, 2]
+    for other in ({"shards": [{"file": "0.tar"}]}, {"class_names": ["a"], "shards": []}, []):
+        (tmp_path / "same/shards.json").write_text(json.dumps(other))
+        assert tar_shards(same).labels.tolist() == [1, 0, 2]
+
+
+def test_ids_that_cannot_be_compared_with_names_are_an_error(tmp_path):
+    named = by_id(tmp_path / "named", [0, 1, 2], ["a", "b", "c"])
+    ids, fewer = by_id(tmp_path / "ids", [0, 1, 2]), by_id(tmp_path / "fewer", [0, 2])
+    assert labelled_shards(ids, fewer).test.labels.tolist() == [0, 2]
+    for train, test, kinds in (
+        (named, fewer, r"\(0, 2\) is one of the training images' \(a, b, c\)"),
+        (fewer, named, r"\(a, b, c\) is one of the training images' \(0, 1, 2\)"),
+    ):
+        with pytest.raises(UserError, match=f"none of its classes {kinds}.* shards.json"):
+            labelled_shards(train, test)
 
 
 def test_a_tar_whose_images_have_no_ending_or_are_none(tmp_path, monkeypatch):

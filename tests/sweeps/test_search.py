@@ -1,15 +1,19 @@
 """Optuna's study as the search, with toys for trials: samplers, pruning, storage."""
 
 import sqlite3
+from dataclasses import replace
 
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from sweeping import INTEGERS, TPE, WHOLE, folders, states, steps, swept
+from sweeping import GRID, INTEGERS, TPE, WHOLE, folders, states, steps, swept
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.sweeps import trial as trials
+from ssl_xcit.sweeps.search import Search
+from ssl_xcit.sweeps.space import Space
 
 RANDOM = {"_target_": "optuna.samplers.RandomSampler"}
 HALVING = {
@@ -42,6 +46,49 @@ def test_values_that_were_tried_are_not_tried_again(tmp_path):
     study = study_of(tmp_path / "study.log")
     assert len(study.trials) == 8
     assert {t.value for t in study.trials} == {90.0, 100.0}
+
+
+@pytest.mark.parametrize("sampler", [RANDOM, TPE | {"n_startup_trials": 1}, None])
+def test_what_is_stored_is_what_is_trained(sampler, tmp_path):
+    """Close values have folders of their own, also after the sweep is started again."""
+    step = None if sampler else 1e-6
+    space = Space((), {"ema": FloatDistribution(0.99999, 0.999995, step=step)}, ("ema",))
+    settings = replace(GRID, sampler=sampler, num_trials=6 if sampler else 0)
+    taken = []
+    for _ in range(2):
+        search = Search(settings, space, tmp_path)
+        while trial := search.next_trial():
+            trial.folder.mkdir(exist_ok=True)
+            trials.note(trial, "finished")
+            search.tell(trial, "finished", 1.0)
+            taken.append(trial)
+    stored = [trial.params["ema"] for trial in search.study.get_trials()]
+    assert [float(trial.overrides[0].removeprefix("ema=")) for trial in taken] == stored
+    assert len(set(stored)) == len({trial.folder for trial in taken}) == 6
+
+
+def test_a_study_with_longer_numbers_goes_on_in_its_folders(tmp_path):
+    space = Space((), {"lr": FloatDistribution(1e-4, 1e-2, log=True)}, ("lr",))
+    search = Search(replace(GRID, sampler=RANDOM, num_trials=1), space, tmp_path)
+    search.study.add_trial(
+        optuna.create_trial(params={"lr": 0.00123456789}, distributions=space.swept, value=1.0)
+    )
+    (tmp_path / "lr-0.001235").mkdir()
+    (tmp_path / "lr-0.001235/summary.json").write_text("{}")
+    search = Search(search.settings, space, tmp_path)
+    assert [trial.folder.name for trial, _ in search.ended_before] == ["lr-0.001235"]
+
+
+def test_any_seed_draws_and_lower_ones_draw_what_they_did(tmp_path):
+    def draws(seed):
+        search = Search(replace(GRID, sampler=RANDOM, seed=seed), INTEGERS, tmp_path)
+        return search.sampler(1).sample_independent(None, None, "lr", INTEGERS.swept["lr"])
+
+    for seed in (0, 4294):
+        sampler = optuna.samplers.RandomSampler(seed * 1_000_003 + 1)
+        expected = sampler.sample_independent(None, None, "lr", INTEGERS.swept["lr"])
+        assert draws(seed) == expected
+    assert len({draws(seed) for seed in (*range(4295, 4305), 10**12)}) > 1
 
 
 def test_more_trials_go_on_and_half_a_line_of_the_journal_is_cut_off(tmp_path):

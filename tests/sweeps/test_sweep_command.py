@@ -50,6 +50,26 @@ def test_what_all_trials_get(monkeypatch):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ["num_workers=3"] * 2),
+        (["num_workers=1"], ["num_workers=1"] * 2),
+        (["num_workers=0,2"], ["num_workers=0", "num_workers=2"] * 2),
+    ],
+)
+def test_workers_that_are_typed_replace_the_launchers(words, expected, monkeypatch):
+    commands = []
+    monkeypatch.setattr("ssl_xcit.sweeps.launchers.usable_cores", lambda: 8)
+    monkeypatch.setattr("ssl_xcit.sweeps.launchers.visible_gpus", list)
+    monkeypatch.setattr(
+        "ssl_xcit.sweeps.job.Job.__call__", lambda job: commands.append(job.words) or 1
+    )
+    assert run("pretrain", "-m", "seed=0,1", *words, "launcher.n_jobs=2") == 1
+    given = [word for words in commands for word in words if word.startswith("num_workers=")]
+    assert sorted(given) == sorted(expected)
+
+
 def test_failures_end_with_1_and_are_told(capsys):
     words = ["pretrain", "-m", "optim.lr=1,2", "name=f", "+trainer.fail=1"]
     assert run(*words) == 1

@@ -23,6 +23,7 @@ from ssl_xcit.eval.features.cache import cached, data_digest, extract_pair
 from ssl_xcit.eval.features.extract import KINDS, extract
 from ssl_xcit.eval.features.extractor import FeatureExtractor
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.utils.locks import try_lock
 
 
 @pytest.fixture
@@ -250,6 +251,25 @@ def test_the_oldest_go_when_there_are_too_many(source, extractor, monkeypatch):
     assert len(left) == 2
     assert foreign in left
     assert not old & left
+
+
+def test_a_folder_of_somebody_else_is_left(source, extractor, monkeypatch, caplog):
+    """What is extracted is kept, though the cache stays too large."""
+    cached(extractor, source, 64, 48)
+    (old,) = (file.parent for file in extractor.cache.glob("*/about.json"))
+    os.utime(old, (1, 1))
+
+    def lock_of(path):
+        if path.parent == old:
+            raise PermissionError(13, "Permission denied", str(path))
+        return try_lock(path)
+
+    monkeypatch.setattr(feature_cache, "LIMIT", 10)
+    monkeypatch.setattr(feature_cache, "try_lock", lock_of)
+    monkeypatch.setattr(feature_cache, "extract", None)
+    cached(extractor, source, 64, 40)
+    assert len(list(extractor.cache.glob("*/about.json"))) == 2
+    assert not caplog.records
 
 
 def test_images_are_hashed_again_only_when_a_file_changes(source, tmp_path, monkeypatch):

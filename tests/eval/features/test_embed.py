@@ -365,3 +365,21 @@ def test_words_of_differences():
     renamed = about | {"names": "y", "stamp": "z"}
     assert describe_differences(renamed, about) == "of images with other names"
     assert describe_differences({**about, "stamp": "z"}, about) == ""
+    now = about | {"content": "new"}
+    assert describe_differences(about, now) == ""  # written by an older version
+    assert describe_differences(about | {"content": "old"}, now) == (
+        "of other images of the same number and names"
+    )
+
+
+def test_another_array_of_the_same_name(capsys):
+    for folder, seed in (("a", 0), ("b", 1)):
+        Path(folder).mkdir()
+        images = np.random.default_rng(seed).integers(0, 256, (4, 32, 32, 3), np.uint8)
+        np.save(f"{folder}/images.npy", images)
+    words = [w for w in ALL if not w.startswith("data")] + ["data=arrays", "out=f.npy"]
+    assert run("embed", *words, "data.file=a/images.npy") == 0
+    assert run("embed", *words, "data.file=a/images.npy") == 0
+    assert "all of it is there already" in capsys.readouterr().out
+    assert run("embed", *words, "data.file=b/images.npy") == 2
+    assert "of other images of the same number and names" in capsys.readouterr().err
