@@ -76,6 +76,7 @@ def main(settings: EmbedSettings) -> None:
     check_outside(outs, settings.data)
     resize, size = image_sizes(settings, path)
     preprocess = of_weights(backbone.preprocess, settings.max_pixels)
+    stamp = stamp_of(source)
     about: dict[str, Any] = {
         "weights": weights_digest(backbone),
         "ckpt": str(path),
@@ -83,7 +84,7 @@ def main(settings: EmbedSettings) -> None:
         "model": model_name(backbone.architecture),
         "images": len(source),
         "names": names_digest(source),
-        "stamp": (stamp := stamp_of(source)),
+        "stamp": stamp,
         "content": index_of(source).digest() if stamp is None else None,
         "resize": resize,
         "size": size,

@@ -59,9 +59,8 @@ def describe_differences(before: dict[str, Any], about: dict[str, Any]) -> str:
     for key in ("stamp", "content"):  # of files that were just written times prove nothing
         if None in (before.get(key), about.get(key)) and key in keys:
             keys.remove(key)
-    implied = {
-        "images": ("names", "stamp", "content", "labels"), "names": ("stamp", "content", "labels"),
-    }  # fmt: skip
+    of_images = ("stamp", "content", "labels")
+    implied = {"images": ("names", *of_images), "names": of_images}
     for key in [key for key in implied if key in keys]:
         keys = [other for other in keys if other not in implied[key]]
     return ", ".join(DIFFERENCES[k].format(before=before.get(k), now=about[k]) for k in keys)

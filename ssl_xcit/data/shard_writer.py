@@ -16,12 +16,12 @@ from PIL import Image
 
 from ssl_xcit.data.bad_samples import FILE
 from ssl_xcit.data.decode import MAX_BYTES, open_picture
-from ssl_xcit.data.labels import normalised
 from ssl_xcit.data.loader import parallel_map
 from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.remote import INDEX, LISTING
-from ssl_xcit.data.shards import MAX_LABEL, full_listing, list_tar, write_listings
+from ssl_xcit.data.shard_labels import class_texts
+from ssl_xcit.data.shards import full_listing, list_tar, write_listings
 from ssl_xcit.data.sources import Source, Stored
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.utils.files import replacing, sha256_of, writable_folder, write_json
@@ -47,21 +47,6 @@ class ShardJob(NamedTuple):
     images_per_shard: int
     out: Path
     class_texts: Sequence[str] = ()  # of `.cls`, by class id; empty: the ids themselves
-
-
-def class_texts(source: Source) -> Sequence[str]:
-    """Return the class names for `.cls`; none where a reader could not tell one from an id, or from
-    another name.
-    """
-    names = source.class_names
-    clear = len(set(names)) == len(names) and all(
-        name == normalised(name)
-        and not name.isdecimal()
-        and name == (encoded := name.encode("utf-8", "ignore")).decode()
-        and 0 < len(encoded) < MAX_LABEL
-        for name in names
-    )
-    return names if clear else ()
 
 
 def names_digest(source: Source) -> str:

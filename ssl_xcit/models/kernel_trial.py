@@ -1,7 +1,6 @@
 """Whether kernels make this machine faster than torch alone: a block tried both ways, once."""
 
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -39,9 +38,9 @@ def kernels_are_faster() -> bool:
 
 @functools.cache
 def kernel_speed() -> float | None:
-    """How many times as fast a block is by the kernels as by torch alone (0: they end the process);
+    """How many times as fast a block is by the kernels as by torch alone (0: the trial failed);
     None where they cannot be built. Measured at the first call on a machine (seconds), and again
-    for another torch; kept beside the built file.
+    for another torch or where it failed; kept beside the built file.
     """
     run = kernels()
     if run is None:
@@ -58,8 +57,9 @@ def tried_once(record: Path) -> float:
             speed = recorded(record)
             if speed is None:
                 speed = tried_speed()
-                with suppress(OSError):  # a full disk
-                    write_json({"speed": speed, "torch": torch.__version__}, record)
+                if speed:
+                    with suppress(OSError):  # a full disk
+                        write_json({"speed": speed, "torch": torch.__version__}, record)
             return speed
     except UserError:  # a folder that cannot be written
         return tried_speed()
@@ -82,14 +82,19 @@ def tried_speed() -> float:
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT,
-            check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        speed = float(json.loads(done.stdout.splitlines()[-1]))
-    except (subprocess.SubprocessError, ValueError, IndexError) as error:
-        say(f"kernels for this processor failed in a trial, so networks run without them: {error}")
-        return 0.0
-    if speed < TOO_SLOW:
-        say(f"kernels for this processor have {speed:.2f} of torch's speed: networks run without")
+        said = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+        answer = said[-1] if said else f"exit code {done.returncode}"
+        speed = 0.0 if done.returncode else float(answer)
+    except subprocess.TimeoutExpired:
+        answer, speed = f"no end within {TIMEOUT} s", 0.0
+    except (OSError, ValueError) as error:
+        answer, speed = str(error), 0.0
+    if not speed:
+        say(f"networks run without kernels for this processor, which failed in a trial: {answer}")
+    elif speed < TOO_SLOW:
+        say(f"networks run without kernels, which have {speed:.2f} of torch's speed here")
     return round(speed, 3)
 
 

@@ -250,8 +250,8 @@ void residual_backward(const float* grad, const int32_t* kept, float scale, int6
   });
 }
 
-// A register of the processor: 32 of 16 values with AVX-512, else as with AVX2, 16 of 8. A kernel that
-// keeps more sums at once than there are registers spends its time on moving them.
+// A register of the processor: 32 of 16 values with AVX-512, else, as with AVX2, 16 of 8. A kernel
+// that keeps more sums at once than there are registers spends its time on moving them.
 #ifdef __AVX512F__
 constexpr int WIDTH = 16, MOST_COLUMNS = 64;
 #else
