@@ -288,6 +288,7 @@ def test_shards_hold_what_the_folder_holds(capsys):
     assert before == {p: p.stat().st_mtime_ns for p in Path("tars").glob("*.tar")}
     assert run(*words[:-2], "images_per_shard=4") == 2
     assert "begun with another images_per_shard" in capsys.readouterr().err
+    assert not Path("tars/.progress.jsonl").exists()  # by which it is known to be ours
     assert run("shard", "data=shards", "data.root=tars", "out=again", "num_workers=0") == 0
     training = ["pretrain", "data=shards", "data.root=tars", "eval_data.root=tars", "name=t", *TINY]
     training += ["model=xcit_micro_4_p8", "eval_data.resize=32", "eval_data.size=32", "epochs=1"]

@@ -67,6 +67,24 @@ def test_a_run_goes_on_with_or_without_kernels_as_it_began(home, capfd):
     (folder / "run.json").write_text(json.dumps(write))
     assert resume() == 0
     assert about(home)["kernels"] is False
+    (folder / "run.json").write_text("cut sh")
+    assert kernels_of(folder) is None
+
+
+@pytest.mark.parametrize("lacking", ["a compiler", "kernels that work"])
+def test_a_resumption_without_kernels_is_said_and_not_for_good(lacking, home, monkeypatch, capfd):
+    if lacking == "a compiler":
+        monkeypatch.setattr("ssl_xcit.models.xcit.kernels", lambda: None)
+    else:
+        monkeypatch.setattr("ssl_xcit.training.run_dir.kernel_speed", lambda: 0.0)
+        monkeypatch.setattr("ssl_xcit.models.xcit.kernels", pytest.fail)
+    run_json = home / "runs/x/run.json"
+    run_json.write_text(json.dumps({**about(home), "kernels": True}))
+    assert resume() == 0
+    said = capfd.readouterr().err.splitlines()
+    (line,) = [line for line in said if "was begun with kernels" in line]
+    assert line.endswith("install a C++ compiler, or name another in CXX, or set compile=false")
+    assert about(home)["kernels"] is True
 
 
 def test_a_moved_run_that_has_no_name_is_found(home, capfd):

@@ -76,7 +76,6 @@ def main(settings: EmbedSettings) -> None:
     check_outside(outs, settings.data)
     resize, size = image_sizes(settings, path)
     preprocess = of_weights(backbone.preprocess, settings.max_pixels)
-    stamp = stamp_of(source)
     about: dict[str, Any] = {
         "weights": weights_digest(backbone),
         "ckpt": str(path),
@@ -84,8 +83,8 @@ def main(settings: EmbedSettings) -> None:
         "model": model_name(backbone.architecture),
         "images": len(source),
         "names": names_digest(source),
-        "stamp": stamp,
-        "content": index_of(source).digest() if stamp is None else None,
+        "stamp": stamp_of(source),
+        "content": index_of(source).digest(),
         "resize": resize,
         "size": size,
         "features": settings.features,

@@ -56,11 +56,12 @@ def labels_digest(source: Source) -> str | None:
 def describe_differences(before: dict[str, Any], about: dict[str, Any]) -> str:
     """What is not the same, in words; empty where all is."""
     keys = [key for key in DIFFERENCES if key in about and before.get(key) != about[key]]
-    for key in ("stamp", "content"):  # of files that were just written times prove nothing
+    # times of files that were just written prove nothing, and older versions noted one of the two
+    for key in ("stamp", "content"):
         if None in (before.get(key), about.get(key)) and key in keys:
             keys.remove(key)
     of_images = ("stamp", "content", "labels")
-    implied = {"images": ("names", *of_images), "names": of_images}
+    implied = {"images": ("names", *of_images), "names": of_images, "stamp": ("content",)}
     for key in [key for key in implied if key in keys]:
         keys = [other for other in keys if other not in implied[key]]
     return ", ".join(DIFFERENCES[k].format(before=before.get(k), now=about[k]) for k in keys)

@@ -75,6 +75,9 @@ GROUPS: Mapping[str, Sequence[Plot]] = {
              about="1: all directions, 0: all images alike"),
         Plot("Prototypes", {"prototypes_effective": "equally frequent ones that tell as much"},
              log=True),
+        Plot("Prototypes of patches", {"patch_prototypes_effective": "equally frequent ones"},
+             log=True),
+        Plot("Teacher entropy of patches", {"patch_entropy_share": "of ln K"}, unit="%"),
         Plot("Length of the center", {"center_norm": "center"}),
     ),
     "Optimisation": (

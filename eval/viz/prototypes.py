@@ -23,7 +23,7 @@ from ssl_xcit.models.checkpoint_files import read_checkpoint
 from ssl_xcit.models.head import DINOHead
 from ssl_xcit.models.weights import center_of, load_strictly
 from ssl_xcit.objectives.dino import Center
-from ssl_xcit.objectives.temperature import LinearByEpoch
+from ssl_xcit.objectives.temperature import LinearInStairs
 
 from ..checkpoints import folder_of
 from .dataset import ImageFeatures
@@ -114,12 +114,13 @@ def temperature_of(path: Path, step: int, term: str = "") -> float:
         plan = json.loads(file.read_text())["plan"]
         plan |= plan.get(term, {})
         start, end, epochs, steps_per_epoch = (float(plan[key]) for key in PLAN)
+        stair = float(plan.get("teacher_temp_stair", steps_per_epoch))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"prototypes: {file} does not tell the teacher's temperature; set it by "
             "teacher_temp=0.04, or the value of the run"
         ) from error
-    return LinearByEpoch(start, end, epochs, steps_per_epoch)(max(0, step - 1))
+    return LinearInStairs(start, end, epochs * steps_per_epoch, stair)(max(0, step - 1))
 
 
 @torch.inference_mode()

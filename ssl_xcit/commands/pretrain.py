@@ -193,7 +193,9 @@ def main(settings: PretrainSettings) -> Path:
             if math.isnan(plan.lr):
                 steps = max(FEWEST_STEPS, min(MOST_STEPS, plan.total_steps))
                 trial = crops(crops_at(augment, 0.0), steps)
-                plan = replace(plan, lr=found_rate(settings, trial, preprocess, start, run_dir))
+                budgeted = plan.total_steps if settings.budget is not None else None
+                rate = found_rate(settings, trial, preprocess, start, run_dir, budgeted)
+                plan = replace(plan, lr=rate)
                 module.schedules = make_schedules(settings.optim, plan)
             pace = None
             if settings.budget is not None and not getattr(augment, "stages", ()):
@@ -238,10 +240,14 @@ def found_rate(
     preprocess: Preprocess,
     start: TrainingWeights | None,
     run_dir: Path,
+    budgeted: int | None,
 ) -> float:
-    """The peak learning rate that `optim.lr=auto` stands for, by networks of their own."""
+    """The peak learning rate that `optim.lr=auto` stands for, by networks of their own; of the
+    steps that a budget allows.
+    """
     num_images, optim = len(data.dataset.source), settings.optim
-    module = make_module(settings, make_plan(settings, num_images, 1), preprocess, start)
+    plan = make_plan(settings, num_images, 1, steps=budgeted)
+    module = make_module(settings, plan, preprocess, start)
     found = range_test(settings.trainer, module, data, run_dir)
     as_given = found / scaled_rate(settings.batch_size, optim.lr_scaling)
     say(f"lr=auto: {found:.2e}, as if optim.lr={as_given:.2e} had been given")

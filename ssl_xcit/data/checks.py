@@ -15,6 +15,7 @@ from ssl_xcit.data.loader import TooManyAccidents, one_opencv_thread, parallel_m
 from ssl_xcit.data.multicrop import Replaced
 from ssl_xcit.data.picture import BadImage, DeepRange, dark_images
 from ssl_xcit.data.preprocess import Preprocess
+from ssl_xcit.data.shards import TarShards
 from ssl_xcit.data.sources import Source, digest_of
 from ssl_xcit.errors import RunFailed, UserError
 
@@ -87,7 +88,12 @@ def inspect_in_process(source: Source, preprocess: Preprocess, index: int) -> In
 def inspect_all(
     source: Source, preprocess: Preprocess, num_workers: int | None, timeout: float
 ) -> Iterator[InspectedImage]:
-    """Yield every image in order; one that ends its process is bad, and named."""
+    """Yield every image in order; one that ends its process is bad, and named.
+
+    Raises:
+        UserError: a server refuses.
+        RunFailed: it fails for too long.
+    """
     start = 0
     while start * CHUNK < len(source):
         chunks = parallel_map(
@@ -100,6 +106,8 @@ def inspect_all(
         except TooManyAccidents:  # other errors are no fault of an image
             first = chunks.done * CHUNK
             for index in range(first, min(first + CHUNK, len(source))):
+                if isinstance(source, TarShards):
+                    source.fetch(index)  # here: that a server hangs is no fault of the image
                 yield inspect_in_process(source, preprocess, index)
             start = chunks.done + 1
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ssl_xcit.data.labels import normalised
 from ssl_xcit.errors import MissingPath, RunFailed, UserError
 from ssl_xcit.utils.files import PARTIAL, flush, sha256_of, writable_folder
 from ssl_xcit.utils.locks import InUse, exclusive
@@ -82,10 +83,11 @@ class RemoteFile(NamedTuple):
 
 
 class FoundTars(NamedTuple):
-    """Tars behind URLs, and files that list the images of some of them."""
+    """Tars behind URLs, and what the index beside them says."""
 
     tars: list[RemoteFile]
-    listings: list[RemoteFile]
+    listings: list[RemoteFile]  # of the images in them
+    class_names: dict[str, list[str]]  # by class id, of the tar with a URL
 
 
 def is_url(place: object) -> bool:
@@ -232,8 +234,8 @@ def find_tars(place: str) -> FoundTars:
     if set("*{}") & set(folder):
         raise UserError(f"data.root={shown(place)}: * and {{}} may stand in the last part only")
     named = [place] if query else [f"{folder}/{name}" for name in expanded(last)]
-    index = None if query else read_index(folder)
-    known = {file.url: file for file in index.tars} if index else {}
+    index = FoundTars([], [], {}) if query else read_index(folder)
+    known = {file.url: file for file in index.tars}
     found: dict[str, Any] = {url: {} for url in named}
     if "*" in last:
         fitting = [url for url in known if fnmatch.fnmatch(url.rpartition("/")[2], last)]
@@ -241,10 +243,11 @@ def find_tars(place: str) -> FoundTars:
     if not found:
         raise MissingPath(f"data.root={shown(place)}: no tar shards (*.tar) there")
     urls = sorted(found) if "*" in last else named
-    if index and known.keys() >= set(urls):
-        return FoundTars([known[url] for url in urls], index.listings)
+    if known.keys() >= set(urls):
+        return index._replace(tars=[known[url] for url in urls])
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return FoundTars(list(pool.map(lambda url: described(url, found[url]), urls)), [])
+        tars = list(pool.map(lambda url: described(url, found[url]), urls))
+    return FoundTars(tars, [], index.class_names)
 
 
 def expanded(pattern: str) -> list[str]:
@@ -287,8 +290,12 @@ def described(url: str, row: Any) -> RemoteFile:
     return RemoteFile(url, int(row["size"]), "", repr([row[key] for key in keys if key in row]))
 
 
-def read_index(folder: str) -> FoundTars | None:
-    """Return what the index of a folder says; None: there is none, or none with checksums."""
+def read_index(folder: str) -> FoundTars:
+    """Return what the index of a folder says; no tars where there is none, or none with checksums.
+
+    Raises:
+        RunFailed: the server fails for too long.
+    """
     url = f"{folder}/{INDEX}"
 
     def content() -> bytes:
@@ -302,9 +309,11 @@ def read_index(folder: str) -> FoundTars | None:
     try:
         text = retried(content, url, QUESTIONS)
     except Refusal:
-        return None  # many a bucket denies what is not there
+        return FoundTars([], [], {})  # many a bucket denies what is not there
+    class_names: dict[str, list[str]] = {}
     try:
         rows = json.loads(text)
+        class_names = names_by_tar(rows, folder)
         about = rows["listing"]
         listing = RemoteFile(f"{folder}/{LISTING}", int(about["bytes"]), about["sha256"])
         tars = [
@@ -319,11 +328,23 @@ def read_index(folder: str) -> FoundTars | None:
             raise ValueError("a name, a size or a checksum that is none")
     except (ValueError, KeyError, TypeError) as error:
         log.warning(
-            "%s is no index with checksums (%s) and is not used; ssl-xcit shard writes one",
+            "%s is no index with checksums (%s); ssl-xcit shard writes one",
             shown(url), type(error).__name__,
         )  # fmt: skip
-        return None
-    return FoundTars(tars, [listing])
+        return FoundTars([], [], class_names)
+    return FoundTars(tars, [listing], class_names)
+
+
+def names_by_tar(index: Any, folder: str) -> dict[str, list[str]]:
+    """Return the class names in an index by the place of each of its tars; none if it is of another
+    program, or calls two classes alike.
+    """
+    try:
+        names = [normalised(name) for name in index["class_names"]]
+        tars = [os.path.join(folder, row["file"]) for row in index["shards"]]
+    except (KeyError, TypeError):
+        return {}
+    return dict.fromkeys(tars, names) if len(set(names)) == len(names) else {}
 
 
 @dataclass(frozen=True)

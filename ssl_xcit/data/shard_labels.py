@@ -6,19 +6,35 @@ has its name in the `shards.json` beside the tar.
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ssl_xcit.data.folders import warn_once
 from ssl_xcit.data.labels import Labels, named_classes, normalised, numbered
-from ssl_xcit.data.remote import INDEX, QUESTIONS, file_system, is_url, retried
+from ssl_xcit.data.remote import INDEX, names_by_tar
 from ssl_xcit.data.sources import Source
 from ssl_xcit.errors import UserError
 
 MAX_LABEL = 200  # bytes of a .cls member
+
+
+class ShardLabels(NamedTuple):
+    """Classes of the images in tars."""
+
+    labels: Labels | None  # class ids
+    class_names: list[str]  # by class id
+    ids: str = ""  # in `.cls`: "bare", "named" by an index; empty: none, or they are the names
+
+
+class TarClasses(NamedTuple):
+    """Classes of the images in tars, by name, or by id where no index names it."""
+
+    texts: list[str]  # of each image
+    names: list[str]  # by class id, of the first index
+    kinds: dict[str, str]  # "ids", "words", "index", "numbering": a folder or tar of each kind
 
 
 def class_texts(source: Source) -> Sequence[str]:
@@ -37,40 +53,51 @@ def class_texts(source: Source) -> Sequence[str]:
 
 
 def shard_labels(
-    texts: list[str], tars: Sequence[str], counts: np.ndarray, root: str, known: Sequence[str]
-) -> tuple[Labels | None, list[str]]:
-    """Return (class ids, class names) by the text of `.cls` members; None unless all have one.
+    texts: list[str],
+    tars: Sequence[str],
+    counts: np.ndarray,
+    names: Mapping[str, list[str]],
+    root: str,
+    known: Sequence[str],
+) -> ShardLabels:
+    """Return class ids by the text of `.cls` members; none unless all images have one.
 
     Args:
         texts: of all images.
-        tars: places of the tars; empty behind URLs that no index has.
+        tars: places of the tars.
         counts: images of each.
+        names: class names by id, of tars that an index lists.
         root: what messages call them.
         known: class names whose ids another set has fixed.
 
     Raises:
-        UserError: none of the classes is a known one.
+        UserError: none of the classes is a known one, or some are ids and others names.
     """
     missing = texts.count("")
     if missing:
         if missing < len(texts):
             warn_once(f"data.root={root}: {missing:,} images have no .cls, so none has a label")
-        return None, []
-    words, names = texts, list(known)
-    if all(word.isascii() and word.isdecimal() and len(word) < 10 for word in texts):
-        words, of_ids = names_of_ids(texts, tars, counts)
-        if words == texts and names == [str(i) for i in range(len(names))]:
-            ids = np.array([int(word) for word in texts], np.int64)
-            return ids, numbered(ids)
-        names = names or of_ids
-    labels, classes = named_classes(words, names)
+        return ShardLabels(None, [])
+    words, of_ids, kinds = tar_classes(texts, tars, counts, names)
+    named = kinds.get("index") or kinds.get("words")
+    if named and "ids" in kinds:
+        raise UserError(
+            f"data.root={root}: the classes of {kinds['ids']} are ids without names, those of "
+            f"{named} have names: copy the {INDEX} that ssl-xcit shard wrote beside the tars of "
+            "both, or name one of them only"
+        )
+    kind = "bare" if "ids" in kinds else "named" if "index" in kinds else ""
+    if not named and is_numbering(known):
+        ids = np.array([int(word) for word in words], np.int64)
+        return ShardLabels(ids, numbered(ids), kind)
+    labels, classes = named_classes(words, known or of_ids)
     if known and labels.min() >= len(known):
         raise UserError(
             f"eval_data.test_root={root}: none of its classes ({examples(words)}) is one of the "
             f"training images' ({examples(known)}): where .cls holds class ids, put the {INDEX} "
             "that ssl-xcit shard wrote beside the tars of both"
         )
-    return labels, classes
+    return ShardLabels(labels, classes, kind)
 
 
 def examples(names: Sequence[str]) -> str:
@@ -79,35 +106,49 @@ def examples(names: Sequence[str]) -> str:
     return ", ".join(different[:3]) + ", ..." * (len(different) > 3)
 
 
-def names_of_ids(
-    ids: list[str], tars: Sequence[str], counts: np.ndarray
-) -> tuple[list[str], list[str]]:
-    """Return the class name of each image and all names by class id, from the indices beside the
-    tars; the ids and no names unless every image has one.
-    """
-    names: dict[str, list[str]] = {}
-    for folder in {os.path.dirname(tar) for tar in tars if tar}:
-        names |= indexed_names(folder)
-    of_tar = [names.get(tar, []) for tar in tars]
-    owners = np.repeat(np.arange(len(tars)), counts).tolist()
-    with suppress(IndexError):
-        return [of_tar[n][int(i)] for n, i in zip(owners, ids, strict=True)], of_tar[owners[0]]
-    return ids, []
+def is_id(text: str) -> bool:
+    """Whether a text may be a class id."""
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
-def indexed_names(folder: str) -> dict[str, list[str]]:
-    """Return the class names that the index in a folder has, by the path of each of its tars; none
-    if it is not there, of another program, or calls two classes alike.
+def is_numbering(names: Sequence[str]) -> bool:
+    """Whether names are those of classes without any, which are their ids."""
+    return list(names) == [str(i) for i in range(len(names))]
+
+
+def tar_classes(
+    texts: list[str], tars: Sequence[str], counts: np.ndarray, names: Mapping[str, list[str]]
+) -> TarClasses:
+    """Replace ids by names where a tar holds nothing else and its index has all of them. In other
+    tars of a folder they are ids if no text is a name.
     """
-    place = os.path.join(folder, INDEX)
-    try:
-        if is_url(place):
-            content = retried(lambda: file_system(place).cat_file(place), place, QUESTIONS)
+    words: list[str] = []
+    of_ids: list[str] = []
+    kinds: dict[str, str] = {}
+    others: dict[str, set[str]] = {}
+    for tar, count in zip(tars, counts.tolist(), strict=True):
+        if not count:
+            continue
+        part = texts[len(words) : len(words) + count]
+        different, of_tar = set(part), names.get(tar, [])
+        if all(is_id(text) and int(text) < len(of_tar) for text in different):
+            words += [of_tar[int(text)] for text in part]
+            of_ids = of_ids or of_tar
+            kinds["numbering" if is_numbering(of_tar) else "index"] = tar
         else:
-            content = Path(place).read_bytes()
-        index = json.loads(content)
-        names = [normalised(name) for name in index["class_names"]]
-        tars = [os.path.join(folder, row["file"]) for row in index["shards"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return dict.fromkeys(tars, names) if len(set(names)) == len(names) else {}
+            words += part
+            others.setdefault(os.path.dirname(tar) or ".", set()).update(different)
+    for folder, different in others.items():
+        kinds["ids" if all(map(is_id, different)) else "words"] = folder
+    return TarClasses(words, of_ids, kinds)
+
+
+def indexed_names(tars: Sequence[str]) -> dict[str, list[str]]:
+    """Return the class names in the indices beside tars on this machine, by tar."""
+    names: dict[str, list[str]] = {}
+    for folder in {os.path.dirname(tar) for tar in tars}:
+        try:
+            names |= names_by_tar(json.loads(Path(folder, INDEX).read_bytes()), folder)
+        except (OSError, ValueError):  # none, or damaged
+            continue
+    return names

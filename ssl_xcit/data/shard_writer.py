@@ -70,7 +70,7 @@ def write_shards(
     others = sorted(out.glob("*.tar"))
     if others and not any((out / name).exists() for name in (PROGRESS, INDEX)):
         raise UserError(f"out={out} holds other tars, such as {others[0].name}: name another")
-    with exclusive(out / ".lock", f"out={out}"), (out / PROGRESS).open("a+") as progress:
+    with exclusive(out / ".lock", f"out={out}"):
         begun = begun_with(out)
         if not begun or "content" in begun[0]:  # an older version wrote ids into the others
             job = job._replace(class_texts=class_texts(job.source))
@@ -80,14 +80,15 @@ def write_shards(
         todo = [number for number in range(num_shards) if number not in done]
         if done and todo:
             say(f"{len(done)} of {num_shards} shards are complete; going on")
-        if todo and not (out / PROGRESS).read_text().endswith("}\n"):
-            append_line(progress, made_with)
         written = parallel_map(
             partial(write_numbered, job, todo), len(todo), num_workers, timeout=timeout, chunk=1
         )
-        for (record,) in track(written, "shards", len(todo), shown_in_terminal()):
-            done[record["number"]] = record
-            append_line(progress, record)
+        with (out / PROGRESS).open("a+") as progress:
+            if todo and not (out / PROGRESS).read_text().endswith("}\n"):
+                append_line(progress, made_with)
+            for (record,) in track(written, "shards", len(todo), shown_in_terminal()):
+                done[record["number"]] = record
+                append_line(progress, record)
     return [done[number] for number in range(num_shards)]
 
 

@@ -51,7 +51,7 @@ from ssl_xcit.data.remote import (
     open_cache,
     shown,
 )
-from ssl_xcit.data.shard_labels import MAX_LABEL, shard_labels
+from ssl_xcit.data.shard_labels import MAX_LABEL, ShardLabels, indexed_names, shard_labels
 from ssl_xcit.data.sources import LabelledPair, Places, Seed, TestFraction, held_out
 from ssl_xcit.data.string_array import StringArray
 from ssl_xcit.errors import MissingPath, UserError
@@ -121,6 +121,7 @@ class TarShards:
     class_names: Sequence[str]  # by class id
     fetcher: ShardFetcher | None = None  # of tars behind URLs
     known_samples: Sequence[str] = ()  # of these, see `sample_of`
+    ids: str = ""  # see `ShardLabels`
 
     def __post_init__(self) -> None:
         """Prepare to find and open tars."""
@@ -165,6 +166,16 @@ class TarShards:
         if self.fetcher is not None:
             self.fetcher.refresh(self.open_files[shard])
         return self.open_files[shard]
+
+    def fetch(self, index: int) -> None:
+        """Fetch the tar of an image, if it is behind a URL and not there.
+
+        Raises:
+            UserError: the server refuses.
+            RunFailed: it fails for too long, or the disk does.
+        """
+        if self.fetcher is not None:
+            self.fetcher.cache.fetch(self.fetcher.files[self.shard_of(index)])
 
     def close_removed(self) -> None:
         """Close tars that the cache has removed, for until then they take room on the disk."""
@@ -347,6 +358,7 @@ def tar_shards(
     known: Sequence[str] = (),
     cache: CacheFolder = None,
     cache_gb: CacheSize = 100.0,
+    labelled: bool = False,
 ) -> TarShards | None:
     """Return images in tar shards; with labels if each has a `.cls`: a class name, or a class id,
     whose name is looked up in the `shards.json` of `ssl-xcit shard` beside the tar.
@@ -358,16 +370,18 @@ def tar_shards(
         known: class names whose ids another set has fixed.
         cache: folder for tars behind URLs; None: in the cache folder.
         cache_gb: what it may hold, in units of 10^9 bytes.
+        labelled: labels are needed; else those that `shard_labels` refuses are left out, with a
+            warning.
 
     Raises:
         MissingPath: no tars, or no images in them.
-        UserError: not tars, or compressed ones; no class that `known` has; a server that refuses.
+        UserError: not tars, or compressed ones; labels that are refused; a server that refuses.
         RunFailed: a server that fails, or a full disk.
     """
     if root is None:
         return None
     places = [root] if isinstance(root, str | int | float) else list(root)
-    words = ", ".join(map(shown, map(str, places)))
+    words = shown_places(root)
     fetcher = None
     if any(map(is_url, places)):
         if not all(map(is_url, places)):
@@ -376,10 +390,11 @@ def tar_shards(
         found = [find_tars(str(place)) for place in places]
         fetcher = ShardFetcher([t for f in found for t in f.tars], open_cache(folder, cache_gb))
         files = [shown(file.url) for file in fetcher.files]
-        indexed = [file.url if file.sha256 else "" for file in fetcher.files]
+        names = {shown(url): n for f in found for url, n in f.class_names.items()}
         listed = remote_listing(fetcher, [file for f in found for file in f.listings], words)
     else:
-        files = indexed = tar_files(root)
+        files = tar_files(root)
+        names = indexed_names(files)
         listed = local_listing(files)
     left_out = listed["left_out"].tobytes().decode("utf-8", "surrogateescape")
     count = len(listed["offsets"])
@@ -389,15 +404,29 @@ def tar_shards(
     if left_out:
         warn_once(f"data.root={words}: left out: {left_out}")
     texts = list(StringArray(listed["labels"], listed["label_ends"]))
-    labels, names = shard_labels(texts, indexed, listed["counts"], words, known)
+    classes = ShardLabels(None, [])
+    try:
+        classes = shard_labels(texts, files, listed["counts"], names, words, known)
+    except UserError as error:
+        if labelled:
+            raise
+        warn_once(f"labels are left out: {error}")
     keys, shards = StringArray(listed["keys"], listed["key_ends"]), Shards(listed["counts"], window)
     samples: list[str] = []
     if fetcher is not None:
         check_limit(fetcher.files, count, window, fetcher.cache)
         shards = replace(shards, read_ahead=fetcher.read_ahead)
         samples = list(StringArray(listed["samples"], listed["sample_ends"]))
-    offsets, lengths = listed["offsets"], listed["lengths"]
-    return TarShards(files, shards, keys, offsets, lengths, labels, tuple(names), fetcher, samples)
+    return TarShards(
+        files, shards, keys, listed["offsets"], listed["lengths"], classes.labels,
+        tuple(classes.class_names), fetcher, samples, classes.ids,
+    )  # fmt: skip
+
+
+def shown_places(root: Places) -> str:
+    """Return what messages call the places of tars."""
+    places = [root] if isinstance(root, str | int | float) else list(root or [])
+    return ", ".join(shown(str(place)) for place in places)
 
 
 def local_listing(files: Sequence[str]) -> dict[str, np.ndarray]:
@@ -577,8 +606,18 @@ def labelled_shards(
 ) -> LabelledPair | None:
     """Return `tar_shards` with labels, and others to test on (None: a share is held out); they are
     read one after the other.
+
+    Raises:
+        UserError: an index names the class ids of the one, and not of the other.
     """
-    train = tar_shards(root, 1, (), cache, cache_gb)
+    train = tar_shards(root, 1, (), cache, cache_gb, labelled=True)
     names = train.class_names if train is not None else ()
-    test = tar_shards(test_root, 1, names, cache, cache_gb)
+    test = tar_shards(test_root, 1, names, cache, cache_gb, labelled=True)
+    if train is not None and test is not None and {train.ids, test.ids} == {"bare", "named"}:
+        bare = ("root", root) if train.ids == "bare" else ("test_root", test_root)
+        raise UserError(
+            f"eval_data.{bare[0]}={shown_places(bare[1])}: .cls holds class ids, and no {INDEX} "
+            "beside the tars has their names, as it does for the other images: copy the one that "
+            "ssl-xcit shard wrote there"
+        )
     return held_out(train, test, str(root), test_fraction, resize, size, seed)

@@ -178,7 +178,7 @@ def check_kernels(facts: Facts) -> Line:
     """What the kernels gain, as tried once on this machine; see `models/kernel_trial.py`."""
     reason = facts.get("error")
     if not reason and not facts["speed"]:
-        reason = " ".join(facts["why"]) or "they failed in a trial, so networks run without them"
+        reason = facts["why"][-1]
     if reason:
         return Line("note", "kernels", reason, "name another compiler in CXX")
     speed = facts["speed"]

@@ -16,10 +16,13 @@ from ssl_xcit.objectives.koleo import koleo_loss
 from ssl_xcit.objectives.objective import (
     GLOBAL_VIEWS,
     ONE_PROTOTYPE,
+    ONE_PROTOTYPE_OF_PATCHES,
     UNIFORM,
+    UNIFORM_PATCHES,
     Clip,
     Embedded,
     Inputs,
+    NumPrototypes,
     Objective,
     RunLength,
     Signs,
@@ -29,7 +32,7 @@ from ssl_xcit.objectives.objective import (
 )
 from ssl_xcit.objectives.prototype_loss import prototype_loss
 from ssl_xcit.objectives.sinkhorn import check_prototypes, sinkhorn_knopp
-from ssl_xcit.objectives.temperature import LinearByEpoch
+from ssl_xcit.objectives.temperature import LinearInStairs
 from ssl_xcit.utils.ranks import LateSum, world_size
 from ssl_xcit.utils.validation import NonNegative, Positive, Share
 
@@ -113,7 +116,8 @@ class DINO(Objective):
         koleo: weight of the entropy estimator that spreads the student's class tokens (DINOv2:
             0.1).
         teacher_temp_epochs: epochs in which the teacher's temperature rises from
-            `teacher_temp_start` to `teacher_temp` ...
+            `teacher_temp_start` to `teacher_temp`, with each of them; with each step where a share
+            of the run is less ...
         freeze_epochs: first epochs in which the prototypes keep their place ...
         max_warmup: ... both at most this share of the run.
         num_prototypes: K; it, `ema` and both temperatures are in the table where they are null.
@@ -129,7 +133,7 @@ class DINO(Objective):
             Sinkhorn-Knopp can balance in a batch; KoLeo of single images.
     """
 
-    assigns_images = True  # to prototypes, or else more than these, such as patches
+    of_patches = False  # whether patches are assigned to prototypes, more than there are images
 
     def __init__(
         self,
@@ -142,7 +146,7 @@ class DINO(Objective):
         teacher_temp_epochs: NonNegative = 30.0,
         freeze_epochs: NonNegative = 1.0,
         max_warmup: Share = 0.3,
-        num_prototypes: Annotated[int, Ge(2)] | None = None,
+        num_prototypes: NumPrototypes | None = None,
         ema: Share | None = None,
         teacher_temp_start: Positive | None = None,
         teacher_temp: Positive | None = None,
@@ -162,9 +166,8 @@ class DINO(Objective):
             length,
         )
         super().__init__(length, chosen["ema"], clip_norm, clip)
-        if not student_temp > 0.0:
-            raise UserError(f"student_temp={student_temp}: above 0; the paper has 0.1")
-        if centering == "sinkhorn" and self.assigns_images:
+        of_patches = self.of_patches or length.of_patches
+        if centering == "sinkhorn" and not of_patches:
             rows = GLOBAL_VIEWS * length.compared
             if num_prototypes is None:  # the table does not know the batch
                 chosen["num_prototypes"] = min(chosen["num_prototypes"], rows)
@@ -176,19 +179,28 @@ class DINO(Objective):
             )
         first = "optim.lr" if centering == "sinkhorn" else f"{length.key}.center_momentum"
         self.advice = {
-            UNIFORM: f"lower {length.key}.teacher_temp first, then optim.lr",
-            ONE_PROTOTYPE: f"lower {first} first, then raise {length.key}.teacher_temp",
+            UNIFORM_PATCHES if of_patches else UNIFORM: (
+                f"lower {length.key}.teacher_temp first, then optim.lr"
+            ),
+            ONE_PROTOTYPE_OF_PATCHES if of_patches else ONE_PROTOTYPE: (
+                f"lower {first} first, then raise {length.key}.teacher_temp"
+            ),
         }
         self.new_head = head
         self.num_prototypes: int = chosen["num_prototypes"]
         self.student_temp = student_temp
         self.centering = centering
         self.koleo = koleo
-        self.teacher_temp = LinearByEpoch(
+        warmup = min(teacher_temp_epochs, max_warmup * length.epochs)
+        stair = length.steps_per_epoch if warmup == teacher_temp_epochs else 1.0
+        if "teacher_temp_epochs" in length.begun:  # runs of earlier versions do not name it
+            stair = length.begun.get("teacher_temp_stair", length.steps_per_epoch)
+        self.teacher_temp_epochs = warmup
+        self.teacher_temp = LinearInStairs(
             chosen["teacher_temp_start"],
             chosen["teacher_temp"],
-            min(teacher_temp_epochs, max_warmup * length.epochs),
-            length.steps_per_epoch,
+            warmup * length.steps_per_epoch,
+            stair,
         )
         self.freeze_steps = length.steps(freeze_epochs, max_warmup)
         self.center = Center(self.num_prototypes, center_momentum)
@@ -248,7 +260,8 @@ class DINO(Objective):
         """What the length of the run decides."""
         return {
             "freeze_steps": self.freeze_steps,
-            "teacher_temp_epochs": self.teacher_temp.warmup_epochs,
+            "teacher_temp_epochs": self.teacher_temp_epochs,
+            "teacher_temp_stair": self.teacher_temp.stair_steps,
             "num_prototypes": self.num_prototypes,
             "ema": self.ema,
             "teacher_temp_start": self.teacher_temp.start,

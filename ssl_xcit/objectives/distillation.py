@@ -24,7 +24,7 @@ from ssl_xcit.objectives.objective import (
 from ssl_xcit.objectives.queue import EmbeddingQueue, check_queue
 from ssl_xcit.objectives.similarity import patch_similarity_loss, queue_similarity_loss
 from ssl_xcit.utils.ranks import BatchPart, gathered
-from ssl_xcit.utils.validation import NonNegative, Positive, Share, Text
+from ssl_xcit.utils.validation import PLACE, NonNegative, Positive, Share, Text
 
 
 @runtime_checkable
@@ -82,8 +82,8 @@ class Distillation(Objective):
         length: RunLength,
         head: Callable[..., nn.Module],
         load_teacher: Callable[..., FrozenTeacher],
-        teacher: Text | None = None,
-        teacher_ckpt: Text | None = None,
+        teacher: Annotated[Text | None, PLACE] = None,  # a digest tells which it is
+        teacher_ckpt: Annotated[Text | None, PLACE] = None,
         temperature: Positive = 0.07,
         queue: Annotated[int, Ge(1)] = 4096,
         local_weight: NonNegative = 1.0,
@@ -102,12 +102,13 @@ class Distillation(Objective):
         chosen = chosen_by_length({"ema": ema}, by_steps_and_images, table, length)
         super().__init__(length, chosen["ema"], clip_norm, clip)
         check_queue(queue, length.batch_size, length.key)
-        self.frozen_teacher = load_teacher(str(teacher), teacher_ckpt)
+        with_patches = local_weight > 0
+        self.frozen_teacher = load_teacher(str(teacher), teacher_ckpt, patches=with_patches)
         self.new_head = head
         self.temperature = temperature
         self.local_weight = local_weight
-        self.takes_patches = local_weight > 0
-        self.mixup = mixup
+        self.takes_patches = with_patches
+        self.mixes = mixup
         self.queue = EmbeddingQueue(queue, self.frozen_teacher.width)
         self.register_buffer("teacher_sha256", digest_of(self.frozen_teacher))
         self.register_load_state_dict_pre_hook(require_same_teacher)
@@ -121,7 +122,7 @@ class Distillation(Objective):
         arXiv:1710.09412). Pairs are neighbours in the batch, whose order is random; an image whose
         neighbour is in another part stays as it is.
         """
-        if not self.mixup:
+        if not self.mixes:
             return Inputs(views)
         others = (torch.arange(part.start, part.start + part.size) ^ 1) - part.start
         alone = (others < 0) | (others >= part.size)

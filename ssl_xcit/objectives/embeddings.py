@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ssl_xcit.errors import UserError
 from ssl_xcit.objectives.objective import (
     Clip,
     Embedded,
@@ -51,6 +52,16 @@ class EmbeddingObjective(Objective):
         super().__init__(length, chosen["ema"], clip_norm, clip)
         self.new_head = head
         self.takes_patches = projected == "cls_patch"
+
+    def require_others(self) -> None:
+        """Raise UserError where images are computed one at a time."""
+        batch, parts = self.length.batch_size, self.length.accumulate
+        if self.length.compared < 2:
+            raise UserError(
+                f"batch_size={batch} trainer.accumulate={parts}: an image is told from the others "
+                "that are computed with it, and there are none: set batch_size=64 "
+                "trainer.accumulate=1 or so"
+            )
 
     def make_head(self, embed_dim: int) -> nn.Module:
         """A projection."""

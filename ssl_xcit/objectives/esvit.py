@@ -33,7 +33,7 @@ class Region(DINO):
     """
 
     takes_patches = True
-    assigns_images = False
+    of_patches = True
 
     def targets(self, head: nn.Module, teacher: Embedded | None, inputs: Inputs, step: int) -> Any:
         """Probabilities and features of the patches of the global views."""
@@ -65,4 +65,5 @@ class Region(DINO):
 
     def signs(self, parts: Sequence[Any]) -> Signs:
         """The teacher's probabilities, the middle patch standing for each image."""
-        return Signs(rows=concatenated([p.rows[:, :, p.rows.shape[2] // 2] for p in parts]))
+        middle = concatenated([p.rows[:, :, p.rows.shape[2] // 2] for p in parts])
+        return Signs(patch_rows=middle.flatten(0, 1))

@@ -4,9 +4,10 @@ section 3.2; a separate head as in DINOv2, arXiv:2304.07193).
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from annotated_types import Len
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,9 +16,21 @@ from ssl_xcit.objectives.dino import DINO
 from ssl_xcit.objectives.esvit import tokens
 from ssl_xcit.objectives.ibot_loss import ibot_loss
 from ssl_xcit.objectives.masking import check_ratio, patch_weights, sample_masks
-from ssl_xcit.objectives.objective import Embedded, Inputs, Objective, PatchMask, RunLength
-from ssl_xcit.utils.ranks import BatchPart
-from ssl_xcit.utils.validation import Share
+from ssl_xcit.objectives.objective import (
+    Embedded,
+    Inputs,
+    Objective,
+    PatchMask,
+    RunLength,
+    Signs,
+    concatenated,
+)
+from ssl_xcit.objectives.sinkhorn import check_prototypes
+from ssl_xcit.utils.ranks import BatchPart, world_size
+from ssl_xcit.utils.validation import Share, Words
+
+Ratio = Annotated[Sequence[float], Len(2, 2), Words("[low,high], two shares of 0 to 1")]
+SHOWN = 128  # masked patches, or twice as many, by which a step is judged
 
 
 class MaskedTargets(NamedTuple):
@@ -47,7 +60,8 @@ class IBOT(Objective):
         exclude_masked: leave masked patches out of the statistics of channel attention.
 
     Raises:
-        UserError: a ratio that is not within 0 to 1, or prototypes with KoLeo.
+        UserError: a ratio that is not within 0 to 1, or prototypes with KoLeo; before the first
+            step, more prototypes than Sinkhorn-Knopp can balance the masked patches on.
     """
 
     takes_patches = True
@@ -57,18 +71,19 @@ class IBOT(Objective):
         length: RunLength,
         new_head: Callable[[nn.Module, int], nn.Module],
         prototypes: Callable[[RunLength], DINO],
-        ratio: Sequence[float] = (0.1, 0.3),
+        ratio: Ratio = (0.1, 0.3),
         probability: Share = 0.5,
         blocks: bool = True,
         start: Share = 0.1,
         exclude_masked: bool = True,
     ):
-        made = prototypes(length._replace(key=f"{length.key}.prototypes"))
+        made = prototypes(length._replace(key=f"{length.key}.prototypes", of_patches=True))
         if made.koleo:
             raise UserError(
                 f"{length.key}.prototypes.koleo={made.koleo:g}: it is for class tokens: set it to 0"
             )
         super().__init__(length, made.ema, made.clip_norm, made.clip)
+        self.advice = made.advice
         low, high = ratio
         check_ratio((low, high), probability)
         self.prototypes = made
@@ -88,6 +103,13 @@ class IBOT(Objective):
         G, B, _, height, width = views[0].shape
         own = np.arange(G * part.total).reshape(G, -1)[:, part.start : part.start + B]
         grid = math.ceil(height / patch_size), math.ceil(width / patch_size)
+        if self.prototypes.centering == "sinkhorn":
+            expected = self.probability * sum(self.ratio) / 2 * G * B * math.prod(grid)
+            check_prototypes(
+                self.prototypes.num_prototypes,
+                round(expected * world_size()),
+                self.prototypes.length.key,
+            )
         probability = self.probability if step >= self.start_step else 0.0
         masks = sample_masks(
             G * part.total, grid, self.ratio, probability, None, self.blocks, own.ravel()
@@ -137,6 +159,12 @@ class IBOT(Objective):
     def derived(self) -> dict[str, Any]:
         """What the length of the run decides."""
         return self.prototypes.derived() | {"start_step": self.start_step}
+
+    def signs(self, parts: Sequence[MaskedTargets]) -> Signs:
+        """The teacher's probabilities of some of the masked patches; all of them are large."""
+        rows = [part.rows[0] for part in parts]
+        few = [of_part[:: max(1, len(of_part) // SHOWN)].clone() for of_part in rows]
+        return Signs(patch_rows=concatenated(few, dim=0))
 
     def described(self) -> str:
         """When masks begin."""

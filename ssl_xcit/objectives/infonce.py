@@ -44,7 +44,7 @@ class InfoNCE(EmbeddingObjective):
             k-NN, which compares them by their cosine, then sees little else.
 
     Raises:
-        UserError: a batch of one image, or a queue smaller than the batch.
+        UserError: a batch of one image, or a queue smaller than the batch or larger than the data.
     """
 
     def __init__(
@@ -61,14 +61,15 @@ class InfoNCE(EmbeddingObjective):
         spread: NonNegative = 0.0,
     ):
         super().__init__(length, head, ema, by_steps_and_images, clip_norm, clip, projected)
-        if length.compared < 2:
-            raise UserError(
-                f"batch_size={length.batch_size} trainer.accumulate={length.accumulate}: an image "
-                "is told from the others that are computed with it, and there are none: set "
-                "batch_size=64 trainer.accumulate=1 or so"
-            )
+        self.require_others()
         if queue:
             check_queue(queue, length.batch_size, length.key)
+            if queue + length.batch_size > length.num_images:
+                raise UserError(
+                    f"{length.key}.queue={queue}: of {length.num_images:,} images it holds each, "
+                    "so that an image would be told from itself: set at most "
+                    f"{length.key}.queue={max(0, length.num_images // 2)}"
+                )
         words = f"lower optim.lr first, then raise {length.key}.temperature"
         self.advice = dict.fromkeys((ALIKE, EMBEDDINGS_ALIKE), words)
         self.temperature = temperature

@@ -3,23 +3,33 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from ssl_xcit.errors import UserError
 from ssl_xcit.utils.ranks import BatchPart
-from ssl_xcit.utils.validation import Positive, Share
+from ssl_xcit.utils.validation import Positive, Share, allows, as_typed, described
 
 Clip = Literal["tensor", "module"]
 Table = Sequence[Mapping[str, float]]
 GLOBAL_VIEWS = 2  # of an image
 FROM = ("images", "steps")  # of a row of a table
+NumPrototypes = Annotated[int, Ge(2)]
+OF_TABLES: Mapping[str, Any] = {
+    "num_prototypes": NumPrototypes,
+    "ema": Share,
+    "teacher_temp_start": Positive,
+    "teacher_temp": Positive,
+}
 # what can be wrong with a run whose numbers are finite
 UNIFORM = "the teacher has collapsed to a uniform distribution"
 ONE_PROTOTYPE = "one prototype takes all images"
+UNIFORM_PATCHES = "the teacher has collapsed to a uniform distribution of patches"
+ONE_PROTOTYPE_OF_PATCHES = "one prototype takes all patches"
 ALIKE = "the features of all images are nearly the same"
 EMBEDDINGS_ALIKE = "the embeddings of all images are nearly the same"
 Views = Float[Tensor, "_ B channels _ _"]  # of one resolution, normalised
@@ -36,11 +46,15 @@ class RunLength(NamedTuple):
     accumulate: int = 1  # parts that a batch is computed in
     key: str = "objective"  # of the settings, for messages
     begun: Mapping[str, Any] = {}  # what was derived when the run began: it stays
+    devices: int = 1
+    of_patches: bool = False  # whether a part of an objective is for patches, not for images
 
     @property
     def compared(self) -> int:
-        """Images of all devices that are computed, and may be compared, at once."""
-        return self.batch_size // self.accumulate
+        """Images of all devices that are computed, and may be compared, at once: of the smallest
+        part of a batch.
+        """
+        return self.batch_size // self.devices // self.accumulate * self.devices
 
     def steps(self, epochs: float, max_share: float) -> int:
         """Steps of so many epochs, at most a share of the run."""
@@ -74,6 +88,7 @@ class Signs(NamedTuple):
     """What tells whether training is well, of one step."""
 
     rows: Float[Tensor, "G B K"] | None = None  # the teacher's probabilities over prototypes
+    patch_rows: Float[Tensor, "M K"] | None = None  # and those of patches
     embeddings: Float[Tensor, "B D"] | None = None  # of the first view, where these are compared
 
 
@@ -95,11 +110,13 @@ class Objective(nn.Module, ABC):
         takes_patches: whether student and teacher give patch tokens too.
         takes_teacher: whether the momentum teacher sees the global views; otherwise it only follows
             the student.
+        mixes: whether images are mixed with each other.
         advice: what to change first in a trouble; others have the usual advice.
     """
 
     takes_patches: bool = False
     takes_teacher: bool = True
+    mixes: bool = False
     advice: Mapping[str, str] = {}
 
     def __init__(
@@ -183,7 +200,8 @@ def chosen_by_length(
         length: of the run.
 
     Raises:
-        UserError: a row without one of the names or with another one, or none that is reached.
+        UserError: a row without one of the names or with another one, or with a number that is not
+            allowed; or none that is reached.
     """
     wanted = {name for name, value in settings.items() if value is None}
     for row in table:
@@ -192,6 +210,10 @@ def chosen_by_length(
                 f"{key}: each row has {', '.join(settings)} and, to begin at, {' or '.join(FROM)}; "
                 f"{', '.join(sorted(wrong))} is missing or has no place in {dict(row)}"
             )
+        for name, value in row.items():
+            if not allows(OF_TABLES.get(name, float), value):
+                words = described(OF_TABLES.get(name, float))
+                raise UserError(f"{key}: {name}={as_typed(value)} must be {words}")
     rows = [
         row
         for row in table

@@ -26,6 +26,9 @@ class SimDINO(EmbeddingObjective):
         clip_norm: see `Objective`.
         clip: likewise.
         projected: see `EmbeddingObjective`.
+
+    Raises:
+        UserError: a batch of one image, whose coding rate is always the same.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class SimDINO(EmbeddingObjective):
         projected: Projected = "cls",
     ):
         super().__init__(length, head, ema, by_steps_and_images, clip_norm, clip, projected)
+        self.require_others()
         self.eps = eps
         self.gamma = gamma
 

@@ -5,18 +5,18 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class LinearByEpoch:
-    """`start` to `end` over `warmup_epochs` epochs in equal stairs, one an epoch, then `end`."""
+class LinearInStairs:
+    """`start` to `end` over `warmup_steps` in equal stairs of `stair_steps`, then `end`."""
 
     start: float
     end: float
-    warmup_epochs: float
-    steps_per_epoch: float
+    warmup_steps: float
+    stair_steps: float  # those of an epoch in the paper
 
     def __call__(self, step: int) -> float:
-        """Value at `step`; the last warm-up epoch already has `end`."""
-        epoch = math.floor(step / self.steps_per_epoch)
-        if epoch >= self.warmup_epochs:
+        """Value at `step`; the last stair of the warm-up already has `end`."""
+        stair, stairs = math.floor(step / self.stair_steps), self.warmup_steps / self.stair_steps
+        if stair >= stairs:
             return self.end
-        share = min(1.0, epoch / max(1.0, self.warmup_epochs - 1))
+        share = min(1.0, stair / max(1.0, stairs - 1))
         return self.start + share * (self.end - self.start)

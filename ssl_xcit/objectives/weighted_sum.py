@@ -22,7 +22,8 @@ from ssl_xcit.utils.validation import NonNegative, Positive, Share
 
 
 class WeightedSum(Objective):
-    """The weighted sum of the losses of its terms. What judges a run looks at the first term.
+    """The weighted sum of the losses of its terms. What judges a run looks at images, patches and
+    embeddings, each of the first term that has them.
 
     Args:
         length: of the run.
@@ -35,7 +36,8 @@ class WeightedSum(Objective):
         clip: likewise.
 
     Raises:
-        UserError: terms and weights have other names, or no term has a weight.
+        UserError: terms and weights have other names, or no term has a weight, or one of several
+            mixes images.
     """
 
     def __init__(
@@ -65,10 +67,15 @@ class WeightedSum(Objective):
             )
             for name in self.weights
         }
+        if mixing := [name for name in made if made[name].mixes and len(made) > 1]:
+            raise UserError(
+                f"{length.key}.terms.{mixing[0]} mixes the images of all terms: set "
+                f"{length.key}.terms.{mixing[0]}.mixup=false"
+            )
         self.terms: Any = nn.ModuleDict(made)
         self.takes_patches = any(term.takes_patches for term in made.values())
         self.takes_teacher = any(term.takes_teacher for term in made.values())
-        self.advice = next(iter(made.values())).advice
+        self.advice = {k: v for term in reversed(made.values()) for k, v in term.advice.items()}
 
     def make_head(self, embed_dim: int) -> nn.Module:
         """The heads of all terms, by name.
@@ -149,8 +156,7 @@ class WeightedSum(Objective):
         """Those of the terms together; of equal ones those of the first."""
         found = [term.signs([part[k] for part in parts]) for k, term in self.terms.items()]
         return Signs(
-            next((signs.rows for signs in found if signs.rows is not None), None),
-            next((signs.embeddings for signs in found if signs.embeddings is not None), None),
+            *(next((s for s in kind if s is not None), None) for kind in zip(*found, strict=True))
         )
 
     def watched(self) -> Mapping[str, float]:

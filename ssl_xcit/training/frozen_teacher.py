@@ -4,9 +4,10 @@ Weights are read as tensors only, so that a hostile file runs no code.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,9 +20,10 @@ from ssl_xcit.models.checkpoint_files import checkpoint_path, read_weights
 from ssl_xcit.models.published import TIMM, fetch_released
 from ssl_xcit.models.weights import load_backbone
 from ssl_xcit.models.xcit import XCiT
-from ssl_xcit.utils.validation import Count
+from ssl_xcit.utils.validation import PLACE, Count
 from ssl_xcit.utils.words import first_few
 
+Compiled = bool | Literal["auto"]
 PIP = "pip install 'ssl-xcit[timm]'"
 
 
@@ -76,7 +78,7 @@ class TeacherBackbone(FrozenNetwork):
         preprocess: see `FrozenNetwork`.
         size: likewise.
         of_images: how images that it is given are normalised.
-        compiled: whether its passes are compiled.
+        compiled: whether its passes are compiled; auto: on a GPU.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class TeacherBackbone(FrozenNetwork):
         preprocess: Preprocess,
         size: int | None,
         of_images: Preprocess,
-        compiled: bool = False,
+        compiled: Compiled = False,
     ):
         super().__init__(network, preprocess, size)
         self.of_images = of_images
@@ -95,48 +97,53 @@ class TeacherBackbone(FrozenNetwork):
         else:  # of some networks a layer after the pooling widens it
             self.width = int(getattr(own, "head_hidden_size", None) or own.num_features)
         self.features: Callable[[Tensor], Any] = own.forward_features
-        if compiled:
-            self.features = torch.compile(self.features, dynamic=False)
+        self.compiled = compiled
 
     @torch.no_grad()
     def __call__(
         self, images: Float[Tensor, "B channels H W"], patches: bool
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B h w D"] | None]:
         """Embeddings of images as the student sees them, in the images' type: on a GPU computed in
-        bfloat16.
+        bfloat16, on a CPU as the student is.
 
         Raises:
             UserError: patches are asked for of a network whose features are no grid.
         """
         network: Any = self.network
-        low = images.device.type == "cuda"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+        kind = images.device.type
+        if self.compiled is True or (self.compiled == "auto" and kind == "cuda"):
+            self.features = torch.compile(self.features, dynamic=False)
+            self.compiled = False
+        low = kind == "cuda" or torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, torch.bfloat16, enabled=low):
             features = self.features(self.prepared(images, self.of_images))
             if isinstance(network, XCiT):
                 embeddings, grid = features.cls, features.patches.movedim(1, -1)
             else:
                 embeddings = network.forward_head(features, pre_logits=True)
-                grid = self.grid_of(features, images) if patches else None
+                grid = self.grid_of(features) if patches else None
         grid = None if grid is None or not patches else grid.to(images.dtype)
         return embeddings.to(images.dtype), grid
 
-    def grid_of(self, features: Tensor, images: Tensor) -> Float[Tensor, "B h w D"]:
+    def grid_of(self, features: Any) -> Float[Tensor, "B h w D"]:
         """Patch tokens of timm's models in their places: of those with tokens (B, N, D), their
         first `num_prefix_tokens` left out, or with maps (B, D, h, w) or (B, h, w, D).
         """
         network: Any = self.network
-        if features.ndim == 4:
+        if isinstance(features, Tensor) and features.ndim == 4:
             return (
                 features.movedim(1, -1) if features.shape[1] == network.num_features else features
             )
-        tokens = features[:, getattr(network, "num_prefix_tokens", 0) :]
-        side = int(tokens.shape[1] ** 0.5)
-        if side * side != tokens.shape[1]:
-            raise UserError(
-                "the teacher's features are not a square grid of patches: set local_weight=0 of "
-                "the objective"
-            )
-        return tokens.unflatten(1, (side, side))
+        if isinstance(features, Tensor) and features.ndim == 3:
+            with_class = getattr(network, "cls_token", None) is not None
+            tokens = features[:, getattr(network, "num_prefix_tokens", int(with_class)) :]
+            side = math.isqrt(tokens.shape[1])
+            if side > 1 and side * side == tokens.shape[1]:
+                return tokens.unflatten(1, (side, side))
+        raise UserError(
+            "the teacher's features are not a square grid of patches: set local_weight=0 of the "
+            "objective"
+        )
 
 
 def load_frozen_teacher(
@@ -144,7 +151,8 @@ def load_frozen_teacher(
     file: str | None,
     of_images: Any = None,
     size: Count | None = None,
-    compile: bool = False,
+    compile: Annotated[Compiled, PLACE] = False,
+    patches: bool = False,
 ) -> TeacherBackbone:
     """Load a teacher of features.
 
@@ -155,12 +163,13 @@ def load_frozen_teacher(
         of_images: a `Preprocess`, how images that it is given are normalised; None: as ImageNet's.
         size: side of the images that the teacher gets; None: the student's, unless the model takes
             only one.
-        compile: whether its passes are compiled.
+        compile: whether its passes are compiled; auto: on a GPU.
+        patches: whether those of patches are wanted, which one image then tries.
 
     Raises:
         MissingPath: no such file.
         UserError: timm is not installed, knows no such model or cannot download it; the weights
-            do not fit; the teacher takes images of other channels.
+            do not fit; the teacher takes images of other channels, or has no grid of patches.
     """
     given: Preprocess = of_images or Preprocess()
     if name.startswith(TIMM):
@@ -186,7 +195,12 @@ def load_frozen_teacher(
             f"objective.teacher={name} takes images of {channels} channels, and these have "
             f"{given.channels}: choose another teacher"
         )
-    return TeacherBackbone(network, preprocess, size, given, compile)
+    teacher = TeacherBackbone(network, preprocess, size, given, compile)
+    if patches and not isinstance(network, XCiT):
+        side = size or settings["input_size"][-1]
+        with torch.no_grad():
+            teacher.grid_of(network.forward_features(torch.zeros(1, channels, side, side)))
+    return teacher
 
 
 def timm_features(model: str) -> Any:

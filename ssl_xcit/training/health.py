@@ -17,18 +17,26 @@ from typing import Annotated, Any
 import lightning
 import torch
 from annotated_types import Ge
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from ssl_xcit.errors import RunFailed
-from ssl_xcit.objectives.objective import ALIKE, EMBEDDINGS_ALIKE, ONE_PROTOTYPE, UNIFORM
+from ssl_xcit.objectives.objective import (
+    ALIKE,
+    EMBEDDINGS_ALIKE,
+    ONE_PROTOTYPE,
+    ONE_PROTOTYPE_OF_PATCHES,
+    UNIFORM,
+    UNIFORM_PATCHES,
+)
 from ssl_xcit.utils.files import write_json
-from ssl_xcit.utils.ranks import averaged, gathered, rank
+from ssl_xcit.utils.ranks import averaged, gathered, rank, summed_
 from ssl_xcit.utils.validation import Count
 
 log = logging.getLogger(__name__)
 HEALTHY = "healthy"
 ADVICE = "lower optim.lr first, then raise objective.ema"
+FEW = 16  # patches that tell nothing
 
 
 class BufferSnapshot:
@@ -192,7 +200,7 @@ class Health(lightning.Callback):
         """
         if self.features.rows is None:
             return {}
-        rows = module.output.signs.rows
+        rows, patch_rows = module.output.signs.rows, module.output.signs.patch_rows
         names = [n for n, p in module.student.named_parameters() if p.requires_grad]
         groups, of_each = grad_norm_groups(names)
         norms = module.output.grad_norms
@@ -200,6 +208,7 @@ class Health(lightning.Callback):
         by_group = norms.new_zeros(len(groups)).index_add_(0, index, norms.square()).sqrt()
         values = {
             **({} if rows is None else self.of_prototypes(rows)),
+            **({} if patch_rows is None else of_patches(patch_rows)),
             **module.objective.watched(),
             **spread("feature_std", "rankme", self.features),
             **spread("embedding_std", "embedding_rankme", self.embeddings),
@@ -271,6 +280,23 @@ class Health(lightning.Callback):
         }
 
 
+def of_patches(rows: Float[Tensor, "M K"]) -> dict[str, float]:
+    """How the teacher's probabilities of the step's patches, of all ranks, spread over the
+    prototypes; none of few patches, which ranks may have different numbers of.
+    """
+    K = rows.shape[-1]
+    favourites = rows.argmax(-1).bincount(minlength=K).to(rows.dtype)
+    sums = summed_(torch.cat((favourites, torch.special.entr(rows).sum()[None])))
+    counts, entropy = sums[:K], sums[K].item()
+    number = counts.sum().item()
+    if number < FEW:
+        return {}
+    return {
+        "patch_entropy_share": entropy / number / math.log(K),
+        "patch_prototypes_effective": effective_number(counts),
+    }
+
+
 def spread(deviation: str, rank: str, queue: Queue) -> dict[str, float]:
     """`feature_std` and `rankme` of the rows of a queue, by these names; none of an empty one."""
     if queue.rows is None:
@@ -279,7 +305,7 @@ def spread(deviation: str, rank: str, queue: Queue) -> dict[str, float]:
     return {deviation: feature_std(rows).item(), rank: rankme(rows).item()}
 
 
-def effective_number(counts: Int64[Tensor, " U"]) -> float:
+def effective_number(counts: Shaped[Tensor, " U"]) -> float:
     """exp of the entropy of the shares: how many equally frequent ones tell as much."""
     share = counts.double() / counts.sum()
     return torch.special.entr(share).sum().exp().item()
@@ -291,17 +317,18 @@ def judge(loss: float, values: Mapping[str, float], num_prototypes: int | None) 
     Alike: normalised features, or embeddings, deviate by less than a fiftieth of what independent
     directions do, or span fewer than two dimensions. One prototype: the images' favourites tell
     less than two equally frequent ones. Uniform: the loss within 0.1 % of ln K, or the teacher's
-    entropy within 0.5 %.
+    entropy within 0.5 %. Of patches likewise, by the teacher, less than 1.5.
     """
     if values["feature_std"] < 0.02 or values["rankme"] < 2.0:
         return ALIKE
     if values.get("embedding_std", 1.0) < 0.02 or values.get("embedding_rankme", 2.0) < 2.0:
         return EMBEDDINGS_ALIKE
-    if num_prototypes is None:
-        return HEALTHY
-    uniform = math.log(num_prototypes)
-    if values["prototypes_effective"] < min(2.0, num_prototypes / 4):
-        return ONE_PROTOTYPE
-    if abs(loss - uniform) < 1e-3 * uniform or values["teacher_entropy_share"] > 0.995:
-        return UNIFORM
-    return HEALTHY
+    if num_prototypes is not None:
+        uniform = math.log(num_prototypes)
+        if values["prototypes_effective"] < min(2.0, num_prototypes / 4):
+            return ONE_PROTOTYPE
+        if abs(loss - uniform) < 1e-3 * uniform or values["teacher_entropy_share"] > 0.995:
+            return UNIFORM
+    if values.get("patch_prototypes_effective", 2.0) < 1.5:
+        return ONE_PROTOTYPE_OF_PATCHES
+    return UNIFORM_PATCHES if values.get("patch_entropy_share", 0.0) > 0.995 else HEALTHY

@@ -209,7 +209,7 @@ class Pretraining(lightning.LightningModule):
         self.guard.keep()
 
         optimizer.zero_grad()
-        parts = list(zip(*(v.chunk(self.accumulate, dim=1) for v in views), strict=True))
+        parts = list(zip(*(v.tensor_split(self.accumulate, dim=1) for v in views), strict=True))
         images, made = views[0].shape[1], []
         first = self.global_rank * images
         for n, part in enumerate(parts, start=1):

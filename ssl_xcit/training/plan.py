@@ -118,6 +118,7 @@ def make_plan(
         epochs,
         settings.trainer.accumulate,
         begun=dict(begun or {}),
+        devices=world_size,
     )
     fresh = init.ckpt is not None and init.head == "fresh"
     if optim.lr == "auto":

@@ -22,6 +22,7 @@ from ssl_xcit.data.identity import DataIndex, difference, load_indices, save_ind
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.models.checkpoint_files import checkpoints_of
+from ssl_xcit.models.kernel_trial import kernel_speed
 from ssl_xcit.training.settings import FREE_KEYS, NAMES, place_keys
 from ssl_xcit.utils.files import read_json, remove_partial, replacing, write_json
 from ssl_xcit.utils.hardware import machine
@@ -304,12 +305,20 @@ def note_steps(run_dir: Path, **steps: int) -> None:
 
 
 def kernels_of(run_dir: Path) -> bool | None:
-    """Whether a run that has begun takes the kernels of a CPU, so that it goes on with the same
-    bits wherever the trial of them is not at hand; None: nothing decides it.
+    """Whether a run that has begun takes the kernels of a CPU, as noted unless they fail here, so
+    that it goes on with the same bits whatever a trial finds; None: nothing decides it.
     """
+    noted = kernels_noted(run_dir)
+    fails = noted and not torch.cuda.is_available() and kernel_speed() == 0.0
+    return False if fails else noted
+
+
+def kernels_noted(run_dir: Path) -> bool | None:
+    """Whether a run was begun with the kernels of a CPU; None: it is not begun or does not say."""
     if not is_begun(run_dir):
         return None
-    kernels = about_run(run_dir).get("kernels", True)  # older runs took them
+    about = about_run(run_dir)
+    kernels = about.get("kernels", True) if about else None  # older runs took them
     return kernels if isinstance(kernels, bool) else None
 
 

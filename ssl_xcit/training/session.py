@@ -23,7 +23,7 @@ from ssl_xcit.training.datamodule import TrainingData
 from ssl_xcit.training.loggers import FailsafeLogger
 from ssl_xcit.training.plan import RunPlan
 from ssl_xcit.training.preemption import StopOnSignal, Stopped, requeue
-from ssl_xcit.training.run_dir import DataRecord, disk_trouble, write_settings
+from ssl_xcit.training.run_dir import DataRecord, disk_trouble, kernels_noted, write_settings
 from ssl_xcit.training.settings import RunSettings
 from ssl_xcit.training.slurm import in_job
 from ssl_xcit.training.trainer import kill_children, runs_on_cpu, watched_child
@@ -110,10 +110,17 @@ def train(
     last_step = plan.total_steps if last_step is None else last_step
     resume = newest_valid(run_dir, may_rename=trainer.is_global_zero)
     if trainer.is_global_zero:
+        begun, kernels = kernels_noted(run_dir), kernels_taken(settings, module)
+        if begun and kernels is False:
+            log.warning(
+                "%s was begun with kernels and goes on without them, so its numbers change within "
+                "rounding: install a C++ compiler, or name another in CXX%s",
+                run_dir, ", or set compile=false" if hasattr(settings, "compile") else "",
+            )  # fmt: skip
         with disk_trouble(run_dir):
             resumed_at = None if resume is None else int(resume.stem.removeprefix("step-"))
             about_plan = plan.record() | steps
-            kernels = kernels_taken(settings, module)
+            kernels = kernels if begun is None else begun
             write_settings(as_plain(settings), about_plan, run_dir, resumed_at, record, kernels)
         announce()
         if resume is not None:

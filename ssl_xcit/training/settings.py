@@ -142,7 +142,7 @@ class PretrainSettings(RunSettings):
     plan: Annotated[bool, FREE]
     eval_data: Node | None = None  # may be left out by ~
     # a recipe's numbers for whichever objective is chosen, whose yaml reads those that it has
-    objective_defaults: Annotated[Mapping[str, float], FREE] = field(default_factory=dict)
+    objective_defaults: Annotated[Mapping[str, float | bool], FREE] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Settings that exclude each other."""

@@ -17,8 +17,8 @@ PANELS = {
     "schedule": ("lr", "weight_decay", "ema", "teacher_temp"),
     "gradients": ("grad_norm",),
     "health": (
-        "healthy", "rankme", "feature_std", "embedding_", "prototypes_", "teacher_entropy",
-        "center_norm", "coding_rate",
+        "healthy", "rankme", "feature_std", "embedding_", "prototypes_", "patch_",
+        "teacher_entropy", "center_norm", "coding_rate",
     ),
     "speed": (
         "images_per_second", "data_wait", "bad_images", "skipped_steps", "online_s",

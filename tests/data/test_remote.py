@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import aiohttp
 import fsspec
@@ -19,7 +20,7 @@ import pytest
 from faulty_server import FaultyServer
 from samples import logged, photo, tar
 
-from ssl_xcit.data import remote, shards
+from ssl_xcit.data import checks, remote, shards
 from ssl_xcit.data.crop_dataset import check_images
 from ssl_xcit.data.identity import index_of
 from ssl_xcit.data.order import Shards, image_at
@@ -167,6 +168,41 @@ def test_images_labels_and_identity_are_those_on_disk(tars, tmp_path, monkeypatc
     assert len(pair.train) + len(pair.test) == 60
     with pytest.raises(UserError, match="name folders or URLs, not both"):
         tar_shards([place, str(tars)])
+
+
+def test_class_names_come_from_the_index_as_it_was_first_read(tmp_path, monkeypatch):
+    """A server that refuses it later, by rate or by a token's age, scrambles no labels."""
+    place = to_memory(write(tmp_path / "tars"))
+    index = json.loads((tmp_path / "tars" / INDEX).read_text()) | {"class_names": ["7", "1", "4"]}
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file(f"{place}/{INDEX}", json.dumps(index).encode())
+    monkeypatch.setattr(memory, "cat_file", Mock(side_effect=FileNotFoundError))
+    source = tar_shards(place)
+    assert source.class_names == ("7", "1", "4")
+    del index["listing"]  # as older versions wrote it
+    memory.pipe_file(f"{place}/{INDEX}", json.dumps(index).encode())
+    assert tar_shards(place).class_names == ("7", "1", "4")
+
+
+def test_check_blames_no_image_for_a_server_that_hangs(tmp_path, monkeypatch):
+    """Loader processes wait for it until they are killed; images that come are inspected."""
+    place = to_memory(write(tmp_path / "tars", 20, 20))
+    source, whole, itself = tar_shards(place), remote.file_system, os.getpid()
+    down = failing(TimeoutError("slow"))
+
+    def hanging(url):
+        return down(url) if os.getpid() == itself else time.sleep(600)
+
+    blamed = checks.InspectedImage("", 0, 0, b"", "decoding it takes more than a minute")
+    with monkeypatch.context() as patched:
+        patched.setattr(remote, "file_system", hanging)
+        patched.setattr(checks, "inspect_in_process", lambda *args: blamed)
+        with pytest.raises(RunFailed, match=r"TimeoutError: slow, 8 times in a row"):
+            list(checks.inspect_all(source, RGB, 1, 0.3))
+    down = whole
+    monkeypatch.setattr(remote, "file_system", hanging)
+    images = list(checks.inspect_all(source, RGB, 1, 0.3))
+    assert [image.reason for image in images] == [""] * 20
 
 
 def test_tars_of_others_are_fetched_once_to_be_listed(tmp_path, capsys, caplog, monkeypatch):

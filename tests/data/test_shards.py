@@ -275,7 +275,7 @@ def test_class_names_of_shards_are_shared_with_the_test_set(tmp_path):
 
 def by_id(folder, ids, names=None):
     """A tar of class ids, and the index with their names as versions before wrote both."""
-    tar(folder / "0.tar", [m for i in ids for m in members(str(i), jpg=photo(i), cls=b"%d" % i)])
+    tar(folder / "0.tar", [m for i in ids for m in members([str(i)], jpg=photo(i), cls=b"%d" % i)])
     if names is not None:
         index = {"class_names": names, "shards": [{"file": "0.tar"}]}
         (folder / "shards.json").write_text(json.dumps(index))
@@ -311,6 +311,44 @@ def test_ids_that_cannot_be_compared_with_names_are_an_error(tmp_path):
     ):
         with pytest.raises(UserError, match=f"none of its classes {kinds}.* shards.json"):
             labelled_shards(train, test)
+
+
+def test_numbers_as_names_are_not_compared_with_ids_that_have_none(tmp_path):
+    """Folders 1 to 12, whose index was copied with one of the two sets only."""
+    numbers = [str(i + 1) for i in range(12)]
+    named = by_id(tmp_path / "named", range(12), numbers)
+    fewer = by_id(tmp_path / "fewer", [0, 1], ["2", "12"])
+    bare = by_id(tmp_path / "bare", range(12))
+    for pair, key in (((named, bare), "test_root"), ((bare, named), "root")):
+        with pytest.raises(UserError, match=rf"eval_data\.{key}=\S+bare: .*copy the one that"):
+            labelled_shards(*pair)
+    assert labelled_shards(named, fewer).test.labels.tolist() == [1, 11]
+    plain = by_id(tmp_path / "plain", range(12), [str(i) for i in range(12)])
+    gaps = by_id(tmp_path / "gaps", [0, 1], ["3", "7"])
+    assert labelled_shards(plain, gaps).test.labels.tolist() == [3, 7]
+    for train, test in ((plain, bare), (bare, plain), (bare, bare)):
+        assert labelled_shards(train, test).test.labels.tolist() == list(range(12))
+
+
+def test_ids_and_names_of_several_folders_are_one_class(tmp_path, caplog):
+    ids = by_id(tmp_path / "ids", [0, 1, 2], ["a", "b", "c"])
+    bare = by_id(tmp_path / "bare", [0, 1])
+    words = [
+        m for i, name in enumerate("bd") for m in members(str(i), jpg=photo(i), cls=name.encode())
+    ]
+    tar(tmp_path / "words/0.tar", words)
+    source = tar_shards([ids, str(tmp_path / "words")])
+    assert source.class_names == ("a", "b", "c", "d")
+    assert source.labels.tolist() == [0, 1, 2, 1, 3]
+    for other in (ids, str(tmp_path / "words")):
+        message = f"the classes of {bare} are ids without names, those of {other}.* copy the shards"
+        with pytest.raises(UserError, match=message):
+            labelled_shards([other, bare])
+        assert tar_shards([other, bare]).labels is None  # which pretraining does not need
+        assert "labels are left out: data.root=" in logged(caplog)[-1]
+    tar(tmp_path / "letters/0.tar", members("12", jpg=photo(0), cls=b"7"))
+    tar(tmp_path / "letters/1.tar", members("12", jpg=photo(0), cls=b"x"))
+    assert tar_shards(str(tmp_path / "letters")).class_names == ("7", "x")  # of one folder
 
 
 def test_a_tar_whose_images_have_no_ending_or_are_none(tmp_path, monkeypatch):

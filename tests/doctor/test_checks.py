@@ -131,7 +131,7 @@ def test_what_kernels_gain():
     for facts, said in (
         ({"error": "did not answer"}, "did not answer"),
         ({"speed": None, "taken": False, "why": ["g++ did not build"]}, "g++ did not build"),
-        ({"speed": 0.0, "taken": False, "why": []}, "they failed in a trial"),
+        ({"speed": 0.0, "taken": False, "why": ["waiting", "in a trial: no end"]}, "no end"),
     ):
         line = checks.check_kernels(facts)
         assert line.state == "note"

@@ -1,10 +1,18 @@
 """Libraries that work, and ones that do not: as packages of their name in front of the others."""
 
+import json
+import shutil
+import time
+from pathlib import Path
+
 import pytest
+import torch
 
 from ssl_xcit import cli
-from ssl_xcit.doctor import probes
-from ssl_xcit.models.kernels import cache_folder
+from ssl_xcit.doctor import checks, probes
+from ssl_xcit.models import kernel_trial
+from ssl_xcit.models.kernels import cache_folder, kernels
+from ssl_xcit.utils.hardware import cpp_compiler
 
 
 def test_faiss_here_searches_rightly():
@@ -42,6 +50,24 @@ def test_a_library_that_hangs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(probes, "TIMEOUT", 1)
     assert probes.ask("decoders") == {"error": "did not answer within 1 s"}
+
+
+@pytest.mark.skipif(not cpp_compiler()[1], reason="no C++ compiler")
+def test_the_reason_of_a_trial_that_failed_before(tmp_path, monkeypatch):
+    folder = tmp_path / "ssl_xcit" / "kernels"
+    folder.mkdir(parents=True)
+    built = Path(shutil.copy(kernels().path, folder))
+    failed = {"speed": 0.0, "reason": "ended with SIGILL", "time": time.time()}
+    record = json.dumps({**failed, "torch": torch.__version__})
+    built.with_suffix(".json").write_text(record)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    line = checks.check_kernels(probes.ask("kernels"))
+    assert line.state == "note"
+    assert line.facts.endswith("failed in a trial: ended with SIGILL")
+
+
+def test_a_trial_ends_before_the_probe_around_it():
+    assert 2 * kernel_trial.TIMEOUT <= probes.TIMEOUT
 
 
 def test_the_command_says_what_is_broken_and_exits_1(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_xcit.objectives.objective import ALIKE, EMBEDDINGS_ALIKE, ONE_PROTOTYPE, UNIFORM
+from ssl_xcit.objectives.objective import (
+    ALIKE,
+    EMBEDDINGS_ALIKE,
+    ONE_PROTOTYPE,
+    ONE_PROTOTYPE_OF_PATCHES,
+    UNIFORM,
+    UNIFORM_PATCHES,
+)
 from ssl_xcit.training.health import (
     HEALTHY,
     BufferSnapshot,
@@ -66,6 +73,8 @@ def values(**other):
         (math.log(128) * 1.002, values(), HEALTHY),
         (6.0, values(teacher_entropy_share=0.999), UNIFORM),
         (0.1, values(prototypes_effective=1.4), ONE_PROTOTYPE),
+        (3.0, values(patch_prototypes_effective=1.1), ONE_PROTOTYPE_OF_PATCHES),
+        (3.0, values(patch_entropy_share=0.999), UNIFORM_PATCHES),
         (3.0, values(feature_std=0.01), ALIKE),
         (3.0, values(rankme=1.2), ALIKE),
         (3.0, values(embedding_std=0.5, embedding_rankme=1.1), EMBEDDINGS_ALIKE),

@@ -178,7 +178,7 @@ def test_distillation_by_a_loop():
     torch.manual_seed(0)
     teacher = teacher_of(XCiT(16, 1, 2, 8))
     objective = Distillation(
-        LENGTH, partial(ProjectionHead, num_layers=1, batch_norm=False), lambda *_: teacher,
+        LENGTH, partial(ProjectionHead, num_layers=1, batch_norm=False), lambda *_, **__: teacher,
         teacher="x", queue=6, local_weight=0.3, mixup=False, ema=0.9,
     )  # fmt: skip
     project, views = objective.make_head(5), [torch.randn(2, 4, 3, 24, 24)]
@@ -216,7 +216,7 @@ def test_a_run_does_not_go_on_with_another_teacher():
         torch.manual_seed(seed)
         teacher = teacher_of(XCiT(16, 1, 2, 8))
         made.append(
-            Distillation(LENGTH, projection, lambda *_, t=teacher: t, "x", queue=6, ema=0.9)
+            Distillation(LENGTH, projection, lambda *_, t=teacher, **__: t, "x", queue=6, ema=0.9)
         )
     made[0].load_state_dict(made[0].state_dict())
     with pytest.raises(UserError, match=r"begun with other weights of objective\.teacher"):
@@ -230,10 +230,58 @@ def test_advice_names_settings_that_there_are():
     assert "center_momentum" not in dino(centering="sinkhorn").advice[ONE_PROTOTYPE]
 
 
+def distilled(length, **more):
+    teacher = teacher_of(XCiT(16, 1, 2, 8))
+    given = {"teacher": "x", "queue": 6, "ema": 0.9, **more}
+    to_teacher = partial(ProjectionHead, hidden_dim=8)
+    return Distillation(length, to_teacher, lambda *_, **__: teacher, **given)
+
+
+def test_distillation_beside_another_objective():
+    """A sum of both losses, of one pass of each network."""
+    prototypes = partial(DINO, head=head, num_prototypes=8, **TEMPERATURES)
+    terms = {"dino": prototypes, "distillation": distilled}
+    total = WeightedSum(LENGTH, terms, {"dino": 1.0, "distillation": 0.5}, ema=0.9)
+    assert total.takes_teacher
+    assert total.takes_patches
+    torch.manual_seed(0)
+    heads = total.make_head(16)
+    images, student = torch.randn(2, 4, 3, 24, 24), embedded(width=16)
+    seen = Embedded(student.cls[:2].detach(), student.patches[:1])
+    targets = total.targets(heads, seen, Inputs([images]), 0)
+    loss, parts = total.loss(heads, student, targets, 0)
+    assert loss.item() == pytest.approx((parts["dino"] + 0.5 * parts["distillation"]).item())
+    loss.backward()
+    assert all(p.grad is not None for p in heads["distillation"].parameters())
+
+
+def test_a_teacher_without_a_grid_is_refused(tmp_path):
+    timm = pytest.importorskip("timm")
+    for name in ("pit_ti_224", "crossvit_tiny_240"):
+        file = str(tmp_path / f"{name}.pth")
+        torch.save(timm.create_model(name, num_classes=0).state_dict(), file)
+        with pytest.raises(UserError, match="not a square grid of patches: set local_weight=0"):
+            load_frozen_teacher(f"timm/{name}", file, patches=True)
+    assert load_frozen_teacher(f"timm/{name}", file).width > 0
+
+
+def test_the_temperature_ends_within_its_share_of_a_short_run():
+    """Though an epoch is most of the run; a run that was begun by epochs goes on so."""
+    short = LENGTH._replace(steps_per_epoch=800.0, total_steps=1000, epochs=1.25)
+    settings = {"num_prototypes": 8, "teacher_temp_start": 0.02, "teacher_temp": 0.04, "ema": 0.9}
+    rising = DINO(short, head, **settings).teacher_temp
+    assert [rising(0), rising(299), rising(300)] == [0.02, 0.04, 0.04]
+    assert 0.029 < rising(150) < 0.031
+    begun = DINO(short._replace(begun={"teacher_temp_epochs": 0.375}), head, **settings)
+    assert begun.teacher_temp(799) == 0.02
+    again = short._replace(begun=DINO(short, head, **settings).derived())
+    assert DINO(again, head, **settings).teacher_temp == rising
+
+
 def test_mixed_images_are_mixed_alike_at_all_sizes():
     teacher = teacher_of(XCiT(16, 1, 2, 8))
     objective = Distillation(
-        LENGTH, projection, lambda *_: teacher, teacher="x", queue=6, mixup=True, ema=0.9
+        LENGTH, projection, lambda *_, **__: teacher, teacher="x", queue=6, mixup=True, ema=0.9
     )
     large = torch.arange(4.0)[None, :, None, None, None].expand(2, 4, 3, 8, 8)
     torch.manual_seed(3)
@@ -300,15 +348,20 @@ def test_what_an_objective_refuses(tmp_path):
     with pytest.raises(UserError, match=r"objective\.queue=3 does not hold a batch of 4"):
         InfoNCE(LENGTH, projection, queue=3, ema=0.9)
     with pytest.raises(UserError, match=r"objective\.queue=3 does not hold a batch of 4"):
-        Distillation(LENGTH, projection, lambda *_: None, teacher="x", queue=3, ema=0.9)
-    with pytest.raises(UserError, match=r"trainer\.accumulate=4: an image is told"):
-        InfoNCE(LENGTH._replace(accumulate=4), projection, ema=0.9)
+        Distillation(LENGTH, projection, lambda *_, **__: None, teacher="x", queue=3, ema=0.9)
+    singly = LENGTH._replace(accumulate=4)
+    for objective in (InfoNCE, SimDINO):
+        with pytest.raises(UserError, match=r"trainer\.accumulate=4: an image is told"):
+            objective(singly, projection, ema=0.9)
+    uneven = LENGTH._replace(batch_size=6, accumulate=2, devices=2)
+    assert uneven.compared == 2  # three images of each device are two and one
+    with pytest.raises(UserError, match=r"objective\.queue=38: .* would be told from itself"):
+        InfoNCE(LENGTH._replace(num_images=40), projection, queue=38, ema=0.9)
     with pytest.raises(UserError, match=r"the same share of the 4 rows"):
         DINO(
             LENGTH._replace(accumulate=2), head, centering="sinkhorn", num_prototypes=8,
             **TEMPERATURES,
         )  # fmt: skip
-    singly = LENGTH._replace(accumulate=4)
     with pytest.raises(UserError, match=r"objective\.koleo=0\.1: a single image"):
         DINO(singly, head, koleo=0.1, num_prototypes=8, **TEMPERATURES)
     patches = partial(Region, head=head, num_prototypes=99, centering="sinkhorn", **TEMPERATURES)
@@ -317,11 +370,19 @@ def test_what_an_objective_refuses(tmp_path):
         patches(LENGTH, koleo=0.1).make_head(5)
     masked = partial(IBOT, new_head=MaskedHead, prototypes=partial(
         DINO, head=head, num_prototypes=8, **TEMPERATURES))  # fmt: skip
+    balanced = IBOT(LENGTH, MaskedHead, partial(
+        DINO, head=head, num_prototypes=20, centering="sinkhorn", **TEMPERATURES))  # fmt: skip
+    with pytest.raises(UserError, match=r"same share of the 13 rows"):  # a tenth of 2 x 4 x 16
+        balanced.inputs([torch.zeros(2, 4, 3, 32, 32)], 8, 0, BatchPart(0, 4, 4))
     twice = WeightedSum(LENGTH, {"a": masked, "b": masked}, {"a": 1.0, "b": 1.0}, ema=0.9)
     with pytest.raises(UserError, match=r"a and b both mask patches.* set objective\.weights\.b=0"):
         twice.make_head(5)
+    beside = {"a": partial(DINO, head=head, num_prototypes=8, **TEMPERATURES),
+              "b": partial(distilled, mixup=True)}  # fmt: skip
+    with pytest.raises(UserError, match=r"terms\.b mixes .* objective\.terms\.b\.mixup=false"):
+        WeightedSum(LENGTH, beside, {"a": 1.0, "b": 1.0}, ema=0.9)
     with pytest.raises(UserError, match=r"objective\.teacher is needed"):
-        Distillation(LENGTH, projection, lambda *_: None)
+        Distillation(LENGTH, projection, lambda *_, **__: None)
     with pytest.raises(UserError, match="same share of the 8 rows of a batch"):
         DINO(LENGTH, head, centering="sinkhorn", num_prototypes=9, **TEMPERATURES)
     table = [{"num_prototypes": 99, **TEMPERATURES}]
@@ -339,6 +400,9 @@ def test_numbers_by_the_length_of_a_run():
     assert chosen_by_length({"a": None, "b": None}, table, "t", large) == {"a": 3, "b": 3}
     begun = LENGTH._replace(begun={"a": 5, "b": float("nan")})
     assert chosen_by_length({"a": None, "b": None}, table, "t", begun) == {"a": 5, "b": 2}
+    for wrong in ({"ema": 2.0}, {"num_prototypes": 0.5}, {"teacher_temp": 0}):
+        with pytest.raises(UserError, match=f"t: {next(iter(wrong))}=.* must be"):
+            chosen_by_length(dict.fromkeys(wrong), [wrong], "t", LENGTH)
     with pytest.raises(UserError, match="c is missing or has no place"):
         chosen_by_length({"a": None}, [{"a": 1, "c": 2}], "t", LENGTH)
     with pytest.raises(UserError, match="a row without"):

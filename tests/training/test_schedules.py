@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ssl_xcit.objectives.temperature import LinearByEpoch
+from ssl_xcit.objectives.temperature import LinearInStairs
 from ssl_xcit.training.schedules import Cosine
 
 
@@ -38,8 +38,8 @@ def test_rising_cosine_for_ema_and_weight_decay():
 
 def test_teacher_temperature_by_epoch():
     steps_per_epoch = 7.5
-    schedule = LinearByEpoch(0.04, 0.07, 30, steps_per_epoch)
+    schedule = LinearInStairs(0.04, 0.07, 30 * steps_per_epoch, steps_per_epoch)
     table = np.concatenate((np.linspace(0.04, 0.07, 30), np.full(20, 0.07)))
     for step in range(int(50 * steps_per_epoch)):
         assert schedule(step) == pytest.approx(table[int(step / steps_per_epoch)])
-    assert LinearByEpoch(0.02, 0.04, 0, 3.0)(0) == 0.04
+    assert LinearInStairs(0.02, 0.04, 0, 3.0)(0) == 0.04

@@ -372,6 +372,23 @@ def test_words_of_differences():
     )
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("settled", [(10**18, 0), (0, 10**18)])
+def test_files_replaced_after_the_first_start_are_noticed(
+    classes, settled, stopped, refused, monkeypatch
+):
+    """Also where times of files, just written at one of the two starts, cannot be compared."""
+    before, now = settled
+    monkeypatch.setattr(feature_cache, "SETTLED", before)
+    with monkeypatch.context() as patched:
+        if stopped:
+            patched.setattr(store, "write_rows", Mock(side_effect=KeyboardInterrupt))
+        assert run("embed", *ALL, "out=f.npy") == (130 if stopped else 0)
+    shutil.copy("in/b/1.png", "in/a/0.png")
+    monkeypatch.setattr(feature_cache, "SETTLED", now)
+    refused("of other images of the same number and names", "embed", *ALL, "out=f.npy")
+
+
 def test_another_array_of_the_same_name(capsys):
     for folder, seed in (("a", 0), ("b", 1)):
         Path(folder).mkdir()
