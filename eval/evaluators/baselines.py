@@ -14,8 +14,9 @@ from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import resize_center_crop
 from ssl_xcit.data.sources import LabelledPair, Source
 from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.utils.terminal import track
 
-from ..features.cache import extract_pair
+from ..features.cache import Folder, extract_pair, kept
 from ..features.extract import FeatureSet, Parts, Rows, as_feature_set
 from ..features.extractor import FeatureExtractor
 from .protocol import Seed
@@ -38,28 +39,41 @@ def colour_histogram(
     bins: Annotated[int, Ge(1), Le(256)] = 8,
     square_root: bool = False,
 ) -> FeatureSet:
-    """Joint RGB histograms of the same pixels, `bins` a channel; the backbone is not used. Of other
-    channels than three each has its own.
+    """Joint RGB histograms of the same pixels, `bins` a channel, kept as features are; the backbone
+    is not used. Of other channels than three each has its own.
 
     `square_root` takes that of every cell (Hellinger's kernel).
     """
     pair = extractor.pair
     assert isinstance(pair, LabelledPair)
 
-    def of(source: Source) -> tuple[Parts, Rows]:
-        histograms, rows = [], []
-        for i in range(len(source)):
-            try:
-                pixels = decode(source.read(i), extractor.preprocess)
-            except BadImage:
-                continue  # the backbone's features leave it out too, and say so
-            histograms.append(histogram(resize_center_crop(pixels, pair.resize, pair.size), bins))
-            rows.append(i)
-        cells = np.stack(histograms)
-        return {"cls": np.sqrt(cells) if square_root else cells}, np.array(rows, dtype=np.int64)
+    def of(source: Source, part: str) -> tuple[Parts, Rows]:
+        title = f"colour histogram: {part} images"
 
-    train = of(pair.train)
-    return as_feature_set(train, train if pair.test is pair.train else of(pair.test), pair)
+        def made() -> tuple[np.ndarray, Rows]:
+            histograms, rows = [], []
+            for i in track(range(len(source)), title, show=extractor.show):
+                try:
+                    pixels = decode(source.read(i), extractor.preprocess)
+                except BadImage:
+                    continue  # the backbone's features leave it out too, and say so
+                cut = resize_center_crop(pixels, pair.resize, pair.size)
+                histograms.append(histogram(cut, bins))
+                rows.append(i)
+            return np.stack(histograms), np.array(rows, dtype=np.int64)
+
+        def fill(folder: Folder, missing: Sequence[str]) -> None:
+            cells, rows = made()
+            folder.keep({"cls": (cells, None), "cls.rows": (rows, None)})
+
+        made_by = {"colour histogram": bins}
+        found = kept(extractor, source, pair.resize, pair.size, made_by, fill, title=title)
+        cells, rows = made() if found is None else (found[0]["cls"], found[1])
+        return {"cls": np.sqrt(cells) if square_root else cells}, rows
+
+    train = of(pair.train, "train")
+    test = train if pair.test is pair.train else of(pair.test, "test")
+    return as_feature_set(train, test, pair)
 
 
 def histogram(image: UInt8[np.ndarray, "H W channels"], bins: int) -> Float32[np.ndarray, " D"]:

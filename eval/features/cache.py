@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -292,19 +292,57 @@ def cached(
     process is at the same features, it is done in memory.
     """
     options = (source, resize, size, parts, title)
-    if extractor.cache is None or extractor.ranks:
+    if extractor.ranks:
         return extract(extractor, *options)
-    visible, preprocess = extractor.show and title is not None, extractor.preprocess
-    key = {
-        "format": FORMAT,
+    made_by = {
         "weights": weights_digest(extractor.backbone),
         "architecture": extractor.backbone.architecture,
+        "dtype": dtype,
+        "device": str(torch.device(extractor.device).type),
+    }
+
+    def fill(folder: Folder, missing: Sequence[str]) -> None:
+        folder.fill(extractor, source, resize, size, missing, title)
+
+    found = kept(extractor, source, resize, size, made_by, fill, parts, title, dtype)
+    return extract(extractor, *options) if found is None else found
+
+
+def kept(
+    extractor: FeatureExtractor,
+    source: Source,
+    resize: int,
+    size: int,
+    made_by: Mapping[str, Any],
+    fill: Callable[[Folder, Sequence[str]], None],
+    parts: Sequence[str] = ("cls",),
+    title: str | None = None,
+    dtype: str = "float32",
+) -> tuple[Parts, Rows] | None:
+    """Features of images from the disk, put there by `fill` if any are missing; None without
+    `extractor.cache`, or when the disk cannot be written or another process is at the same ones.
+
+    Args:
+        extractor: where they are kept, and how images are read.
+        source: the images ...
+        resize: ... their shorter side ...
+        size: ... and what is cut from their middle.
+        made_by: what the features depend on beside the images and how these are read.
+        fill: puts the parts that are missing into a folder.
+        parts: names of the features.
+        title: of the progress bar while images are read; None: no bar.
+        dtype: of their numbers.
+    """
+    if extractor.cache is None:
+        return None
+    visible, preprocess = extractor.show and title is not None, extractor.preprocess
+    key = {
+        **made_by,
+        "format": FORMAT,
         "how": preprocess.of_weights() | {"max_pixels": preprocess.max_pixels},
         "resize": resize,
         "size": size,
         "data": data_digest(source, extractor.cache, f"{title}: reading" if visible else None),
-        "dtype": dtype,
-        "device": str(torch.device(extractor.device).type),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     folder = Folder(extractor.cache / name, dtype)
@@ -313,13 +351,13 @@ def cached(
         with try_lock(folder.path / ".lock") as mine:
             for _ in range(2):  # an image could be read the one time and not the other
                 if mine and (missing := folder.missing(parts)):
-                    folder.fill(extractor, source, resize, size, missing, title)
+                    fill(folder, missing)
                     forget_oldest(extractor.cache, folder.path)
             if not folder.missing(parts):
                 return folder.load(parts)
     except OSError as error:
         log.warning("features are not kept: %s", error)
-    return extract(extractor, *options)
+    return None
 
 
 def make_room(file: Path, size: int) -> None:

@@ -166,6 +166,8 @@ class DINO(Objective):
             length,
         )
         super().__init__(length, chosen["ema"], clip_norm, clip)
+        if not student_temp > 0.0:
+            raise UserError(f"student_temp={student_temp}: above 0; the paper has 0.1")
         of_patches = self.of_patches or length.of_patches
         if centering == "sinkhorn" and not of_patches:
             rows = GLOBAL_VIEWS * length.compared

@@ -1,6 +1,7 @@
 """Features, baselines and the whole evaluation of a backbone."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -96,6 +97,20 @@ def test_labels_are_required_and_unknown_classes_named(pair, caplog):
     none = Subset(pair.train, np.arange(0))
     with pytest.raises(ValueError, match="no test images are left"):
         check_labelled(LabelledPair(pair.train, none, "p", 64, 48), RGB)
+
+
+def test_colour_histograms_are_made_once(backbone, tmp_path, monkeypatch):
+    images(tmp_path, 6, (16, 16))
+    source = Files([str(tmp_path / f"{i}.png") for i in range(6)], "", np.arange(6) % 2, ["a", "b"])
+    pair = LabelledPair(source, source, "six", 16, 16)
+    extractor = FeatureExtractor(backbone, num_workers=0, pair=pair, cache=tmp_path / "cache")
+    first, other = colour_histogram(extractor), colour_histogram(extractor, bins=4)
+    assert other.train.shape == (6, 64)
+    assert np.array_equal(first.train, colour_histogram(replace(extractor, cache=None)).train)
+    monkeypatch.setattr("ssl_xcit.eval.evaluators.baselines.decode", None)
+    assert np.array_equal(first.train, colour_histogram(extractor).train)
+    rooted = colour_histogram(extractor, square_root=True).train
+    assert np.allclose(rooted**2, first.train)
 
 
 def test_a_bad_image_is_left_out_with_its_label(backbone, tmp_path):

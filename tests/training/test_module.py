@@ -119,7 +119,7 @@ def test_the_average_of_a_frozen_teachers_student_has_its_running_statistics(han
         ema=0.0,
         objective=Distillation(
             RunLength(12, 12, 1.0, 5, 5.0), partial(ProjectionHead, num_layers=1, batch_norm=False),
-            lambda *_: frozen, teacher="x", queue=12, ema=0.0,
+            lambda *_, **__: frozen, teacher="x", queue=12, ema=0.0,
         ),
     )  # fmt: skip
     fit(module, handful, 5, tmp_path)
