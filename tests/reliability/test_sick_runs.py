@@ -35,10 +35,10 @@ def temperature(value):
 @pytest.mark.parametrize(
     ("more", "call", "said"),
     [
-        ([], [], None),
+        (["epochs=1"], [], None),
         ([], ["no_centering"], f"{ONE} takes all images: lower objective.center_momentum"),
-        (temperature(1.0), [], f"{UNIFORM}: lower objective.teacher_temp"),
-        (temperature(0.3), [], f"{UNIFORM}: lower objective.teacher_temp"),
+        (["epochs=1", *temperature(1.0)], [], f"{UNIFORM}: lower objective.teacher_temp"),
+        (["epochs=1", *temperature(0.3)], [], f"{UNIFORM}: lower objective.teacher_temp"),
         # which of the two comes is chaotic, and differs between processors
         (["optim.lr=1.0"], [], f"{ALIKE}: lower optim.lr|{UNIFORM}: lower .* then optim.lr"),
     ],

@@ -57,7 +57,8 @@ def trained(objective, dtype, teacher, rank=0, ranks=1):
     with initialize_config_module("ssl_xcit.conf", version_base="1.3"):
         cfg = compose("pretrain", [*TOY, f"objective={objective}", *words])
     settings = parse(PretrainSettings, cfg)
-    module = make_module(settings, make_plan(settings, BATCH, 1), RGB).to(dtype)
+    plan = make_plan(settings, 4 * BATCH, 1, steps=STEPS)  # images enough for the queue
+    module = make_module(settings, plan, RGB).to(dtype)
     if objective == "distillation":
         module.objective.frozen_teacher.network.to(dtype)
 
