@@ -50,30 +50,33 @@ def colour_histogram(
     def of(source: Source, part: str) -> tuple[Parts, Rows]:
         title = f"colour histogram: {part} images"
 
-        def made() -> tuple[np.ndarray, Rows]:
-            histograms, rows = [], []
-            for i in track(range(len(source)), title, show=extractor.show):
-                try:
-                    pixels = decode(source.read(i), extractor.preprocess)
-                except BadImage:
-                    continue  # the backbone's features leave it out too, and say so
-                cut = resize_center_crop(pixels, pair.resize, pair.size)
-                histograms.append(histogram(cut, bins))
-                rows.append(i)
-            return np.stack(histograms), np.array(rows, dtype=np.int64)
-
         def fill(folder: Folder, missing: Sequence[str]) -> None:
-            cells, rows = made()
-            folder.keep({"cls": (cells, None), "cls.rows": (rows, None)})
+            parts, rows = histograms(extractor, source, pair, bins, title)
+            folder.keep({"cls": (parts["cls"], None), "cls.rows": (rows, None)})
 
         made_by = {"colour histogram": bins}
         found = kept(extractor, source, pair.resize, pair.size, made_by, fill, title=title)
-        cells, rows = made() if found is None else (found[0]["cls"], found[1])
-        return {"cls": np.sqrt(cells) if square_root else cells}, rows
+        parts, rows = found or histograms(extractor, source, pair, bins, title)
+        return {"cls": np.sqrt(parts["cls"])} if square_root else parts, rows
 
     train = of(pair.train, "train")
     test = train if pair.test is pair.train else of(pair.test, "test")
     return as_feature_set(train, test, pair)
+
+
+def histograms(
+    extractor: FeatureExtractor, source: Source, pair: LabelledPair, bins: int, title: str
+) -> tuple[Parts, Rows]:
+    """Of all images that can be read."""
+    cells, rows = [], []
+    for i in track(range(len(source)), title, show=extractor.show):
+        try:
+            pixels = decode(source.read(i), extractor.preprocess)
+        except BadImage:
+            continue  # the backbone's features leave it out too, and say so
+        cells.append(histogram(resize_center_crop(pixels, pair.resize, pair.size), bins))
+        rows.append(i)
+    return {"cls": np.stack(cells)}, np.array(rows, dtype=np.int64)
 
 
 def histogram(image: UInt8[np.ndarray, "H W channels"], bins: int) -> Float32[np.ndarray, " D"]:

@@ -30,6 +30,7 @@ from ssl_xcit.data.sources import (
     Seed,
     Source,
     TestFraction,
+    as_places,
     held_out,
 )
 from ssl_xcit.data.string_array import StringArray
@@ -62,7 +63,7 @@ def folder(
         MissingPath: a folder that is missing or has no image.
         UserError: labels of several roots, or see `class_folders`.
     """
-    roots = [root] if isinstance(root, str | int | float) else list(root or [])
+    roots = as_places(root)
     if not roots:
         raise MissingPath(f"root={root}: name at least one folder of images")
     if labels:

@@ -21,8 +21,8 @@ from ssl_xcit.data.picture import BadImage
 from ssl_xcit.data.preprocess import Preprocess
 from ssl_xcit.data.remote import INDEX, LISTING
 from ssl_xcit.data.shard_labels import class_texts
-from ssl_xcit.data.shards import full_listing, list_tar, write_listings
 from ssl_xcit.data.sources import Source, Stored
+from ssl_xcit.data.tar_listing import full_listing, list_tar, write_listings
 from ssl_xcit.errors import RunFailed, UserError
 from ssl_xcit.utils.files import replacing, sha256_of, writable_folder, write_json
 from ssl_xcit.utils.locks import exclusive

@@ -31,6 +31,11 @@ TestFraction = Annotated[float, Ge(0), Lt(1)]
 Seed = Annotated[int, Ge(0)]
 
 
+def as_places(root: Places) -> list[str | int | float]:
+    """Return one place, several or none as a list."""
+    return [root] if isinstance(root, str | int | float) else list(root or [])
+
+
 @runtime_checkable
 class Source(Protocol):
     """A finite set of images with random access."""

@@ -65,10 +65,11 @@ class InfoNCE(EmbeddingObjective):
         if queue:
             check_queue(queue, length.batch_size, length.key)
             if queue + length.batch_size > length.num_images:
+                half = length.num_images // 2
                 raise UserError(
-                    f"{length.key}.queue={queue}: of {length.num_images:,} images it holds each, "
-                    "so that an image would be told from itself: set at most "
-                    f"{length.key}.queue={max(0, length.num_images // 2)}"
+                    f"{length.key}.queue={queue} would still hold an image when it comes again, to "
+                    f"be told from itself, for there are {length.num_images:,} images: set "
+                    f"{length.key}.queue={half if half >= length.batch_size else 0}"
                 )
         words = f"lower optim.lr first, then raise {length.key}.temperature"
         self.advice = dict.fromkeys((ALIKE, EMBEDDINGS_ALIKE), words)

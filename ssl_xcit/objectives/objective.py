@@ -19,7 +19,7 @@ Table = Sequence[Mapping[str, float]]
 GLOBAL_VIEWS = 2  # of an image
 FROM = ("images", "steps")  # of a row of a table
 NumPrototypes = Annotated[int, Ge(2)]
-OF_TABLES: Mapping[str, Any] = {
+TABLE_NUMBERS: Mapping[str, Any] = {
     "num_prototypes": NumPrototypes,
     "ema": Share,
     "teacher_temp_start": Positive,
@@ -211,8 +211,8 @@ def chosen_by_length(
                 f"{', '.join(sorted(wrong))} is missing or has no place in {dict(row)}"
             )
         for name, value in row.items():
-            if not allows(OF_TABLES.get(name, float), value):
-                words = described(OF_TABLES.get(name, float))
+            if not allows(TABLE_NUMBERS.get(name, float), value):
+                words = described(TABLE_NUMBERS.get(name, float))
                 raise UserError(f"{key}: {name}={as_typed(value)} must be {words}")
     rows = [
         row

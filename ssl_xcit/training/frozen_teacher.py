@@ -6,6 +6,7 @@ Weights are read as tensors only, so that a hostile file runs no code.
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,8 +97,13 @@ class TeacherBackbone(FrozenNetwork):
             self.width = network.embed_dim
         else:  # of some networks a layer after the pooling widens it
             self.width = int(getattr(own, "head_hidden_size", None) or own.num_features)
-        self.features: Callable[[Tensor], Any] = own.forward_features
-        self.compiled = compiled
+        self.compiled: Compiled = compiled
+
+    @cached_property
+    def compiled_features(self) -> Callable[[Tensor], Any]:
+        """The network's features by a compiled pass, one program for each size of images."""
+        network: Any = self.network
+        return torch.compile(network.forward_features, dynamic=False)
 
     @torch.no_grad()
     def __call__(
@@ -111,12 +117,11 @@ class TeacherBackbone(FrozenNetwork):
         """
         network: Any = self.network
         kind = images.device.type
-        if self.compiled is True or (self.compiled == "auto" and kind == "cuda"):
-            self.features = torch.compile(self.features, dynamic=False)
-            self.compiled = False
+        compiled = kind == "cuda" if self.compiled == "auto" else self.compiled
+        extract = self.compiled_features if compiled else network.forward_features
         low = kind == "cuda" or torch.is_autocast_enabled(kind)
         with torch.autocast(kind, torch.bfloat16, enabled=low):
-            features = self.features(self.prepared(images, self.of_images))
+            features = extract(self.prepared(images, self.of_images))
             if isinstance(network, XCiT):
                 embeddings, grid = features.cls, features.patches.movedim(1, -1)
             else:

@@ -20,7 +20,7 @@ import pytest
 from faulty_server import FaultyServer
 from samples import logged, photo, tar
 
-from ssl_xcit.data import checks, remote, shards
+from ssl_xcit.data import checks, remote, tar_listing
 from ssl_xcit.data.crop_dataset import check_images
 from ssl_xcit.data.identity import index_of
 from ssl_xcit.data.order import Shards, image_at
@@ -148,7 +148,9 @@ def test_ten_thousand_images_from_a_faulty_server(tmp_path):
 def test_images_labels_and_identity_are_those_on_disk(tars, tmp_path, monkeypatch):
     local = tar_shards(str(tars), window=7)
     place = to_memory(tars)
-    monkeypatch.setattr(shards, "list_tar", lambda *args: 1 / 0)  # the listing lies beside them
+    monkeypatch.setattr(
+        tar_listing, "list_tar", lambda *args: 1 / 0
+    )  # the listing lies beside them
     source = tar_shards(place, window=7)
     cache = tmp_path / "home/ssl_xcit/remote"
     assert len(list(cache.glob("[0-9a-f]*"))) == 1  # the listing alone has been fetched
@@ -222,7 +224,7 @@ def test_tars_of_others_are_fetched_once_to_be_listed(tmp_path, capsys, caplog, 
         assert contents(source) == contents(local)
         assert index_of(source).digest() == index_of(local).digest()
         before = dict(server.sent)
-        monkeypatch.setattr(shards, "list_tar", lambda *args: 1 / 0)
+        monkeypatch.setattr(tar_listing, "list_tar", lambda *args: 1 / 0)
         assert contents(tar_shards(urls)) == contents(local)
         assert dict(server.sent) == before
 
@@ -509,17 +511,17 @@ def test_a_hostile_listing_is_said(tars, tmp_path, change):
     ]
     for row in rows:
         sizes[row["tar"]] = (tars / "shard-000000.tar").stat().st_size
-    assert len(shards.read_listings(tars / LISTING, sizes, "x")) == 3
+    assert len(tar_listing.read_listings(tars / LISTING, sizes, "x")) == 3
     change(rows[0])
     with gzip.open(tmp_path / "l.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     with pytest.raises(UserError, match="x is no listing of ssl-xcit shard"):
-        shards.read_listings(tmp_path / "l.gz", sizes, "x")
+        tar_listing.read_listings(tmp_path / "l.gz", sizes, "x")
     content = (tars / LISTING).read_bytes()
     for damaged in (b"no gzip", content[:-20], content[:50] + b"x" * 9 + content[59:]):
         (tmp_path / "l.gz").write_bytes(damaged)
         with pytest.raises(UserError, match="is no listing"):
-            shards.read_listings(tmp_path / "l.gz", sizes, "x")
+            tar_listing.read_listings(tmp_path / "l.gz", sizes, "x")
 
 
 def test_patterns():

@@ -13,7 +13,8 @@ from ssl_xcit.data import formats
 from ssl_xcit.data.decode import decode
 from ssl_xcit.data.order import Shards, image_at
 from ssl_xcit.data.picture import BadImage
-from ssl_xcit.data.shards import MAX_HEADER, labelled_shards, list_tar, tar_shards
+from ssl_xcit.data.shards import labelled_shards, tar_shards
+from ssl_xcit.data.tar_listing import MAX_HEADER, list_tar
 from ssl_xcit.errors import UserError
 
 
@@ -63,7 +64,7 @@ def test_images_labels_and_names(three_tars):
 
 def test_the_listing_is_kept_until_a_tar_changes(three_tars, monkeypatch, cache):
     tar_shards(str(three_tars))
-    monkeypatch.setattr("ssl_xcit.data.shards.list_tar", lambda path: 1 / 0)
+    monkeypatch.setattr("ssl_xcit.data.tar_listing.list_tar", lambda path: 1 / 0)
     source = tar_shards(str(three_tars))
     assert decode(source.read(9))[0, 0, 0] == 9
     write(three_tars / "s-2.tar", 12, 2)

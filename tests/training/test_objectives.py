@@ -355,7 +355,10 @@ def test_what_an_objective_refuses(tmp_path):
             objective(singly, projection, ema=0.9)
     uneven = LENGTH._replace(batch_size=6, accumulate=2, devices=2)
     assert uneven.compared == 2  # three images of each device are two and one
-    with pytest.raises(UserError, match=r"objective\.queue=38: .* would be told from itself"):
+    with pytest.raises(
+        UserError,
+        match=r"objective\.queue=38 would still .* told from itself, .* set objective\.queue=20",
+    ):
         InfoNCE(LENGTH._replace(num_images=40), projection, queue=38, ema=0.9)
     with pytest.raises(UserError, match=r"the same share of the 4 rows"):
         DINO(
